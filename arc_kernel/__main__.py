@@ -1,4 +1,4 @@
-"""The command line, generated from the settings: `python -m arc_kernel solve | score | report | prepare`.
+"""The command line, generated from the settings: `python -m arc_kernel solve | score | report | prepare | notebook`.
 
 Heavy libraries are imported inside the commands, so that --help answers at once.
 """
@@ -48,6 +48,10 @@ def _parser() -> argparse.ArgumentParser:
     prepare = commands.add_parser("prepare", help="check a model folder; convert the embedded model")
     prepare.add_argument("--model", default="smollm2-135m", help="model folder, or smollm2-135m (embedded)")
     prepare.set_defaults(command=_prepare)
+    notebook = commands.add_parser("notebook", help="write the .ipynb from the notebook's source")
+    notebook.add_argument("--source", type=Path, default="notebooks/submission.py", help="jupytext percent script")
+    notebook.add_argument("--target", type=Path, default="notebooks/submission.ipynb", help="notebook to write")
+    notebook.set_defaults(command=_notebook)
     return parser
 
 
@@ -83,6 +87,13 @@ def _prepare(model: str) -> None:
 
     folder = checkpoint.open_model(model)
     print(f"{folder}: {checkpoint.parameter_count(folder) / 1e6:.1f}M weights, context {checkpoint.context_length(folder)}")
+
+
+def _notebook(source: Path, target: Path) -> None:
+    from .notebook import write_notebook
+
+    write_notebook(source, target)
+    print(target)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,250 @@
+"""Kaggle datasets: the package and the weights become folders with a manifest of every byte, and are found again on Kaggle.
+
+Building is for a clone; finding and verifying for the notebook, on read-only mounts whose layout differs between sessions.
+Knows nothing of tasks, prompts or runs, and imports only the standard library, which a bare Kaggle image has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import __version__
+from .errors import ArcKernelError
+
+MANIFEST, METADATA, KIND = "manifest.json", "dataset-metadata.json", "arc_kernel_bundle"
+PACKAGE = Path(__file__).resolve().parent
+TEMPLATES = PACKAGE.parent / "kaggle_datasets"
+USERNAME = "INSERT_USERNAME_HERE"  # to be replaced before an upload, in the manner of Kaggle's own `datasets init`
+DATASETS = {"code": "arc-kernel-code", "weights": "arc-kernel-<model>"}
+WEIGHT_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
+                "merges.txt", "chat_template*", "model*.safetensors", "model.safetensors.index.json", "LICENSE*")
+DEPTH = 6  # folders below the input root that are looked into; Kaggle mounts a dataset 1 to 3 below it
+AGAIN = "build the bundle again (python build_kernel.py) and upload it"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk: `kind` is `code` or `weights`, `manifest` the parsed manifest.json in `folder`."""
+
+    kind: str
+    folder: Path
+    manifest: dict
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads: `code` goes onto sys.path, `model` is a model folder."""
+
+    code: Path
+    model: Path
+
+
+def build_code(out: Path, username: str = USERNAME, say: Callable[[str], None] = print) -> Path:
+    """Write the package, its requirements and the notebook's source as `out`/arc-kernel-code; returns that folder.
+
+    `say` gets one line on what was done. Raises ArcKernelError for a bad user name, a broken metadata template, a folder
+    in the way that is no bundle, or an `out` that cannot be written.
+    """
+    sources = {f"{PACKAGE.name}/{f.relative_to(PACKAGE).as_posix()}": f for f in PACKAGE.rglob("*.py")
+               if not f.parent.name.startswith(".")}  # Jupyter's checkpoints
+    beside = {name: PACKAGE.parent / name for name in ("requirements.txt", "notebooks/submission.py")}
+    sources |= {name: file for name, file in beside.items() if file.is_file()}
+    return _build(Path(out) / DATASETS["code"], "code", {}, sources, username, say)
+
+
+def build_weights(out: Path, model: str, username: str = USERNAME, say: Callable[[str], None] = print) -> Path:
+    """Write the config, tokenizer and safetensors of `model` as `out`/arc-kernel-<model name>; returns that folder.
+
+    Raises ArcKernelError as `checkpoint.open_model` and `build_code` do, and for a name Kaggle would not take.
+    """
+    from . import checkpoint
+
+    folder = checkpoint.open_model(model)
+    label = os.path.basename(os.path.abspath(folder))
+    name = "arc-kernel-" + re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
+    if not len("arc-kernel-") < len(name) <= 50 or name == DATASETS["code"]:
+        raise ArcKernelError(f"{folder}: its name makes no Kaggle dataset id ({name}): rename the folder, at most 39 letters")
+    sources = {f"model/{f.name}": f for pattern in WEIGHT_FILES for f in folder.glob(pattern) if f.is_file()}
+    return _build(Path(out) / name, "weights", {"model": label}, sources, username, say)
+
+
+def find_bundles(root: Path) -> dict[str, Bundle]:
+    """The bundles below `root` by kind, wherever Kaggle mounted them; other manifest.json files are passed over.
+
+    Raises ArcKernelError when `root` is no folder, when a bundle's manifest is incomplete, or when two different bundles
+    of one kind are there (copies of the same bundle are fine).
+    """
+    found: dict[str, Bundle] = {}
+    for folder, manifest in _manifests(root):
+        if not isinstance(manifest, dict) or KIND not in manifest:
+            continue
+        if not isinstance(kind := manifest[KIND], str) or not _complete(manifest.get("files")):
+            raise ArcKernelError(f"{folder / MANIFEST}: damaged: {AGAIN}")
+        first = found.setdefault(kind, Bundle(kind, folder, manifest))
+        if first.manifest != manifest:
+            raise ArcKernelError(f"{first.folder} and {folder}: two different {kind} bundles: detach one of the datasets")
+    return found
+
+
+def verify(bundle: Bundle) -> None:
+    """Read every file of the manifest; raises ArcKernelError naming the bundle and the first file that is not as built."""
+    files = sorted(bundle.manifest["files"].items())
+    for name, expected in files:  # sizes first: a missing file is told without hashing gigabytes
+        path = bundle.folder / name
+        if not path.is_file():
+            raise ArcKernelError(f"{bundle.folder}: {name} is missing: {AGAIN}")
+        if path.stat().st_size != expected["bytes"]:
+            raise ArcKernelError(f"{bundle.folder}: {name} has {path.stat().st_size} bytes, expected {expected['bytes']}: {AGAIN}")
+    for name, expected in files:
+        try:
+            sha256 = _sha256(bundle.folder / name)
+        except OSError as error:
+            raise ArcKernelError(f"{bundle.folder}: {name} cannot be read ({error.strerror}): {AGAIN}") from None
+        if sha256 != expected["sha256"]:
+            raise ArcKernelError(f"{bundle.folder}: {name} has changed bytes: {AGAIN}")
+
+
+def find_inputs(root: Path) -> Inputs:
+    """The verified code and model folders below `root`, to which nothing is written.
+
+    Raises ArcKernelError as `find_bundles` and `verify` do, and when a bundle is missing: what to attach.
+    """
+    bundles = find_bundles(root)
+    for kind, dataset in DATASETS.items():
+        if kind not in bundles:
+            hint = next((f" ({folder / MANIFEST} is not JSON)" for folder, manifest in _manifests(root) if manifest is None), "")
+            raise ArcKernelError(f"{root}: no {kind} bundle{hint}: attach the dataset {dataset} (made by python build_kernel.py)")
+    for kind in DATASETS:
+        verify(bundles[kind])
+    return Inputs(bundles["code"].folder, bundles["weights"].folder / "model")
+
+
+def find_file(root: Path, name: str) -> Path:
+    """The file called `name` below `root`: the shallowest, then the alphabetically first; ArcKernelError if there is none."""
+    for folder, files in _walk(root):
+        if name in files:
+            return folder / name
+    raise ArcKernelError(f"{root}: no {name} in it: attach the dataset or competition that holds it")
+
+
+def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Folders from `root` down, shallowest then alphabetical, with their file names; no hidden folder, none twice."""
+    if not Path(root).is_dir():
+        raise ArcKernelError(f"{root}: no such input folder: give the folder the datasets are mounted in")
+    level, seen = [Path(root)], set()
+    for _ in range(DEPTH + 1):
+        below = []
+        for folder in level:
+            real = os.path.realpath(folder)  # links are followed: a loop must end
+            if real in seen:
+                continue
+            seen.add(real)
+            try:
+                entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+                files = [entry.name for entry in entries if entry.is_file()]
+                below += [folder / entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+            except OSError:  # an unreadable folder of somebody else's dataset
+                continue
+            yield folder, files
+        level = below
+
+
+def _manifests(root: Path) -> Iterator[tuple[Path, object]]:
+    """Each folder below `root` with a manifest.json and what that holds; None where it is no JSON."""
+    for folder, files in _walk(root):
+        if MANIFEST in files:
+            try:
+                yield folder, json.loads((folder / MANIFEST).read_bytes())
+            except (OSError, ValueError, RecursionError):
+                yield folder, None
+
+
+def _complete(files) -> bool:
+    """Whether `files` is what a manifest lists: relative paths inside the bundle, each with its sha256 and bytes."""
+    return isinstance(files, dict) and bool(files) and all(
+        not os.path.isabs(name) and ".." not in name.split("/") and isinstance(f, dict)
+        and isinstance(f.get("sha256"), str) and isinstance(f.get("bytes"), int) for name, f in files.items())
+
+
+def _build(folder: Path, kind: str, extra: dict, sources: dict[str, Path], username: str, say: Callable[[str], None]) -> Path:
+    """Copy `sources` (path in the bundle -> file) to `folder` with manifest and metadata, unless it is there already."""
+    start = time.perf_counter()
+    metadata = _fill_template(TEMPLATES / f"{kind}.json", folder.name, username)
+    files = {path: {"sha256": _sha256(source), "bytes": source.stat().st_size} for path, source in sources.items()}
+    manifest = {KIND: kind, "name": folder.name, "version": __version__, **extra, "files": files}
+    texts = {METADATA: _dump(metadata), MANIFEST: _dump(manifest)}  # the manifest last: without it a folder is no bundle
+    if folder.exists() and not (folder / MANIFEST).is_file():
+        raise ArcKernelError(f"{folder}: in the way and no bundle: move it, or give another --out")
+    unchanged = _is_built(Bundle(kind, folder, manifest), texts)
+    if not unchanged:
+        try:
+            _replace(folder, sources, texts, manifest)
+        except OSError as error:
+            raise ArcKernelError(f"{error.filename or folder}: cannot be written ({error.strerror}): give another --out") from None
+    size, done = sum(f["bytes"] for f in files.values()) / 1e6, "unchanged" if unchanged else "built"
+    say(f"{folder}: {len(files)} files, {size:.1f} MB, {done} ({time.perf_counter() - start:.1f} s)")
+    return folder
+
+
+def _is_built(bundle: Bundle, texts: dict[str, str]) -> bool:
+    there = {f.relative_to(bundle.folder).as_posix() for f in bundle.folder.rglob("*") if not f.is_dir()}
+    if there != {*bundle.manifest["files"], *texts}:  # also a stray file: all of the folder is uploaded
+        return False
+    try:
+        verify(bundle)
+    except ArcKernelError:
+        return False
+    return all((bundle.folder / name).read_bytes() == text.encode() for name, text in texts.items())
+
+
+def _replace(folder: Path, sources: dict[str, Path], texts: dict[str, str], manifest: dict) -> None:
+    """Make the bundle under a hidden name, check it, and rename it into the place of the old one."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        fresh = work / "fresh"
+        for path, source in sources.items():  # copies: a hard link would let a change in the bundle reach the model folder
+            (fresh / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, fresh / path)
+        for name, text in texts.items():
+            (fresh / name).write_bytes(text.encode())
+        verify(Bundle(manifest[KIND], fresh, manifest))
+        if folder.exists():
+            folder.rename(work / "old")
+        fresh.rename(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _fill_template(path: Path, name: str, username: str) -> dict:
+    """Kaggle's dataset metadata, within the bounds of https://github.com/Kaggle/kaggle-api/blob/main/docs/datasets_metadata.md."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", username):
+        raise ArcKernelError(f"--username: {username!r}: give the name in your Kaggle profile's address")
+    try:
+        metadata = json.loads(path.read_text(encoding="utf-8").replace("{username}", username).replace("{name}", name))
+        fits = metadata["id"] == f"{username}/{name}" and 6 <= len(metadata["title"]) <= 50 and len(metadata["licenses"]) == 1
+    except FileNotFoundError:
+        raise ArcKernelError(f"{path}: no metadata template: bundles are built in a clone of the repository") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArcKernelError(f"{path}: not a metadata template ({error}): give JSON with title, id and licenses") from None
+    if not fits:
+        raise ArcKernelError(f"{path}: Kaggle wants a title of 6 to 50 characters, one licence and the id {{username}}/{{name}}")
+    return metadata
+
+
+def _dump(value: dict) -> str:
+    return json.dumps(value, indent=1, sort_keys=True) + "\n"
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
-from . import cpu_lora
+from . import cpu_lora, loopback
 from .checkpoint import load_model
 from .errors import ArcKernelError
 
@@ -261,6 +261,7 @@ def _prepare_environment(device: str) -> None:
         defaults["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    loopback.ensure()
 
 
 def _before_ampere() -> bool:

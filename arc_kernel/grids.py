@@ -127,10 +127,10 @@ class GridEncoder:
         cells, gaps = body[::step], [body[i:i + step - 1] for i in range(1, len(body), step)]
         if not cells or not re.fullmatch("[0-9]+", cells):
             raise Unparsable(f"row {number}: cells are not digits: {body[:40]!r}")
-        tail_cut = partial and gaps and gaps[-1] == ""
-        if any(gap != self.separator for gap in (gaps[:-1] if tail_cut else gaps)) or (not partial and len(body) % step != 1 % step):
+        if any(gap != self.separator for gap in gaps) or (not partial and len(body) % step != 1 % step):
             raise Unparsable(f"row {number}: cells are not separated by {self.separator!r}")
-        if len(cells) > (width or MAX_SIDE) or (not partial and width is not None and len(cells) != width):
+        begun = len(cells) + (len(gaps) == len(cells))  # a separator at the end promises one more cell
+        if begun > (width or MAX_SIDE) or (not partial and width is not None and len(cells) != width):
             raise Unparsable(f"row {number} has {len(cells)} cells, expected {width or f'at most {MAX_SIDE}'}")
         return [int(c) for c in cells]
 

@@ -138,16 +138,20 @@ def _chat_words(tokenizer) -> _Words:
         raise ArcKernelError(f"{tokenizer.name_or_path}: tokenizer has no chat template: use prompt=compact")
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": _MARK}]
     try:
-        asked = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # templates raise what they like, for example on a system role
         try:
+            asked = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception:  # templates raise what they like, for example on a system role
             asked = tokenizer.apply_chat_template(messages[1:], tokenize=False, add_generation_prompt=True)
-        except Exception:
-            raise ArcKernelError(f"{tokenizer.name_or_path}: chat template fails: {error}: use prompt=compact") from None
+        answered = tokenizer.apply_chat_template([messages[1], {"role": "assistant", "content": _MARK}], tokenize=False)
+    except Exception as error:
+        why = " ".join(str(error).split())
+        raise ArcKernelError(f"{tokenizer.name_or_path}: chat template fails: {why}: use prompt=compact") from None
+    if asked.count(_MARK) != 1 or answered.count(_MARK) != 2:
+        raise ArcKernelError(f"{tokenizer.name_or_path}: chat template leaves messages out: use prompt=compact")
     before, _, after = asked.partition(_MARK)
-    answered = tokenizer.apply_chat_template([messages[1], {"role": "assistant", "content": _MARK}], tokenize=False)
     closing = tokenizer(answered.rpartition(_MARK)[2], add_special_tokens=False).input_ids
     end = closing[0] if closing and closing[0] in tokenizer.all_special_ids else tokenizer.eos_token_id
     if end is None:
         raise ArcKernelError(f"{tokenizer.name_or_path}: chat template closes no answer and there is no eos_token: use prompt=compact")
-    return _Words(f"{before}{QUESTION}\n\n", "Input {}:\n", "\nOutput {}:\n", "\n", "Test input:\n", f"\nTest output:{after}", end)
+    # one newline after the question: of two, tokenizers like GPT-2's and Qwen's would each make something else than our parts
+    return _Words(f"{before}{QUESTION}\n", "Input {}:\n", "\nOutput {}:\n", "\n", "Test input:\n", f"\nTest output:{after}", end)

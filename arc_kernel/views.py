@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,7 +38,7 @@ class View:
         """The view that prints as `text`; raises ValueError for text no view prints as."""
         symmetry, colours, order = text.split("|")
         view = cls(SYMMETRIES.index(symmetry), tuple(map(int, colours)), tuple(map(int, order.split(","))) if order else ())
-        if sorted(view.colours) != list(range(COLOURS)) or sorted(view.order) != list(range(len(view.order))):
+        if sorted(view.colours) != list(range(COLOURS)) or sorted(view.order) != list(range(len(view.order))) or str(view) != text:
             raise ValueError(f"not a view: {text!r}")
         return view
 
@@ -85,7 +86,7 @@ def spread_views(task: Task, test_index: int, n: int, rng: np.random.Generator, 
     used = _colours_used(task, test_index)
     identity = View(0, tuple(range(COLOURS)), tuple(range(len(task.train))))
     found, seen = [identity], {_fingerprint(identity, task, test_index)}
-    draws = _draws(task, used, rng, permute_background, exhaustive_below=64 * n)
+    draws = _draws(task, used, rng, permute_background, n)
     sources = {s: draws(s) for s in (*map(int, rng.permutation(np.arange(1, 8))), 0)}
     while sources and len(found) < n:
         for symmetry in list(sources):
@@ -100,25 +101,39 @@ def spread_views(task: Task, test_index: int, n: int, rng: np.random.Generator, 
     return found
 
 
-def _draws(task, used, rng, permute_background, exhaustive_below):
-    """A function symmetry -> iterator of views: all in random order where they are few, else random draws for ever."""
+def _draws(task, used, rng, permute_background, n):
+    """A function symmetry -> iterator of views: all in random order where they are few, else random draws for ever.
+
+    A symmetry has at least as many distinct prompts as colour images, and as orders that differ; where either count
+    reaches `n`, drawing for ever comes to an end.
+    """
     fixed = 0 if permute_background else 1
     free = [c for c in used if c >= fixed]
-    total = math.perm(COLOURS - fixed, len(free)) * math.factorial(len(task.train))
+    kinds = [_shown(p.input, p.output) for p in task.train]
+    image_count = math.perm(COLOURS - fixed, len(free))
+    order_count = math.factorial(len(kinds)) // math.prod(map(math.factorial, Counter(kinds).values()))
 
     def few(symmetry):
-        images = itertools.permutations(range(fixed, COLOURS), len(free))
-        orders = itertools.permutations(range(len(task.train)))
-        views = [View(symmetry, _complete(dict(zip(free, image)), fixed), order)
-                 for image, order in itertools.product(images, orders)]
-        return (views[i] for i in rng.permutation(len(views)))
+        images = list(itertools.permutations(range(fixed, COLOURS), len(free)))
+        orders = list(_orders(kinds))
+        return (View(symmetry, _complete(dict(zip(free, images[i // len(orders)])), fixed), orders[i % len(orders)])
+                for i in rng.permutation(len(images) * len(orders)))
 
     def many(symmetry):
         while True:
             drawn = random_view(len(task.train), rng, permute_background)
             yield View(symmetry, _complete({c: drawn.colours[c] for c in free}, fixed), drawn.order)
 
-    return few if total < exhaustive_below else many
+    return few if image_count * order_count < 64 * n or max(image_count, order_count) < n else many
+
+
+def _orders(kinds: list, placed: tuple[int, ...] = ()):
+    """The orders of the train pairs that differ in what they show: pairs of one kind never change places."""
+    if len(placed) == len(kinds):
+        yield placed
+    left = {kind: i for i, kind in reversed(list(enumerate(kinds))) if i not in placed}
+    for i in sorted(left.values()):
+        yield from _orders(kinds, (*placed, i))
 
 
 def _complete(images: dict[int, int], fixed: int) -> tuple[int, ...]:
@@ -134,5 +149,9 @@ def _colours_used(task: Task, test_index: int) -> list[int]:
 
 def _fingerprint(view: View, task: Task, test_index: int) -> tuple:
     """What the prompt of this view will show, test output excluded."""
-    shown = [view.apply_grid(g) for i in view.order for g in (task.train[i].input, task.train[i].output)]
-    return tuple((g.shape, g.tobytes()) for g in (*shown, view.apply_grid(task.test[test_index].input)))
+    grids = [g for i in view.order for g in (task.train[i].input, task.train[i].output)] + [task.test[test_index].input]
+    return _shown(*map(view.apply_grid, grids))
+
+
+def _shown(*grids: Grid) -> tuple:
+    return tuple((g.shape, g.tobytes()) for g in grids)

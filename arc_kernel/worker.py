@@ -147,6 +147,7 @@ class Worker:
 
     def _answer_all(self) -> None:
         first = self.ask("answer")
+        self.lap("wait for other workers")
         dtypes = precision.candidates(self.job.dtype, self.device)
         evidence, again = [], [first] if first else []
         fresh = self._tasks()

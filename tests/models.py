@@ -1,0 +1,47 @@
+"""Models for tests: a tiny random one of the real architecture with the real tokenizer, and ones that overflow or are NaN."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+
+
+def tiny_model(real: Path, folder: Path) -> Path:
+    """A random Llama of 3M weights with the tokenizer of `real`, saved in bfloat16."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+                         num_key_value_heads=1, max_position_embeddings=8192, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)
+    return _save(LlamaForCausalLM(config).to(torch.bfloat16), real, folder)
+
+
+def overflowing_model(real: Path, folder: Path, log2: int = 6) -> Path:
+    """`real` with its residual stream times 2**log2: the same function, beyond float16's range at 6."""
+    model = AutoModelForCausalLM.from_pretrained(real, dtype=torch.bfloat16)
+    scale = 2.0**log2
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(scale)
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(scale)
+            layer.mlp.down_proj.weight.mul_(scale)
+        model.model.norm.weight.div_(scale)
+    model.config.rms_norm_eps *= scale**2
+    return _save(model, real, folder)
+
+
+def nan_model(tiny: Path, folder: Path) -> Path:
+    """A tiny model whose last norm is NaN: no dtype helps it."""
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    return _save(model, tiny, folder)
+
+
+def _save(model, tokenizer_from: Path, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        if (tokenizer_from / name).is_file():
+            shutil.copy(tokenizer_from / name, folder)
+    return folder

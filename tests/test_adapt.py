@@ -1,0 +1,134 @@
+"""Test-time training on a tiny random model of the real architecture: `python -m pytest tests/test_adapt.py`."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from arc_kernel import adapt
+from arc_kernel.grids import GridEncoder
+from arc_kernel.prompts import IGNORED, PromptBuilder
+from arc_kernel.tasks import Pair, Task
+from arc_kernel.views import task_rng
+from models import nan_model, tiny_model
+
+RECIPE = adapt.Recipe(steps=3, batch=2, lr=1e-2, rank=4, max_seq_len=4096, permute_background=False, seed=5)
+
+
+@pytest.fixture(scope="module")
+def tiny(model_folder, tmp_path_factory):
+    return tiny_model(model_folder, tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def builder(tokenizer):
+    return PromptBuilder(tokenizer, GridEncoder.from_name("shape+rows+digits"), "chat")
+
+
+@pytest.fixture(scope="module")
+def trainer(tiny, builder):
+    return adapt.TaskTrainer(tiny, builder, RECIPE, None, "cpu", "bfloat16")
+
+
+def trained(trainer, task, folder):
+    losses = []
+    trainer.train(task, folder, lambda step, loss, tokens: losses.append(loss))
+    return load_file(folder / "adapter_model.safetensors"), losses
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(np.array_equal(one[k], other[k]) for k in one)
+
+
+def test_adapter_is_the_same_bit_for_bit_with_and_without_solutions(trainer, arc_training, tmp_path):
+    task = arc_training.tasks["d037b0a7"]
+    assert task.test[0].output is not None
+    wrong = dataclasses.replace(task, test=(Pair(task.test[0].input, task.train[0].output),))
+    known, _ = trained(trainer, task, tmp_path / "known")
+    assert same(known, trained(trainer, task.without_solutions(), tmp_path / "hidden")[0])
+    assert same(known, trained(trainer, wrong, tmp_path / "wrong")[0])
+
+
+def test_adapter_does_not_depend_on_tasks_trained_before(trainer, tiny, builder, arc_training, tmp_path):
+    first, second = arc_training.tasks["3c9b0459"], arc_training.tasks["25ff71a9"]
+    after, _ = trained(trainer, first, tmp_path / "a") and trained(trainer, second, tmp_path / "b")
+    alone, _ = trained(adapt.TaskTrainer(tiny, builder, RECIPE, None, "cpu", "bfloat16"), second, tmp_path / "c")
+    assert same(after, alone)
+
+
+def test_training_lowers_the_loss_and_moves_every_adapter_matrix(tiny, builder, arc_training, tmp_path):
+    recipe = dataclasses.replace(RECIPE, steps=30, batch=1)
+    weights, losses = trained(adapt.TaskTrainer(tiny, builder, recipe, None, "cpu", "bfloat16"), arc_training.tasks["25ff71a9"], tmp_path / "a")
+    assert len(losses) == 30 and np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.2
+    assert len(weights) == 2 * 7 * 2 and all(np.abs(v).max() > 0 for v in weights.values())
+    assert all(v.dtype == np.float32 for v in weights.values())
+
+
+def test_saved_adapter_is_plain_lora_without_paths(trainer, arc_training, tmp_path, tiny):
+    trained(trainer, arc_training.tasks["d037b0a7"], tmp_path / "a")
+    text = (tmp_path / "a" / "adapter_config.json").read_text()
+    config = json.loads(text)
+    assert (config["peft_type"], config["r"], config["use_dora"]) == ("LORA", 4, False)
+    assert str(tiny.parent) not in text
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+
+
+def test_each_task_continues_from_the_given_adapter(trainer, tiny, builder, arc_training, tmp_path):
+    start, _ = trained(trainer, arc_training.tasks["d037b0a7"], tmp_path / "start")
+    still = dataclasses.replace(RECIPE, steps=1, lr=0.0)
+    continued = adapt.TaskTrainer(tiny, builder, still, tmp_path / "start", "cpu", "bfloat16")
+    assert same(start, trained(continued, arc_training.tasks["3c9b0459"], tmp_path / "one")[0])
+    moving = adapt.TaskTrainer(tiny, builder, RECIPE, tmp_path / "start", "cpu", "bfloat16")
+    one, _ = trained(moving, arc_training.tasks["3c9b0459"], tmp_path / "two")
+    assert not same(start, one)
+    assert same(one, trained(moving, arc_training.tasks["3c9b0459"], tmp_path / "three")[0])
+
+
+def test_every_pair_becomes_the_target_once_in_each_round(builder, arc_training):
+    task = arc_training.tasks["d037b0a7"]
+    examples = adapt.leave_one_out(task, builder, RECIPE, task_rng(0, task.id, "adapt"))
+    rounds = [[next(examples) for _ in task.train] for _ in range(4)]
+    shapes = lambda e: (int((e.labels != IGNORED).sum()), len(e.input_ids))
+    cells = lambda grid: np.bincount(grid.ravel(), minlength=1)[0]  # zeros are kept by every view
+    wanted = sorted(cells(p.output) for p in task.train)
+    zero = builder.ids_of("0")[0]
+    for examples in rounds:
+        assert sorted(int((e.labels == zero).sum()) for e in examples) == wanted
+        assert all(shapes(e)[0] < shapes(e)[1] for e in examples)
+
+
+def test_context_is_cut_to_max_seq_len_and_a_task_without_room_cannot_train(builder, arc_training):
+    task = arc_training.tasks["d037b0a7"]
+    short = dataclasses.replace(RECIPE, max_seq_len=180)
+    examples = adapt.leave_one_out(task, builder, short, np.random.default_rng(0))
+    assert max(len(next(examples).input_ids) for _ in range(12)) <= 180
+    with pytest.raises(adapt.CannotTrain, match="fits into max_seq_len 40"):
+        adapt.leave_one_out(task, builder, dataclasses.replace(RECIPE, max_seq_len=40), np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("pairs", [0, 1])
+def test_tasks_with_no_or_one_pair(trainer, arc_training, tmp_path, pairs):
+    task = arc_training.tasks["d037b0a7"]
+    task = Task(task.id, task.train[:pairs], task.test)
+    if pairs:
+        assert len(trained(trainer, task, tmp_path / "a")[1]) == RECIPE.steps
+    else:
+        with pytest.raises(adapt.CannotTrain, match="no train pair"):
+            trained(trainer, task, tmp_path / "a")
+        assert not (tmp_path / "a").exists()
+
+
+def test_loss_that_is_not_finite_is_raised_and_nothing_is_saved(tiny, builder, arc_training, tmp_path):
+    sick = adapt.TaskTrainer(nan_model(tiny, tmp_path / "model"), builder, RECIPE, None, "cpu", "bfloat16")
+    with pytest.raises(FloatingPointError, match="step 1 in bfloat16"):
+        trained(sick, arc_training.tasks["d037b0a7"], tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_default_learning_rate_follows_the_size():
+    assert adapt.default_lr(494_032_768) == pytest.approx(8e-5, rel=0.01)
+    assert adapt.default_lr(134_515_008) == pytest.approx(8e-4, rel=0.01)
+    assert 8e-5 < adapt.default_lr(270_000_000) < 8e-4
+    assert adapt.default_lr(7_000_000_000) == adapt.default_lr(494_000_000)

@@ -1,0 +1,157 @@
+"""One contract for both inference backends, on the real model with real adapters: `python -m pytest tests/test_engines.py`."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from arc_kernel import adapt, generate
+from arc_kernel.grids import GridEncoder
+from arc_kernel.prompts import PromptBuilder
+from arc_kernel.views import random_view, task_rng
+from models import nan_model, tiny_model
+
+TASKS = ("d037b0a7", "3c9b0459", "25ff71a9", "c8f0f002")
+NEW_TOKENS = 24
+needs_vllm = pytest.mark.skipif(not generate.vllm_installed(), reason="no vLLM wheel for this platform")
+
+
+@pytest.fixture(scope="module")
+def builder(tokenizer):
+    return PromptBuilder(tokenizer, GridEncoder.from_name("shape+rows+digits"), "chat")
+
+
+@pytest.fixture(scope="module")
+def adapters(model_folder, builder, arc_training, tmp_path_factory):
+    """An adapter for each of TASKS, trained just long enough to answer with a grid instead of words."""
+    recipe = adapt.Recipe(steps=5, batch=1, lr=2e-3, rank=8, max_seq_len=4096, permute_background=False, seed=0)
+    trainer = adapt.TaskTrainer(model_folder, builder, recipe, None, "cpu", adapt.train_dtypes("cpu")[0])
+    folder = tmp_path_factory.mktemp("adapters")
+    for task_id in TASKS:
+        trainer.train(arc_training.tasks[task_id], folder / task_id, lambda *_: None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompts(builder, arc_training, adapters):
+    """A prompt with each task's own adapter and, in the same batch, some with none."""
+    made = []
+    for task_id in TASKS:
+        task = arc_training.tasks[task_id]
+        ids = builder.prompt(random_view(len(task.train), task_rng(0, task_id, "test")), task, 0)
+        made.append(generate.Prompt((task_id, "adapted"), ids, adapters / task_id))
+        if len(made) < 4:
+            made.append(generate.Prompt((task_id, "base"), ids, None))
+    return made
+
+
+@pytest.fixture(scope="module")
+def engines(model_folder, builder):
+    """Both backends (one where vLLM has no wheel) in float32, where their arithmetic agrees."""
+    settings = generate.EngineSettings(model_folder, "float32", 4096, builder.end_token, 8)
+    started = {b: generate.start_engine(b, settings, "cpu") for b in ("transformers", "vllm") if b != "vllm" or generate.vllm_installed()}
+    yield started
+    for engine in started.values():
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def reference(engines, prompts):
+    return answers(engines["transformers"], prompts)
+
+
+@pytest.fixture(params=["transformers", pytest.param("vllm", marks=needs_vllm)])
+def engine(request, engines):
+    return engines[request.param]
+
+
+def answers(engine, prompts, **options):
+    return {a.prompt.key: a for a in engine.answer(iter(prompts), **({"max_new_tokens": NEW_TOKENS} | options))}
+
+
+@needs_vllm
+def test_vllm_gives_the_tokens_and_logprobs_of_transformers_for_mixed_adapters(engines, reference, prompts):
+    given = answers(engines["vllm"], prompts)
+    assert set(given) == {p.key for p in prompts}
+    for key, answer in given.items():
+        assert (answer.token_ids, answer.status) == (reference[key].token_ids, reference[key].status), key
+        assert answer.logprob == pytest.approx(reference[key].logprob, abs=5e-3), key
+
+
+def test_adapters_change_answers_and_the_base_model_is_left_alone(reference):
+    bases = [task_id for task_id, kind in reference if kind == "base"]
+    assert len(bases) == 2
+    for task_id in bases:
+        assert reference[task_id, "adapted"].token_ids != reference[task_id, "base"].token_ids
+
+
+def test_answer_ends_at_the_closing_token_or_says_truncated(engine, prompts, builder):
+    given = answers(engine, prompts)
+    assert {a.status for a in given.values()} <= {"ok", "truncated"}
+    for answer in given.values():
+        assert builder.end_token not in answer.token_ids
+        assert (len(answer.token_ids) == NEW_TOKENS) == (answer.status == "truncated")
+        assert answer.logprob < 0
+    short = answers(engine, prompts[:2], max_new_tokens=3)
+    assert all(a.status == "truncated" and len(a.token_ids) == 3 for a in short.values())
+    assert all(given[k].token_ids[:3] == a.token_ids for k, a in short.items())
+
+
+def test_answer_that_is_not_viable_is_cut(engine, prompts, reference):
+    hopeless = answers(engine, prompts[1:2], viable=lambda ids: False)
+    assert [(a.status, len(a.token_ids)) for a in hopeless.values()] == [("stopped", generate.CHECK_EVERY)]
+    fine = answers(engine, prompts[1:2], viable=lambda ids: True)
+    assert all(a.token_ids == reference[k].token_ids for k, a in fine.items())
+
+
+def test_prompts_are_taken_as_they_come(engine, prompts, reference):
+    def trickle():
+        yield prompts[0]
+        yield None
+        yield prompts[2]
+
+    given = answers(engine, trickle())
+    assert {k: a.token_ids for k, a in given.items()} == {p.key: reference[p.key].token_ids for p in (prompts[0], prompts[2])}
+
+
+def test_engine_without_prompts_gives_no_answers(engine):
+    assert answers(engine, []) == {}
+
+
+@pytest.mark.parametrize("backend", ["transformers", pytest.param("vllm", marks=needs_vllm)])
+def test_nan_logits_are_marked_and_never_taken_for_an_answer(backend, model_folder, builder, prompts, tmp_path):
+    sick = nan_model(tiny_model(model_folder, tmp_path / "tiny"), tmp_path / "nan")
+    engine = generate.start_engine(backend, generate.EngineSettings(sick, "float32", 2048, builder.end_token, 0), "cpu")
+    base = [p for p in prompts if p.adapter is None]
+    given = answers(engine, base)
+    engine.close()
+    assert len(given) == len(base)
+    assert all(a.status == "nan" and not math.isfinite(a.logprob) and len(a.token_ids) <= 2 for a in given.values())
+
+
+MEMORY = """
+import json, sys
+from pathlib import Path
+from arc_kernel import generate
+model, end, prompts = Path(sys.argv[1]), int(sys.argv[2]), json.load(open(sys.argv[3]))
+engine = generate.start_engine("vllm", generate.EngineSettings(model, sys.argv[4], 8192, end, 8), "cpu")
+done = list(engine.answer([generate.Prompt((i,), ids, Path(a)) for i, (ids, a) in enumerate(prompts)], 8))
+assert len(done) == len(prompts)
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print("peak", int(peak.split()[1]) * 1024)
+"""
+
+
+@needs_vllm
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_engine_with_four_adapters_stays_under_6_gb(dtype, model_folder, builder, prompts, tmp_path):
+    rows = [(p.token_ids, str(p.adapter)) for p in prompts if p.adapter]
+    (tmp_path / "prompts.json").write_text(json.dumps(rows))
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(model_folder), str(builder.end_token), str(tmp_path / "prompts.json"), dtype],
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(rows) == 4 and int(done.stdout.split()[-1]) < 6e9

@@ -153,5 +153,5 @@ def _chat_words(tokenizer) -> _Words:
     end = closing[0] if closing and closing[0] in tokenizer.all_special_ids else tokenizer.eos_token_id
     if end is None:
         raise ArcKernelError(f"{tokenizer.name_or_path}: chat template closes no answer and there is no eos_token: use prompt=compact")
-    # one newline after the question: of two, tokenizers like GPT-2's and Qwen's would each make something else than our parts
+    # one newline after the question: GPT-2's pre-tokenizer splits two before a word, and keeps them whole at a part's end
     return _Words(f"{before}{QUESTION}\n", "Input {}:\n", "\nOutput {}:\n", "\n", "Test input:\n", f"\nTest output:{after}", end)

@@ -104,8 +104,8 @@ def spread_views(task: Task, test_index: int, n: int, rng: np.random.Generator, 
 def _draws(task, used, rng, permute_background, n):
     """A function symmetry -> iterator of views: all in random order where they are few, else random draws for ever.
 
-    A symmetry has at least as many distinct prompts as colour images, and as orders that differ; where either count
-    reaches `n`, drawing for ever comes to an end.
+    64 n views hold n distinct prompts, so drawing ends: recolouring that only moves pairs about makes at most 4! = 24 views
+    alike with 4 colours, and with 5 colours there are 15120 images of them alone.
     """
     fixed = 0 if permute_background else 1
     free = [c for c in used if c >= fixed]
@@ -124,7 +124,7 @@ def _draws(task, used, rng, permute_background, n):
             drawn = random_view(len(task.train), rng, permute_background)
             yield View(symmetry, _complete({c: drawn.colours[c] for c in free}, fixed), drawn.order)
 
-    return few if image_count * order_count < 64 * n or max(image_count, order_count) < n else many
+    return few if image_count * order_count < 64 * n else many
 
 
 def _orders(kinds: list, placed: tuple[int, ...] = ()):

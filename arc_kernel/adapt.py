@@ -11,6 +11,7 @@ Training for Abstract Reasoning", section 3; recipe and constants are arc24's (g
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import shutil
@@ -153,6 +154,9 @@ class TaskTrainer:
             self.model.save_pretrained(fresh, save_embedding_layers=False)  # "auto" asks a hub
             with contextlib.suppress(FileNotFoundError):
                 (fresh / "README.md").unlink()  # peft's empty model card
+            config = json.loads((fresh / "adapter_config.json").read_text())
+            config["target_modules"] = sorted(config["target_modules"])  # peft writes a set, in another order each time
+            (fresh / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
             os.chmod(fresh, 0o755)
             shutil.rmtree(folder, ignore_errors=True)
             fresh.rename(folder)

@@ -27,7 +27,7 @@ def builder(tokenizer):
 @pytest.fixture(scope="module")
 def adapters(model_folder, builder, arc_training, tmp_path_factory):
     """An adapter for each of TASKS, trained just long enough to answer with a grid instead of words."""
-    recipe = adapt.Recipe(steps=5, batch=1, lr=2e-3, rank=8, max_seq_len=4096, permute_background=False, seed=0)
+    recipe = adapt.Recipe(steps=4, batch=1, lr=2e-3, rank=8, max_seq_len=4096, permute_background=False, seed=0)
     trainer = adapt.TaskTrainer(model_folder, builder, recipe, None, "cpu", adapt.train_dtypes("cpu")[0])
     folder = tmp_path_factory.mktemp("adapters")
     for task_id in TASKS:
@@ -147,11 +147,10 @@ print("peak", int(peak.split()[1]) * 1024)
 
 @needs_vllm
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_engine_with_four_adapters_stays_under_6_gb(dtype, model_folder, builder, prompts, tmp_path):
+def test_engine_with_four_adapters_stays_under_6_gb(model_folder, builder, prompts, tmp_path):
     rows = [(p.token_ids, str(p.adapter)) for p in prompts if p.adapter]
     (tmp_path / "prompts.json").write_text(json.dumps(rows))
-    done = subprocess.run([sys.executable, "-c", MEMORY, str(model_folder), str(builder.end_token), str(tmp_path / "prompts.json"), dtype],
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(model_folder), str(builder.end_token), str(tmp_path / "prompts.json"), "bfloat16"],
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(rows) == 4 and int(done.stdout.split()[-1]) < 6e9

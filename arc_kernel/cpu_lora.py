@@ -32,19 +32,27 @@ def install() -> bool:
 
 
 def _groups(indices):
-    """(slot, rows) for each adapter among per-token slots int64 [tokens]; rows without an adapter (-1) are in none."""
-    return [(slot, (indices == slot).nonzero()[:, 0]) for slot in indices.unique().tolist() if slot >= 0]
+    """(slot, rows) for each adapter among per-token slots int64 [tokens]; rows without an adapter (-1) are in none.
+
+    Rows are a slice where they are neighbours (a prefill), which spares gathering and scattering, else their indexes.
+    """
+    groups = []
+    for slot in indices.unique().tolist():
+        if slot >= 0:
+            rows = (indices == slot).nonzero()[:, 0]
+            first, last = int(rows[0]), int(rows[-1])
+            groups.append((slot, slice(first, last + 1) if last - first + 1 == len(rows) else rows))
+    return groups
 
 
 def _add_lora_linear(self, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **_):
     """y [tokens, out] += scale * x [tokens, in] @ A.T @ B.T, with A [slots, 1, rank, in] and B [slots, 1, slice, rank]."""
     for slot, rows in self.arc_kernel_groups:
-        everything = len(rows) == len(x)
-        some, start = x if everything else x[rows], 0
+        some, start = x[rows], 0
         for a, b, size in zip(lora_a_stacked, lora_b_stacked, output_slices):
-            delta = (some @ a[slot, 0].T).mul_(scale) @ b[slot, 0].T
-            if everything:
-                y[:, start:start + size] += delta
+            h, part = some @ a[slot, 0].T, y[:, start:start + size]
+            if isinstance(rows, slice):
+                part[rows].addmm_(h, b[slot, 0].T, alpha=scale)
             else:
-                y[:, start:start + size].index_add_(0, rows, delta.to(y.dtype))
+                part[rows] = part[rows].addmm_(h, b[slot, 0].T, alpha=scale)
             start += size

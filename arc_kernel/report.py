@@ -127,7 +127,7 @@ def losses_html(curves: dict[str, list[float]]) -> str:
     if len(curves) <= 10:
         axes.legend(fontsize=7, ncols=2)
     data = io.StringIO()
-    figure.savefig(data, format="svg")
+    figure.savefig(data, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return data.getvalue()[data.getvalue().index("<svg"):]
 
 

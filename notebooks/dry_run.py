@@ -15,9 +15,10 @@ import papermill
 import yaml
 from papermill.exceptions import PapermillExecutionError
 
-from arc_kernel import loopback
-
 REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+from arc_kernel import loopback  # noqa: E402
+
 # Four tasks with 3x3 to 9x4 grids, so that a step costs under 300 tokens. 60 steps at 1e-3 because the training loss of
 # d037b0a7 is flat from there on, and half of it does not solve a task; README, "The dry run", has the figures.
 PARAMETERS = {

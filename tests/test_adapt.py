@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from arc_kernel import adapt
@@ -125,6 +126,24 @@ def test_loss_that_is_not_finite_is_raised_and_nothing_is_saved(tiny, builder, a
     with pytest.raises(FloatingPointError, match="step 1 in bfloat16"):
         trained(sick, arc_training.tasks["d037b0a7"], tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+def test_exchanged_linear_layers_give_the_loss_and_gradients_of_peft(tiny, builder, arc_training, monkeypatch):
+    example = next(adapt.leave_one_out(arc_training.tasks["d037b0a7"], builder, RECIPE, np.random.default_rng(0)))
+    results = []
+    for install in (adapt.lora_linear.install, lambda model: 0):
+        monkeypatch.setattr(adapt.lora_linear, "install", install)
+        trainer = adapt.TaskTrainer(tiny, builder, RECIPE, None, "cpu", "float32")
+        trainer._reset(0)
+        for number, weight in enumerate(trainer.weights):  # B starts at zero, which would hide half of the gradients
+            weight.data.normal_(0, 0.05, generator=torch.Generator().manual_seed(number))
+        loss = trainer._loss(example)
+        loss.backward()
+        results.append((loss.item(), [w.grad for w in trainer.weights]))
+    (loss, gradients), (peft_loss, peft_gradients) = results
+    assert loss == pytest.approx(peft_loss, rel=1e-5) and len(gradients) == 28
+    for one, other in zip(gradients, peft_gradients):
+        assert one.abs().max() > 0 and torch.allclose(one, other, rtol=1e-3, atol=1e-6)
 
 
 def test_default_learning_rate_follows_the_size():

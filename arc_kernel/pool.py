@@ -23,6 +23,7 @@ from .errors import ArcKernelError
 
 STAGES = ("adapt", "answer")
 TRIES = 2  # of a task in a worker that died over it
+DEATHS = 3  # of workers with no task finished in between, after which what is left is given up
 
 
 class Pool:
@@ -37,7 +38,7 @@ class Pool:
         self._open = {"adapt"}  # stages from which tasks are given out
         self._messages: queue.Queue = queue.Queue()
         self._processes: dict[int, subprocess.Popen] = {}
-        self._devices, self._numbers = devices, 0
+        self._devices, self._numbers, self._deaths = devices, 0, 0
         for device in range(min(devices, max(1, max(map(len, self.todo.values()))))):
             self._start(device)
 
@@ -56,6 +57,7 @@ class Pool:
                 self._wanting[number] = message["stage"]
             else:
                 if message["event"] in ("adapted", "adapt-failed", "answered"):
+                    self._deaths = 0
                     for held in self._held[number].values():
                         held.discard(message["task"])
                 yield {"worker": number, **message}
@@ -121,20 +123,26 @@ class Pool:
 
     def _bury(self, number: int) -> Iterator[dict]:
         """Take a dead worker's tasks back, or give them up after TRIES, and start another in its place where work is left."""
-        process, given_up = self._reap(number), {stage: [] for stage in STAGES}
-        for stage, held in self._held.pop(number).items():
+        process, given_up, all_held = self._reap(number), {stage: [] for stage in STAGES}, self._held.pop(number)
+        if process.returncode == 0 and not any(all_held.values()):  # it was told that nothing is left
+            return
+        for stage, held in all_held.items():
             for task_id in sorted(held):
                 self._tries[stage, task_id] += 1
                 if self._tries[stage, task_id] < TRIES:
                     self.todo[stage].append(task_id)
                 else:
                     given_up[stage].append(task_id)
+        self._deaths += 1
+        if self._deaths >= DEATHS:
+            for stage, waiting in self.todo.items():
+                given_up[stage] += waiting
+                waiting.clear()
         if any(self.todo.values()):
-            if self._numbers > self._devices + 2 * TRIES * (1 + len(self._tasks)):
-                raise ArcKernelError(f"{self._logs}/worker-{number}.log: workers die again and again: read the log")
             self._start(process.device)
-        if process.returncode or any(given_up.values()):
-            yield {"event": "worker-died", "worker": number, "returncode": process.returncode, "given_up": given_up}
+        log = self._logs / f"worker-{number}.log"
+        yield {"event": "worker-died", "worker": number, "returncode": process.returncode, "given_up": given_up,
+               "text": f"worker {number} died (status {process.returncode}, see {log}); given up: {sum(map(len, given_up.values()))} tasks"}
 
     def _reap(self, number: int) -> subprocess.Popen:
         process = self._processes.pop(number)

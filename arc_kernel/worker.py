@@ -6,7 +6,6 @@ line, and is never told a solution. What it prints otherwise goes to its log.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
@@ -109,13 +108,14 @@ class Worker:
                 self.tell("precision", task=task.id, stage="adapt", dtype=dtypes[0], seen=str(error), next=dtypes[1:2])
                 if len(dtypes) > 1:
                     dtypes = dtypes[1:]
-                    trainer = None
+                    del trainer
+                    adapt.free_memory()
                     trainer = load()
                     continue
                 self.tell("adapt-failed", task=task.id, error=f"task {task.id}: {error}: answered without an adapter")
             task = self.ask("adapt")
         del trainer
-        gc.collect()
+        adapt.free_memory()
         self.lap("adapt", tokens=tokens)
 
     def _adapt(self, trainer: adapt.TaskTrainer, task: Task) -> int:

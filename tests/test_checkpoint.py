@@ -1,0 +1,51 @@
+"""Model folders and the embedded model: `python -m pytest tests/test_checkpoint.py`."""
+
+import importlib.metadata
+import json
+import shutil
+
+import pytest
+
+from arc_kernel import checkpoint
+from arc_kernel.errors import ArcKernelError
+
+
+def test_embedded_model_is_whole_and_is_converted_only_once(model_folder):
+    before = {p: p.stat().st_mtime_ns for p in model_folder.iterdir()}
+    assert checkpoint.embedded_model() == model_folder
+    assert {p: p.stat().st_mtime_ns for p in model_folder.iterdir()} == before
+    assert checkpoint.parameter_count(model_folder) == 134_515_008
+    assert checkpoint.context_length(model_folder) == 8192
+    assert not [p for p in model_folder.parent.iterdir() if p.name.startswith(f".{model_folder.name}")]
+
+
+def test_embedded_model_reads_the_same_on_transformers_4_and_5(model_folder):
+    config = checkpoint.read_config(model_folder)
+    assert config["rope_theta"] == 100_000 and "rope_parameters" not in config and config["torch_dtype"] == "bfloat16"
+    assert json.loads((model_folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_embedded_tokenizer_has_the_special_tokens_of_its_chat_template(tokenizer):
+    assert (tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token) == ("<|im_end|>", "<|im_start|>", "<|endoftext|>")
+    ids = tokenizer("3x3\n1 0<|im_end|>", add_special_tokens=False).input_ids
+    assert ids[-1] == tokenizer.eos_token_id and tokenizer.decode(ids) == "3x3\n1 0<|im_end|>"
+
+
+def test_model_of_transformers_5_is_refused_where_4_would_misread_it(model_folder, tmp_path, monkeypatch):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    config = checkpoint.read_config(folder)
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.pop("rope_theta")}
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.57.6")
+    with pytest.raises(ArcKernelError, match="rope theta"):
+        checkpoint.check_model(folder)
+    checkpoint.make_portable(folder)
+    checkpoint.check_model(folder)
+    assert checkpoint.read_config(folder)["rope_theta"] == 100_000
+
+
+def test_shard_named_by_the_index_and_missing_is_named(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00002-of-00002.safetensors"}}))
+    with pytest.raises(ArcKernelError, match="model-00002-of-00002.safetensors: named by the index and missing"):
+        checkpoint.check_model(folder)

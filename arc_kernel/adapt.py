@@ -11,7 +11,6 @@ Training for Abstract Reasoning", section 3; recipe and constants are arc24's (g
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import math
 import os
@@ -197,12 +196,3 @@ def leave_one_out(task: Task, builder: PromptBuilder, recipe: Recipe, rng: np.ra
 def train_dtypes(device: str) -> list[str]:
     """Dtypes the base model may compute in while a LoRA is trained, best first."""
     return precision.candidates("auto", device)
-
-
-def free_memory() -> None:
-    """Give back what a dropped model held, on a GPU also to other libraries."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

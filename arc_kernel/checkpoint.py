@@ -7,6 +7,7 @@ Knows file layouts (config, tokenizer, safetensors, GGUF) and nothing of tasks o
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.metadata
 import importlib.util
 import json
@@ -120,6 +121,15 @@ def load_model(folder: Path, dtype: str, device: str):
     except (OSError, ValueError, RuntimeError) as error:
         raise ArcKernelError(f"{folder}: model cannot be loaded: {str(error).splitlines()[0]}") from None
     return model.to(device).eval()
+
+
+def free_memory() -> None:
+    """Give back what a dropped model held, on a GPU also to other libraries."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def cache_folder() -> Path:

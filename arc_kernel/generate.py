@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
 from . import cpu_lora, loopback
-from .checkpoint import load_model
+from .checkpoint import free_memory, load_model
 from .errors import ArcKernelError
 
 VLLM_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, MaxLoRARanks
@@ -170,13 +170,11 @@ class VllmEngine:
 
     def close(self) -> None:
         """Free the engine's memory."""
-        import gc
-
-        with_shutdown = getattr(self._llm.llm_engine, "engine_core", None)
-        if hasattr(with_shutdown, "shutdown"):
-            with_shutdown.shutdown()
+        core = getattr(self._llm.llm_engine, "engine_core", None)
+        if hasattr(core, "shutdown"):
+            core.shutdown()
         del self._llm
-        gc.collect()
+        free_memory()
 
 
 class TransformersEngine:
@@ -248,10 +246,8 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Free the model's memory."""
-        import gc
-
         del self._model
-        gc.collect()
+        free_memory()
 
 
 def _prepare_environment(device: str) -> None:

@@ -6,6 +6,8 @@ line, and is never told a solution. What it prints otherwise goes to its log.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -14,17 +16,17 @@ import traceback
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator
+from typing import Iterable, Iterator
 
 from . import adapt, precision
-from .checkpoint import load_tokenizer
+from .checkpoint import free_memory, load_tokenizer
 from .errors import ArcKernelError
 from .generate import Answer, EngineSettings, Prompt, adapter_rank, start_engine
 from .grids import GridEncoder
 from .prompts import PromptBuilder
 from .select import Completion, status_of, write_completions
 from .tasks import Task, task_from_json
-from .views import View, spread_views, task_rng
+from .views import spread_views, task_rng
 
 PROGRESS_SECONDS = 0.5
 
@@ -91,34 +93,45 @@ class Worker:
         self._answer_all()
 
     def _adapt_all(self) -> None:
-        job, task = self.job, self.ask("adapt")
+        task = self.ask("adapt")
         if task is None:
             return
-        recipe = adapt.Recipe(job.ttt_steps, job.ttt_batch, job.ttt_lr, job.lora_rank, job.max_seq_len, job.permute_background, job.seed)
-        dtypes = adapt.train_dtypes(self.device)
-        start = Path(job.adapter) if job.adapter else None
-        load = lambda: adapt.TaskTrainer(Path(job.model), self.builder, recipe, start, self.device, dtypes[0])
-        trainer = load()
+        self._load_trainer(adapt.train_dtypes(self.device)[0])
         self.lap("load model")
         tokens = 0
         while task is not None:
             try:
-                tokens += self._adapt(trainer, task)
+                tokens += self._adapt(task)
             except FloatingPointError as error:
-                self.tell("precision", task=task.id, stage="adapt", dtype=dtypes[0], seen=str(error), next=dtypes[1:2])
-                if len(dtypes) > 1:
-                    dtypes = dtypes[1:]
-                    del trainer
-                    adapt.free_memory()
-                    trainer = load()
-                    continue
-                self.tell("adapt-failed", task=task.id, error=f"task {task.id}: {error}: answered without an adapter")
+                tokens += self._adapt_in_wider_dtype(task, error)
             task = self.ask("adapt")
-        del trainer
-        adapt.free_memory()
+        self._trainer = None
+        free_memory()
         self.lap("adapt", tokens=tokens)
 
-    def _adapt(self, trainer: adapt.TaskTrainer, task: Task) -> int:
+    def _load_trainer(self, dtype: str) -> None:
+        job, self._trainer = self.job, None  # the old model goes before the new one comes
+        free_memory()
+        recipe = adapt.Recipe(job.ttt_steps, job.ttt_batch, job.ttt_lr, job.lora_rank, job.max_seq_len, job.permute_background, job.seed)
+        start = Path(job.adapter) if job.adapter else None
+        self._trainer = adapt.TaskTrainer(Path(job.model), self.builder, recipe, start, self.device, dtype)
+
+    def _adapt_in_wider_dtype(self, task: Task, error: FloatingPointError) -> int:
+        """Train a task whose loss was not finite in the dtypes that may follow; one is kept only where it helps."""
+        before, dtypes = self._trainer.dtype, adapt.train_dtypes(self.device)
+        for dtype in dtypes[dtypes.index(before) + 1:]:
+            self.tell("precision", task=task.id, stage="adapt", dtype=self._trainer.dtype, seen=str(error), next=dtype)
+            self._load_trainer(dtype)
+            try:
+                return self._adapt(task)
+            except FloatingPointError as again:
+                error = again
+        self.tell("adapt-failed", task=task.id, error=f"task {task.id}: {error}: answered without an adapter")
+        if self._trainer.dtype != before:  # the task's own fault
+            self._load_trainer(before)
+        return 0
+
+    def _adapt(self, task: Task) -> int:
         """Train one task's adapter; its training tokens. Any failure but a NaN leaves the task to the base model."""
         begun = told = time.perf_counter()
         waiting, total = [], 0
@@ -134,7 +147,7 @@ class Worker:
                 told = now
 
         try:
-            trainer.train(task, self.out / "adapters" / task.id, on_step)
+            self._trainer.train(task, self.out / "adapters" / task.id, on_step)
             self.tell("adapted", task=task.id, seconds=round(time.perf_counter() - begun, 3), tokens=total)
         except FloatingPointError:
             raise
@@ -146,38 +159,41 @@ class Worker:
         return total
 
     def _answer_all(self) -> None:
+        """Answer tasks in the first dtype that is healthy; those whose answers are NaN there go on to the next."""
         first = self.ask("answer")
         self.lap("wait for other workers")
-        dtypes = precision.candidates(self.job.dtype, self.device)
-        evidence, again = [], [first] if first else []
-        fresh = self._tasks()
+        if first is None:
+            return
+        dtypes, waiting, more = precision.candidates(self.job.dtype, self.device), [first], self._tasks()
+        evidence: list[dict] = []
         for number, dtype in enumerate(dtypes):
-            last = number == len(dtypes) - 1
-            if not again:
-                break
-            backend = self._backend_for(dtype)
-            try:
-                engine = start_engine(backend, self._engine_settings(dtype), self.device)
-            except ArcKernelError as error:
-                traceback.print_exc()
-                evidence.append({"dtype": dtype, "backend": backend, "ok": False, "seen": str(error)})
+            engine = self._healthy_engine(dtype, waiting[0], evidence)
+            self.tell("verdict", dtype=engine and dtype, evidence=evidence)
+            if engine is None:
                 continue
-            self.lap("start engine", dtype=dtype)
-            seen = self._canary(engine, again[0])
-            self.lap("canary")
-            evidence.append({"dtype": dtype, "backend": backend, "ok": not seen, "seen": seen or "finite logprobs, varied tokens"})
-            self.tell("verdict", dtype=None if seen else dtype, evidence=evidence)
-            if not seen or last:  # with the last dtype even a sick engine answers, and the guard marks what is NaN
-                again = self._serve(engine, again, fresh, keep_nan=last)
-                fresh = iter(())
-                if again:
-                    self.tell("precision", stage="answer", dtype=dtype, tasks=[t.id for t in again], seen="nan answers", next=dtypes[number + 1:])
+            waiting, more = self._serve(engine, itertools.chain(waiting, more), keep_nan=dtype == dtypes[-1]), iter(())
             engine.close()
-            del engine
-        if first is not None and (fresh_left := [*again, *fresh]):
-            self.tell("verdict", dtype=None, evidence=evidence)
-            for task in fresh_left:
-                self._finish(task, [], error="no engine starts")
+            if not waiting:
+                return
+            self.tell("precision", stage="answer", dtype=dtype, tasks=[t.id for t in waiting], seen="nan answers", next=dtypes[number + 1:])
+        for task in itertools.chain(waiting, more):
+            self._finish(task, [], error=f"task {task.id}: no dtype gives finite answers: fallback answer")
+
+    def _healthy_engine(self, dtype: str, task: Task, evidence: list[dict]):
+        """A started engine that passed the canary, or None; what was seen is added to `evidence`."""
+        backend, engine = self._backend_for(dtype), None
+        try:
+            engine = start_engine(backend, self._engine_settings(dtype), self.device)
+            self.lap("start engine", dtype=dtype)
+            wrong = self._canary(engine, task)
+            self.lap("canary")
+        except ArcKernelError as error:
+            traceback.print_exc()
+            wrong = str(error)
+        evidence.append({"dtype": dtype, "backend": backend, "ok": not wrong, "seen": wrong or "finite logprobs, varied tokens"})
+        if wrong and engine is not None:
+            engine.close()
+        return None if wrong else engine
 
     def _tasks(self) -> Iterator[Task]:
         while (task := self.ask("answer")) is not None:
@@ -195,11 +211,12 @@ class Worker:
         return EngineSettings(Path(job.model), dtype, job.max_seq_len, self.builder.end_token, rank if uses else 0)
 
     def _canary(self, engine, task: Task) -> str:
-        """What is wrong with a few real answers in this dtype, or an empty string."""
-        prompts = self._prompts(task)[0][:2]
-        if not prompts:
-            return ""
-        prompts += [Prompt(p.key, p.token_ids, None) for p in prompts[:1] if p.adapter]
+        """What is wrong with a few real answers of the model in this dtype, or an empty string.
+
+        It judges the model each task starts from; a task's own adapter is judged by the guard on each of its answers.
+        """
+        start = Path(self.job.adapter).resolve() if self.job.adapter else None
+        prompts = [dataclasses.replace(p, adapter=start) for p in self._prompts(task)[0][:2]]
         answers = [(a.token_ids, a.logprob) for a in engine.answer(prompts, precision.CANARY_TOKENS)]
         digits = {t for c in "0123456789" for t in self.builder.ids_of(c)}
         return precision.judge(answers, digits)
@@ -228,44 +245,42 @@ class Worker:
             return folder.resolve()
         return Path(self.job.adapter).resolve() if self.job.adapter else None
 
-    def _serve(self, engine, first: list[Task], more: Iterator[Task], keep_nan: bool) -> list[Task]:
+    def _serve(self, engine, tasks: Iterable[Task], keep_nan: bool) -> list[Task]:
         """Answer tasks as they come, streaming; those with NaN answers are given back, unless `keep_nan`."""
         open_tasks: dict[str, tuple[Task, int]] = {}
         done: dict[str, list[Completion]] = defaultdict(list)
         sick, prompt_tokens, new_tokens = [], 0, 0
 
-        def feed():
+        def feed() -> Iterator[Prompt]:
             nonlocal prompt_tokens
-            for tasks in (first, more):
-                for task in tasks:
-                    try:
-                        prompts, notes = self._prompts(task)
-                    except Exception as error:  # one task's trouble is its own
-                        traceback.print_exc()
-                        prompts, notes = [], [f"task {task.id}: {type(error).__name__}: {error}: fallback answer"]
-                    for note in notes:
-                        self.tell("note", task=task.id, text=note)
-                    if not prompts:
-                        self._finish(task, [])
-                        continue
-                    open_tasks[task.id] = (task, len(prompts))
-                    prompt_tokens += sum(len(p.token_ids) for p in prompts)
-                    yield from prompts
+            for task in tasks:
+                try:
+                    prompts, notes = self._prompts(task)
+                except Exception as error:  # one task's trouble is its own
+                    traceback.print_exc()
+                    prompts, notes = [], [f"task {task.id}: {type(error).__name__}: {error}: fallback answer"]
+                for note in notes:
+                    self.tell("note", task=task.id, text=note)
+                if not prompts:
+                    self._finish(task, [])
+                    continue
+                open_tasks[task.id] = (task, len(prompts))
+                prompt_tokens += sum(len(p.token_ids) for p in prompts)
+                yield from prompts
 
         viable = lambda ids: self.builder.encoder.may_begin(self.builder.text_of(ids))
         for answer in engine.answer(feed(), self.max_new_tokens, viable):
-            task_id = answer.prompt.key[0]
             completion = self._completion(answer)
-            done[task_id].append(completion)
+            done[completion.task_id].append(completion)
             new_tokens += completion.tokens
-            task, expected = open_tasks[task_id]
-            if len(done[task_id]) < expected:
-                self.tell("completion", task=task_id, status=completion.status, tokens=completion.tokens)
-            elif any(c.status == "nan" for c in done[task_id]) and not keep_nan:
+            task, expected = open_tasks[completion.task_id]
+            if len(done[task.id]) < expected:
+                self.tell("completion", task=task.id, status=completion.status, tokens=completion.tokens)
+            elif any(c.status == "nan" for c in done[task.id]) and not keep_nan:
                 sick.append(task)
-                del done[task_id]
+                del done[task.id]
             else:
-                self._finish(task, done.pop(task_id))
+                self._finish(task, done.pop(task.id))
         self.lap("answer", prompt_tokens=prompt_tokens, tokens=new_tokens)
         return sick
 

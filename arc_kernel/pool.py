@@ -8,10 +8,12 @@ id; what they are is sent as JSON.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -23,6 +25,7 @@ from .errors import ArcKernelError
 
 STAGES = ("adapt", "answer")
 TRIES = 2  # of a task in a worker that died over it
+DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG, linux/prctl.h
 DEATHS = 3  # of workers with no task finished in between, after which what is left is given up
 
 
@@ -91,7 +94,7 @@ class Pool:
         log = open(self._logs / f"worker-{number}.log", "w", encoding="utf-8")
         process = subprocess.Popen([sys.executable, "-m", "arc_kernel.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                    stderr=log, text=True, encoding="utf-8", env=_environment(device, self._devices),
-                                   preexec_fn=_own_cores(device, self._devices))
+                                   preexec_fn=_in_the_worker(device, self._devices))
         log.close()
         process.device = device
         self._processes[number], self._held[number] = process, {stage: set() for stage in STAGES}
@@ -185,9 +188,15 @@ def _environment(device: int, devices: int) -> dict[str, str]:
     return env
 
 
-def _own_cores(device: int, devices: int):
-    """What a worker does before it starts: keep to its share of the cores, where devices share them."""
-    if devices == 1 or gpu_count() or not hasattr(os, "sched_setaffinity"):
-        return None
-    share = _share(device, devices)
-    return lambda: os.sched_setaffinity(0, share)
+def _in_the_worker(device: int, devices: int):
+    """What a worker does before it starts: end when this process is killed, keep to its share of the cores."""
+    share = [] if devices == 1 or gpu_count() else _share(device, devices)
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def prepare() -> None:
+        if libc:
+            libc.prctl(DIE_WITH_PARENT, signal.SIGKILL)  # else it would hold its GPU's memory against the next start
+        if share and hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, share)
+
+    return prepare

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -197,13 +198,24 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.02)
 
 
+def wait_for_end(pids, seconds=10):
+    """Until each process is gone or only waits to be collected."""
+    end = time.monotonic() + seconds
+    for pid in pids:
+        while Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            assert time.monotonic() < end, f"worker {pid} outlives the run"
+            time.sleep(0.05)
+
+
 def test_killed_run_finishes_when_started_again_and_keeps_what_was_done(tmp_path, fast):
     out, options = tmp_path / "run", fast | {"tasks": TRAINING, "task_ids": SMALL, "ttt_steps": 40}
     process = started(out, **options)
     wait_for(lambda: (out / "adapters").is_dir() and any(p.name[0] != "." for p in (out / "adapters").iterdir()), process)
     assert set(json.loads((out / "submission.json").read_text())) == set(SMALL.split(","))
-    os.killpg(process.pid, signal.SIGKILL)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    process.kill()
     process.communicate()
+    wait_for_end(map(int, workers))
     finished = {k: v for k, v in digests(out, "adapters").items() if not k.startswith("adapters/.")}
     assert finished and not (out / "report.html").exists()
     done = solve(out, **options)

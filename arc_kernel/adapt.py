@@ -22,7 +22,7 @@ from typing import Callable, Iterator
 
 import numpy as np
 
-from . import lora_linear, precision
+from . import precision
 from .checkpoint import load_model
 from .errors import ArcKernelError
 from .prompts import IGNORED, Example, PromptBuilder
@@ -67,6 +67,8 @@ class TaskTrainer:
     def __init__(self, model: Path, builder: PromptBuilder, recipe: Recipe, start: Path | None, device: str, dtype: str):
         import torch
         from peft import LoraConfig, PeftModel, get_peft_model
+
+        from . import lora_linear  # imports torch, which `run` can do without
 
         self.recipe, self.builder, self.device, self.dtype = recipe, builder, device, dtype
         base = load_model(model, dtype, device)

@@ -55,15 +55,16 @@ def candidates(wanted: str, device: str) -> list[str]:
     return [first, *(d for d in NEXT[first] if d != "bfloat16" or native)]
 
 
-def judge(answers: list[tuple[list[int], float]], grid_tokens: set[int]) -> str:
+def judge(answers: list[tuple[list[int], float]], grid_tokens: set[int], last: bool) -> str:
     """What is wrong with a canary's answers (token ids, summed logprob each), or an empty string.
 
     Wrong is a logprob that is not finite, or every answer being one and the same token over and over where no grid is
-    written with that token (a row of zeros is constant and healthy).
+    written with that token (a row of zeros is constant and healthy). In the `last` dtype there is to try, a model that
+    repeats a token with finite logprobs is only a bad model, and is used.
     """
     if any(not math.isfinite(logprob) for _, logprob in answers):
         return "logprob is not finite"
     tokens = {token for ids, _ in answers for token in ids}
-    if len(tokens) == 1 and tokens.isdisjoint(grid_tokens) and min(len(ids) for ids, _ in answers) >= CANARY_TOKENS:
+    if not last and len(tokens) == 1 and tokens.isdisjoint(grid_tokens) and min(len(ids) for ids, _ in answers) >= CANARY_TOKENS:
         return f"every answer repeats token {tokens.pop()}"
     return ""

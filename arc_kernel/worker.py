@@ -167,7 +167,7 @@ class Worker:
         dtypes, waiting, more = precision.candidates(self.job.dtype, self.device), [first], self._tasks()
         evidence: list[dict] = []
         for number, dtype in enumerate(dtypes):
-            engine = self._healthy_engine(dtype, waiting[0], evidence)
+            engine = self._healthy_engine(dtype, waiting[0], evidence, last=dtype == dtypes[-1])
             self.tell("verdict", dtype=engine and dtype, evidence=evidence)
             if engine is None:
                 continue
@@ -179,18 +179,18 @@ class Worker:
         for task in itertools.chain(waiting, more):
             self._finish(task, [], error=f"task {task.id}: no dtype gives finite answers: fallback answer")
 
-    def _healthy_engine(self, dtype: str, task: Task, evidence: list[dict]):
+    def _healthy_engine(self, dtype: str, task: Task, evidence: list[dict], last: bool):
         """A started engine that passed the canary, or None; what was seen is added to `evidence`."""
         backend, engine = self._backend_for(dtype), None
         try:
             engine = start_engine(backend, self._engine_settings(dtype), self.device)
             self.lap("start engine", dtype=dtype)
-            wrong = self._canary(engine, task)
+            wrong = self._canary(engine, task, last)
             self.lap("canary")
         except ArcKernelError as error:
             traceback.print_exc()
             wrong = str(error)
-        evidence.append({"dtype": dtype, "backend": backend, "ok": not wrong, "seen": wrong or "finite logprobs, varied tokens"})
+        evidence.append({"dtype": dtype, "backend": backend, "ok": not wrong, "seen": wrong or "finite logprobs"})
         if wrong and engine is not None:
             engine.close()
         return None if wrong else engine
@@ -210,7 +210,7 @@ class Worker:
         uses = job.adapter or any((self.out / "adapters").glob("*/adapter_model.safetensors"))
         return EngineSettings(Path(job.model), dtype, job.max_seq_len, self.builder.end_token, rank if uses else 0)
 
-    def _canary(self, engine, task: Task) -> str:
+    def _canary(self, engine, task: Task, last: bool) -> str:
         """What is wrong with a few real answers of the model in this dtype, or an empty string.
 
         It judges the model each task starts from; a task's own adapter is judged by the guard on each of its answers.
@@ -219,7 +219,7 @@ class Worker:
         prompts = [dataclasses.replace(p, adapter=start) for p in self._prompts(task)[0][:2]]
         answers = [(a.token_ids, a.logprob) for a in engine.answer(prompts, precision.CANARY_TOKENS)]
         digits = {t for c in "0123456789" for t in self.builder.ids_of(c)}
-        return precision.judge(answers, digits)
+        return precision.judge(answers, digits, last)
 
     def _prompts(self, task: Task) -> tuple[list[Prompt], list[str]]:
         """The prompts of a task (key: task id, test index, view) and what must be said about them."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from arc_kernel import adapt
+from arc_kernel import adapt, lora_linear
 from arc_kernel.grids import GridEncoder
 from arc_kernel.prompts import IGNORED, PromptBuilder
 from arc_kernel.tasks import Pair, Task
@@ -131,8 +131,8 @@ def test_loss_that_is_not_finite_is_raised_and_nothing_is_saved(tiny, builder, a
 def test_exchanged_linear_layers_give_the_loss_and_gradients_of_peft(tiny, builder, arc_training, monkeypatch):
     example = next(adapt.leave_one_out(arc_training.tasks["d037b0a7"], builder, RECIPE, np.random.default_rng(0)))
     results = []
-    for install in (adapt.lora_linear.install, lambda model: 0):
-        monkeypatch.setattr(adapt.lora_linear, "install", install)
+    for install in (lora_linear.install, lambda model: 0):
+        monkeypatch.setattr(lora_linear, "install", install)
         trainer = adapt.TaskTrainer(tiny, builder, RECIPE, None, "cpu", "float32")
         trainer._reset(0)
         for number, weight in enumerate(trainer.weights):  # B starts at zero, which would hide half of the gradients

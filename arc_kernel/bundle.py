@@ -1,6 +1,6 @@
 """Kaggle datasets: the package and the weights become folders with a manifest of every byte, and are found again on Kaggle.
 
-Building is for a clone; finding and verifying for the notebook, on read-only mounts whose layout differs between sessions.
+Building is for a clone; finding and verifying for the notebook, on read-only mounts whose layout differs from run to run.
 Knows nothing of tasks, prompts or runs, and imports only the standard library, which a bare Kaggle image has.
 """
 

@@ -5,7 +5,7 @@ asks for one pair's output given the others (leave-one-out) under a random view.
 nothing of inference.
 
 Sources: per-task fine-tuning with leave-one-out tasks is Akyürek et al. 2024, "The Surprising Effectiveness of Test-Time
-Training for Abstract Reasoning", section 3; recipe and constants are arc24's (github.com/ironbar/arc24).
+Training for Abstract Reasoning"; recipe and constants are arc24's (github.com/ironbar/arc24).
 """
 
 from __future__ import annotations

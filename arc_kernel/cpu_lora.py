@@ -1,6 +1,6 @@
 """LoRA on vLLM's CPU build as one matrix product per adapter, instead of a copy of the adapter's weights per token.
 
-vLLM's torch operators (vllm/lora/ops/torch_ops/lora_ops.py, 0.11 to 0.32) gather `weights[index of each token]`: at rank
+vLLM's torch operators (vllm/lora/ops/torch_ops/lora_ops.py, read in 0.32) gather `weights[index of each token]`: at rank
 32 on SmolLM2-135M that is 20 MB of copies a token in bfloat16, and index -1 (no adapter) takes the last slot's weights.
 Here rows are grouped by adapter once per step. GPUs keep vLLM's own kernels.
 """

@@ -81,7 +81,7 @@ def adapter_rank(folder: Path) -> int:
 
 
 class VllmEngine:
-    """vLLM 0.11.2 to 0.33, stepped by hand, so that answers stream, hopeless ones are cut, and prompts join as others leave."""
+    """vLLM (run with 0.32; written for 0.11.2 to 0.33), stepped by hand, so that answers stream, hopeless ones are cut, and prompts join as others leave."""
 
     def __init__(self, settings: EngineSettings, device: str):
         _prepare_environment(device)
@@ -99,7 +99,7 @@ class VllmEngine:
         if device == "cpu":
             cpu_lora.install()
             args.update(enforce_eager=True, kv_cache_memory_bytes=CPU_KV_BYTES)
-        elif _before_ampere():  # FlashAttention and FlashInfer need sm_80 or fail on sm_75 (vLLM issue 29743)
+        elif _before_ampere():  # T4 (sm_75): FlashAttention needs sm_80
             if "attention_backend" in known:
                 args["attention_backend"] = "TRITON_ATTN"
             else:

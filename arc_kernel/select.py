@@ -3,7 +3,7 @@
 A vote is one view's answer, seen back through the view. Knows nothing of models; completions are read from and written to
 `completions/<task>.jsonl`, so that selection can be done again without the model.
 
-Source: voting over undone augmentations is Akyürek et al. 2024 (section 4, "augmented inference") and arc24's
+Source: voting over undone augmentations is Akyürek et al. 2024 (test-time training for abstract reasoning) and arc24's
 voting script; ties by mean logprob per token are ours.
 """
 

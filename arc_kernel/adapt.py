@@ -11,6 +11,7 @@ Training for Abstract Reasoning"; recipe and constants are arc24's (github.com/i
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import os
@@ -22,14 +23,20 @@ from typing import Callable, Iterator
 
 import numpy as np
 
-from . import precision
-from .checkpoint import load_model
+from .checkpoint import load_model, write_json
 from .errors import ArcKernelError
+from .precision.probe import collected, recording
+from .precision.rescale import Rescale
 from .prompts import IGNORED, Example, PromptBuilder
 from .tasks import Task
 from .views import random_view, task_rng
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LOSS_SCALE = 2.0**12  # float16's first loss scale; halved when a gradient does not fit, doubled after 2,000 steps (torch's)
+SKIPS = 12  # float16 steps in a row without a finite gradient: the scale has come down to 1
+KEEP_EVERY = 10  # steps between two states of the adapter to go back to
+ROLLBACKS = 3  # of a task before its dtype is given up
+LR_DROP = 0.5  # of the learning rate at each of them
 GRADIENT_NORM = 1.0  # transformers' TrainingArguments.max_grad_norm, which arc24 keeps
 WARMUP = 0.05  # share of the steps
 
@@ -62,15 +69,20 @@ class CannotTrain(ArcKernelError):
 
 
 class TaskTrainer:
-    """A base model and one LoRA that is reset for each task. `start` names a trained LoRA to start each task from."""
+    """A base model and one LoRA that is reset for each task. `start` names a trained LoRA to start each task from.
 
-    def __init__(self, model: Path, builder: PromptBuilder, recipe: Recipe, start: Path | None, device: str, dtype: str):
+    Where `model` holds weights rescaled by `rescale`, each layer's LoRA is scaled like its weight, so that A and B, their
+    gradients, and what is saved are those of the original weights.
+    """
+
+    def __init__(self, model: Path, builder: PromptBuilder, recipe: Recipe, start: Path | None, device: str, dtype: str,
+                 rescale: Rescale | None = None):
         import torch
         from peft import LoraConfig, PeftModel, get_peft_model
 
         from . import lora_linear  # imports torch, which `run` can do without
 
-        self.recipe, self.builder, self.device, self.dtype = recipe, builder, device, dtype
+        self.recipe, self.builder, self.device, self.dtype, self.rescale = recipe, builder, device, dtype, rescale
         base = load_model(model, dtype, device)
         base.config.use_cache = False
         if start is None:
@@ -83,17 +95,24 @@ class TaskTrainer:
         else:
             self.model = PeftModel.from_pretrained(base, start, is_trainable=True)
         self.model.peft_config["default"].base_model_name_or_path = model.name  # a name, not a machine's path
+        if rescale is not None:
+            for name, module in self.model.get_base_model().named_modules():
+                if hasattr(module, "lora_A"):
+                    module.scaling["default"] *= 2.0 ** rescale.exponent(f"{name}.weight")
         lora_linear.install(self.model)
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
         for weight in self.weights:  # fp32 master weights, whatever the base model computes in
             weight.data = weight.data.to(torch.float32)
         self._start = None if start is None else [w.detach().clone() for w in self.weights]
 
-    def train(self, task: Task, folder: Path, on_step: Callable[[int, float, int], None]) -> None:
-        """Fine-tune on `task` and save the adapter as `folder` by write-then-rename.
+    def train(self, task: Task, folder: Path, on_step: Callable[[int, float, int], None],
+              on_trouble: Callable[[str], None] = lambda text: None) -> dict:
+        """Fine-tune on `task` and save the adapter as `folder` by write-then-rename, with its range.json.
 
         `on_step(step, loss, tokens)` is called after each step with its mean loss per answer token (nats) and its tokens.
-        Raises CannotTrain where the task gives no example, FloatingPointError where the loss is not finite.
+        Where a loss or gradient is not finite, the adapter goes back to its last good state and on at a lower learning
+        rate; `on_trouble` is told. Returns how often: `rollbacks`, and `skipped`, float16 steps lost to loss scaling.
+        Raises CannotTrain where the task gives no example, FloatingPointError where ROLLBACKS did not help.
         """
         import torch
 
@@ -101,30 +120,75 @@ class TaskTrainer:
         examples = leave_one_out(task, self.builder, self.recipe, rng)
         self._reset(int(rng.integers(2**31)))
         optimizer = torch.optim.AdamW(self.weights, lr=self.recipe.lr, weight_decay=0.0)
-        warmup = max(1, round(WARMUP * self.recipe.steps))
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / warmup, (self.recipe.steps - step) / max(1, self.recipe.steps - warmup)))
-        scaler = torch.amp.GradScaler(self.device, enabled=self.dtype == "float16")
+        scaler = torch.amp.GradScaler(self.device, init_scale=LOSS_SCALE, enabled=self.dtype == "float16")
+        good, step, factor, facts, skips = None, 0, 1.0, {"rollbacks": 0, "skipped": 0}, 0
         self.model.train()
-        for step in range(self.recipe.steps):
+        while step < self.recipe.steps:
             losses, tokens = [], 0
             for example in (next(examples) for _ in range(self.recipe.batch)):
                 loss = self._loss(example)
                 scaler.scale(loss / self.recipe.batch).backward()
                 losses.append(loss.item())
                 tokens += len(example.input_ids)
-            if not all(map(math.isfinite, losses)):
-                raise FloatingPointError(f"loss {losses[-1]} at step {step + 1} in {self.dtype}")
             scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(self.weights, GRADIENT_NORM)
+            finite = all(map(math.isfinite, losses))
+            norm = torch.nn.utils.clip_grad_norm_(self.weights, GRADIENT_NORM).item()
+            overflowed = finite and not math.isfinite(norm) and self.dtype == "float16" and skips < SKIPS
+            if overflowed:  # the scaled gradient did not fit: once more with a smaller scale
+                skips, facts["skipped"] = skips + 1, facts["skipped"] + 1
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+                continue
+            if not finite or not math.isfinite(norm):
+                seen = f"{'gradient' if finite else 'loss'} is not finite at step {step + 1} in {self.dtype}"
+                if good is None or facts["rollbacks"] >= ROLLBACKS:
+                    raise FloatingPointError(seen)
+                facts["rollbacks"] += 1
+                factor *= LR_DROP
+                step, skips = self._go_back(good, optimizer), 0
+                scaler = torch.amp.GradScaler(self.device, init_scale=LOSS_SCALE, enabled=self.dtype == "float16")
+                on_trouble(f"{seen}: back to step {step} at {factor:g} of the learning rate")
+                continue
+            if step % KEEP_EVERY == 0:
+                good = self._keep(step, optimizer)
+            for group in optimizer.param_groups:
+                group["lr"] = self.recipe.lr * factor * _schedule(step, self.recipe.steps)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            schedule.step()
-            on_step(step + 1, sum(losses) / len(losses), tokens)
+            step, skips = step + 1, 0
+            on_step(step, sum(losses) / len(losses), tokens)
         if not all(torch.isfinite(w).all() for w in self.weights):
             raise FloatingPointError(f"adapter weights are not finite after training in {self.dtype}")
-        self._save(folder)
+        self._save(folder, {"peaks": self._peaks(task)})
+        return facts
+
+    def _keep(self, step: int, optimizer) -> tuple:
+        """A copy of the adapter and the optimizer's state before the update of `step`."""
+        return step, [w.detach().clone() for w in self.weights], copy.deepcopy(optimizer.state_dict())
+
+    def _go_back(self, good: tuple, optimizer) -> int:
+        """Put a kept state back; its step."""
+        step, weights, state = good
+        for weight, old in zip(self.weights, weights):
+            weight.data.copy_(old)
+        optimizer.load_state_dict(copy.deepcopy(state))
+        optimizer.zero_grad(set_to_none=True)
+        return step
+
+    def _peaks(self, task: Task) -> dict[str, list[float]]:
+        """Peaks by site and layer of the adapted model on the task's own first prompt, as they are without rescaling."""
+        import torch
+
+        kept = self.builder.fit(task.train, task.test[0].input, 1, self.recipe.max_seq_len)
+        pairs = tuple(task.train[k] for k in kept or ())
+        ids = self.builder.prompt_ids(pairs, task.test[0].input)[: self.recipe.max_seq_len]
+        self.model.eval()
+        with torch.no_grad(), recording(self.model) as peaks, torch.autocast(self.device, getattr(torch, self.dtype), enabled=self.dtype != "float32"):
+            self.model(input_ids=torch.tensor([ids], device=self.device), logits_to_keep=1)
+        found = collected(peaks)
+        return self.rescale.scaled(found, back=True) if self.rescale else found
 
     def _loss(self, example: Example):
         """Mean cross entropy over the labelled positions; logits [labels, vocabulary] are computed only there."""
@@ -150,7 +214,7 @@ class TaskTrainer:
         for weight in self.weights:
             weight.grad = None
 
-    def _save(self, folder: Path) -> None:
+    def _save(self, folder: Path, ranges: dict) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
@@ -160,6 +224,7 @@ class TaskTrainer:
             config = json.loads((fresh / "adapter_config.json").read_text())
             config["target_modules"] = sorted(config["target_modules"])  # peft writes a set, in another order each time
             (fresh / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
+            write_json(fresh / "range.json", ranges)
             os.chmod(fresh, 0o755)
             shutil.rmtree(folder, ignore_errors=True)
             fresh.rename(folder)
@@ -195,6 +260,8 @@ def leave_one_out(task: Task, builder: PromptBuilder, recipe: Recipe, rng: np.ra
     return rounds()
 
 
-def train_dtypes(device: str) -> list[str]:
-    """Dtypes the base model may compute in while a LoRA is trained, best first."""
-    return precision.candidates("auto", device)
+
+def _schedule(step: int, steps: int) -> float:
+    """Share of the peak learning rate at a step: linear warmup, then linear to zero."""
+    warmup = max(1, round(WARMUP * steps))
+    return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))

@@ -25,8 +25,6 @@ PACKAGE = Path(__file__).resolve().parent
 TEMPLATES = PACKAGE.parent / "kaggle_datasets"
 USERNAME = "INSERT_USERNAME_HERE"  # to be replaced before an upload, in the manner of Kaggle's own `datasets init`
 DATASETS = {"code": "arc-kernel-code", "weights": "arc-kernel-<model>"}
-WEIGHT_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
-                "merges.txt", "chat_template*", "model*.safetensors", "model.safetensors.index.json", "LICENSE*")
 DEPTH = 6  # folders below the input root that are looked into; Kaggle mounts a dataset 1 to 3 below it
 AGAIN = "build the bundle again (python build_kernel.py) and upload it"
 
@@ -73,7 +71,7 @@ def build_weights(out: Path, model: str, username: str = USERNAME, say: Callable
     name = "arc-kernel-" + re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
     if not len("arc-kernel-") < len(name) <= 50 or name == DATASETS["code"]:
         raise ArcKernelError(f"{folder}: its name makes no Kaggle dataset id ({name}): rename the folder, at most 39 letters")
-    sources = {f"model/{f.name}": f for pattern in WEIGHT_FILES for f in folder.glob(pattern) if f.is_file()}
+    sources = {f"model/{f.name}": f for pattern in (*checkpoint.TEXTS, checkpoint.WEIGHTS) for f in folder.glob(pattern) if f.is_file()}
     return _build(Path(out) / name, "weights", {"model": label}, sources, username, say)
 
 

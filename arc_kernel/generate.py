@@ -13,6 +13,8 @@ import itertools
 import json
 import math
 import os
+import shutil
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import Callable, Iterable, Iterator
 from . import cpu_lora, loopback
 from .checkpoint import free_memory, load_model
 from .errors import ArcKernelError
+from .precision.rescale import Rescale, convert_adapter
 
 VLLM_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, MaxLoRARanks
 IN_FLIGHT = 32  # prompts decoded together: 4 tasks of 8 views
@@ -42,24 +45,32 @@ class Prompt:
 class Answer:
     """What was generated: ids without the closing token, the summed logprob (nats), and how it ended.
 
-    `status` is `ok` (closing token reached), `truncated` (out of tokens), `stopped` (not viable) or `nan`.
+    `logprobs` has one entry per generated token, the closing token included. `status` is `ok` (closing token reached),
+    `truncated` (out of tokens), `stopped` (not viable) or `nan` (see `failed`).
     """
 
     prompt: Prompt
     token_ids: list[int]
     logprob: float
     status: str
+    logprobs: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What an engine is started with: model folder, dtype, tokens of prompt plus answer, closing token, LoRA rank (0: none)."""
+    """What an engine is started with: model folder, dtype, tokens of prompt plus answer, closing token, LoRA rank (0: none).
+
+    `rescale`: the model's weights are rescaled so; adapters are converted as they are loaded. `special`: ids of the
+    tokenizer's special tokens, for the guard.
+    """
 
     model: Path
     dtype: str
     max_seq_len: int
     end_token: int
     lora_rank: int
+    rescale: Rescale | None = None
+    special: frozenset[int] = frozenset()
 
 
 Viable = Callable[[list[int]], bool]
@@ -68,6 +79,16 @@ Viable = Callable[[list[int]], bool]
 def vllm_installed() -> bool:
     """Whether vLLM can be imported, without importing it."""
     return importlib.util.find_spec("vllm") is not None
+
+
+def failed(token_ids: list[int], logprob: float, special: frozenset[int]) -> bool:
+    """The guard on every answer: a logprob that is not finite, or one special token over and over from the first on.
+
+    The second is what NaN logits look like where an engine hides their logprob: greedy decoding takes token 0.
+    """
+    if not math.isfinite(logprob):
+        return True
+    return len(token_ids) >= CHECK_EVERY and token_ids[0] in special and token_ids.count(token_ids[0]) == len(token_ids)
 
 
 def start_engine(backend: str, settings: EngineSettings, device: str):
@@ -108,9 +129,10 @@ class VllmEngine:
             self._llm = vllm.LLM(**args)
         except Exception as error:
             raise ArcKernelError(f"{settings.model}: vLLM does not start in {settings.dtype}: {_first_line(error)}") from error
-        self._end = settings.end_token
+        self._end, self._special = settings.end_token, settings.special
         self._numbers = itertools.count(1)
-        self._adapters: dict[Path, object] = {}
+        self._requests: dict[Path, object] = {}
+        self._adapters = ServedAdapters(settings.rescale)
 
     def answer(self, prompts: Iterable[Prompt | None], max_new_tokens: int, viable: Viable | None = None) -> Iterator[Answer]:
         """Answer prompts as they finish, in any order. `prompts` is read only as room appears; None in it means: none yet."""
@@ -146,16 +168,21 @@ class VllmEngine:
     def _look(self, prompt: Prompt, output, viable: Viable | None) -> Answer | None:
         """The answer where it is finished, NaN or no longer viable; None where it goes on."""
         result = output.outputs[0]
-        ids, logprob = list(result.token_ids), result.cumulative_logprob
-        logprob = math.nan if logprob is None else logprob
-        if ids and not math.isfinite(logprob):
-            return Answer(prompt, ids, logprob, "nan")
-        if output.finished:
-            closed = bool(ids) and ids[-1] == self._end
-            return Answer(prompt, ids[:-1] if closed else ids, logprob, "ok" if closed else "truncated")
-        if viable and len(ids) % CHECK_EVERY == 0 and not viable(ids):
-            return Answer(prompt, ids, logprob, "stopped")
-        return None
+        logprob = math.nan if result.cumulative_logprob is None else result.cumulative_logprob
+        look = output.finished or len(result.token_ids) % CHECK_EVERY == 0
+        if not look and math.isfinite(logprob):
+            return None
+        ids, status = list(result.token_ids), ""
+        if ids and failed(ids, logprob, self._special):
+            status = "nan"
+        elif output.finished:
+            status = "ok" if ids and ids[-1] == self._end else "truncated"
+        elif viable and not viable(ids):
+            status = "stopped"
+        if not status:
+            return None
+        logprobs = tuple(step[token].logprob for token, step in zip(ids, result.logprobs or ()))
+        return Answer(prompt, ids[:-1] if status == "ok" else ids, logprob, status, logprobs)
 
     def _lora(self, adapter: Path | None):
         """A LoRA request with an id, name and path of its own: a reused id is not loaded again."""
@@ -163,10 +190,11 @@ class VllmEngine:
 
         if adapter is None:
             return None
-        if adapter not in self._adapters:
-            number = len(self._adapters) + 1
-            self._adapters[adapter] = LoRARequest(f"{adapter.name}-{number}", number, str(adapter))
-        return self._adapters[adapter]
+        folder = self._adapters.folder(adapter)
+        if adapter not in self._requests:
+            number = len(self._requests) + 1
+            self._requests[adapter] = LoRARequest(f"{adapter.name}-{number}", number, str(folder))
+        return self._requests[adapter]
 
     def close(self) -> None:
         """Free the engine's memory."""
@@ -174,15 +202,21 @@ class VllmEngine:
         if hasattr(core, "shutdown"):
             core.shutdown()
         del self._llm
+        self._adapters.close()
         free_memory()
 
 
 class TransformersEngine:
-    """transformers' own generate with peft adapters: slow, plain, and independent of vLLM."""
+    """transformers' own generate with peft adapters: slow, plain, and independent of vLLM.
+
+    In float32 adapters are merged into the weights and taken out again by putting the old weights back; 16-bit weights
+    would lose what is merged.
+    """
 
     def __init__(self, settings: EngineSettings, device: str):
         self._model, self._device, self._end = load_model(settings.model, settings.dtype, device), device, settings.end_token
-        self._max_seq_len, self._adapter = settings.max_seq_len, None
+        self._max_seq_len, self._special, self._adapter = settings.max_seq_len, settings.special, None
+        self._adapters, self._merge, self._old = ServedAdapters(settings.rescale), settings.dtype == "float32", {}
 
     def answer(self, prompts: Iterable[Prompt | None], max_new_tokens: int, viable: Viable | None = None) -> Iterator[Answer]:
         """Answer prompts in batches of neighbours with the same adapter; see VllmEngine.answer."""
@@ -212,8 +246,8 @@ class TransformersEngine:
             for i in range(len(prompts)):
                 bad = not bool(torch.isfinite(scores[-1][i]))
                 generated = sequences[i, width:].tolist()
-                if viable and not bad and length % CHECK_EVERY == 0 and self._end not in generated:
-                    bad = not viable(generated)
+                if not bad and length % CHECK_EVERY == 0 and self._end not in generated:
+                    bad = failed(generated, 0.0, self._special) or bool(viable and not viable(generated))
                 if bad and not stopped[i]:
                     stopped[i], ends[i] = True, length
             return stopped.to(sequences.device)
@@ -228,26 +262,65 @@ class TransformersEngine:
             generated = out[i, width:].tolist()
             closed = self._end in generated
             length = generated.index(self._end) + 1 if closed else ends[i] or len(generated)
-            logprob = float(sum(float(step[i]) for step in scores[:length]))
-            answer = generated[:length - 1] if closed else generated[:length]
-            status = "nan" if not math.isfinite(logprob) else "ok" if closed else "stopped" if stopped[i] else "truncated"
-            yield Answer(prompt, answer, logprob, status)
+            logprobs = tuple(float(step[i]) for step in scores[:length])
+            answer, logprob = generated[:length - 1] if closed else generated[:length], sum(logprobs)
+            bad = failed(answer, logprob, self._special)
+            status = "nan" if bad else "ok" if closed else "stopped" if stopped[i] else "truncated"
+            yield Answer(prompt, answer, logprob, status, logprobs)
 
     def _use(self, adapter: Path | None) -> None:
         from peft import PeftModel
 
         if adapter == self._adapter:
             return
-        if self._adapter is not None:
+        if self._merge:
+            for weight, old in self._old.items():
+                weight.data.copy_(old)
+        elif self._adapter is not None:
             self._model = self._model.unload()
         if adapter is not None:
-            self._model = PeftModel.from_pretrained(self._model, adapter).eval()
+            model = PeftModel.from_pretrained(self._model, self._adapters.folder(adapter))
+            if self._merge:
+                touched = (m.get_base_layer().weight for m in model.modules() if hasattr(m, "get_base_layer") and hasattr(m, "lora_A"))
+                self._old = {w: self._old[w] if w in self._old else w.detach().clone() for w in touched}
+                model = model.merge_and_unload()
+            self._model = model.eval()
         self._adapter = adapter
 
     def close(self) -> None:
         """Free the model's memory."""
-        del self._model
+        del self._model, self._old
+        self._adapters.close()
         free_memory()
+
+
+class ServedAdapters:
+    """Adapter folders as an engine's weights want them: themselves, or converted for rescaled weights when first asked for.
+
+    Converted copies of the last IN_FLIGHT adapters are kept; more cannot have prompts in flight.
+    """
+
+    def __init__(self, rescale: Rescale | None):
+        self._rescale, self._made = rescale, {}
+        self._scratch = tempfile.TemporaryDirectory(prefix="arc-kernel-") if rescale else None
+
+    def folder(self, adapter: Path) -> Path:
+        """The folder to load for an adapter."""
+        if self._rescale is None:
+            return adapter
+        if adapter in self._made:
+            self._made[adapter] = self._made.pop(adapter)  # the newest now
+            return self._made[adapter]
+        self._made[adapter] = Path(tempfile.mkdtemp(dir=self._scratch.name)) / adapter.name
+        convert_adapter(adapter, self._made[adapter], self._rescale)
+        while len(self._made) > IN_FLIGHT:
+            shutil.rmtree(self._made.pop(next(iter(self._made))))
+        return self._made[adapter]
+
+    def close(self) -> None:
+        """Remove what was converted."""
+        if self._scratch:
+            self._scratch.cleanup()
 
 
 def _prepare_environment(device: str) -> None:

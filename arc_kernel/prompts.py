@@ -47,7 +47,8 @@ class _Words:
 class PromptBuilder:
     """Builds prompts and training examples of one kind (`chat` or `compact`) with one encoder for one tokenizer.
 
-    `longest_answer` is the number of tokens of a 30x30 answer with its closing token; `end_token` is that token's id.
+    `longest_answer` is the number of tokens of a 30x30 answer with its closing token; `end_token` is that token's id,
+    `special_tokens` are the ids of all special tokens.
     """
 
     def __init__(self, tokenizer, encoder: GridEncoder, kind: str):
@@ -55,7 +56,7 @@ class PromptBuilder:
         self.ids_of = functools.lru_cache(maxsize=4096)(self._tokenize)
         self._one_token_cells = all(len(self.ids_of(c)) == 1 for c in (*"0123456789", *encoder.separator))
         self._words = _chat_words(tokenizer) if kind == "chat" else _compact_words(tokenizer)
-        self.end_token = self._words.end
+        self.end_token, self.special_tokens = self._words.end, frozenset(tokenizer.all_special_ids)
         self.longest_answer = len(self.answer_ids(encoder.longest()))
 
     def _tokenize(self, text: str) -> tuple[int, ...]:

@@ -1,5 +1,7 @@
 """Fixtures of all tests: the embedded model, its tokenizer, real tasks; `python -m pytest` runs everything."""
 
+import os
+
 import hypothesis
 import pytest
 
@@ -12,6 +14,16 @@ hypothesis.settings.load_profile("repeatable")
 @pytest.fixture(scope="session")
 def model_folder():
     return checkpoint.open_model(checkpoint.EMBEDDED)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fresh_cache(model_folder, tmp_path_factory):
+    """A cache of the tests' own for what runs find out about precision, with the converted model in it."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.symlink(model_folder.parent, folder / model_folder.parent.name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ARC_KERNEL_CACHE", str(folder))
+        yield
 
 
 @pytest.fixture(scope="session")

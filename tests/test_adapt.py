@@ -71,6 +71,7 @@ def test_saved_adapter_is_plain_lora_without_paths(trainer, arc_training, tmp_pa
     trained(trainer, arc_training.tasks["d037b0a7"], tmp_path / "a")
     text = (tmp_path / "a" / "adapter_config.json").read_text()
     config = json.loads(text)
+    assert json.loads((tmp_path / "a" / "range.json").read_text())["peaks"]["down"][1] > 0
     assert (config["peft_type"], config["r"], config["use_dora"]) == ("LORA", 4, False)
     assert str(tiny.parent) not in text
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
@@ -123,7 +124,7 @@ def test_tasks_with_no_or_one_pair(trainer, arc_training, tmp_path, pairs):
 
 def test_loss_that_is_not_finite_is_raised_and_nothing_is_saved(tiny, builder, arc_training, tmp_path):
     sick = adapt.TaskTrainer(nan_model(tiny, tmp_path / "model"), builder, RECIPE, None, "cpu", "bfloat16")
-    with pytest.raises(FloatingPointError, match="step 1 in bfloat16"):
+    with pytest.raises(FloatingPointError, match="loss is not finite at step 1 in bfloat16"):
         trained(sick, arc_training.tasks["d037b0a7"], tmp_path / "a")
     assert not (tmp_path / "a").exists()
 

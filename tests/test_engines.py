@@ -10,6 +10,7 @@ import pytest
 
 from arc_kernel import adapt, generate
 from arc_kernel.grids import GridEncoder
+from arc_kernel.precision import verdict
 from arc_kernel.prompts import PromptBuilder
 from arc_kernel.views import random_view, task_rng
 from models import nan_model, tiny_model
@@ -28,7 +29,7 @@ def builder(tokenizer):
 def adapters(model_folder, builder, arc_training, tmp_path_factory):
     """An adapter for each of TASKS, trained just long enough to answer with a grid instead of words."""
     recipe = adapt.Recipe(steps=4, batch=1, lr=2e-3, rank=8, max_seq_len=4096, permute_background=False, seed=0)
-    trainer = adapt.TaskTrainer(model_folder, builder, recipe, None, "cpu", adapt.train_dtypes("cpu")[0])
+    trainer = adapt.TaskTrainer(model_folder, builder, recipe, None, "cpu", verdict.candidates("auto", "cpu")[0])
     folder = tmp_path_factory.mktemp("adapters")
     for task_id in TASKS:
         trainer.train(arc_training.tasks[task_id], folder / task_id, lambda *_: None)

@@ -1,42 +1,66 @@
-"""The canary's judgement and the order of dtypes: `python -m pytest tests/test_precision.py`."""
+"""The order of dtypes, the canary's judgement and the verdict's file: `python -m pytest tests/test_precision.py`."""
 
-import json
 import math
 
 import pytest
 
-from arc_kernel import precision
+from arc_kernel.precision import verdict
 
-GRID = {32, 33}
-CONSTANT = ([0] * precision.CANARY_TOKENS, -1.0)
+REFERENCE = [([5, 6, 7, 8, 9], [-0.1] * 5), ([1, 2, 3, 4, 5], [-0.2] * 5)]
+
+
+def answers(*changes):
+    """The reference's answers with (prompt, position, token, logprob) changed."""
+    made = [(list(ids), list(logprobs)) for ids, logprobs in REFERENCE]
+    for prompt, position, token, logprob in changes:
+        made[prompt][0][position], made[prompt][1][position] = token, logprob
+    return made
+
+
+def test_answers_like_the_reference_are_healthy():
+    judged = verdict.judge(answers((1, 0, 1, -0.21)), REFERENCE, last=False)
+    assert (judged.wrong, judged.agreement) == ("", 1.0) and judged.difference == pytest.approx(0.01)
 
 
 def test_a_logprob_that_is_not_finite_is_wrong_in_every_dtype():
     for last in (False, True):
         for bad in (math.nan, -math.inf):
-            assert "not finite" in precision.judge([([32, 33], -1.0), ([5], bad)], GRID, last)
+            assert verdict.judge(answers((1, 3, 4, bad)), REFERENCE, last).wrong == "logprob is not finite"
 
 
-def test_one_token_over_and_over_is_wrong_while_another_dtype_is_left():
-    assert precision.judge([CONSTANT, CONSTANT], GRID, last=False) == "every answer repeats token 0"
-    assert precision.judge([CONSTANT, CONSTANT], GRID, last=True) == ""
+def test_nan_answers_of_token_0_are_wrong():
+    assert "not finite" in str(verdict.judge([([0], [math.nan])] * 2, REFERENCE, last=False))
 
 
-def test_a_grid_of_zeros_and_short_answers_are_healthy():
-    assert precision.judge([([32] * precision.CANARY_TOKENS, -1.0)], GRID, last=False) == ""
-    assert precision.judge([([7, 7], -1.0)], GRID, last=False) == ""
-    assert precision.judge([CONSTANT, ([0, 5] * precision.CANARY_TOKENS, -1.0)], GRID, last=False) == ""
+def test_other_tokens_are_wrong_while_another_dtype_is_left_unless_they_tie():
+    far, near = (answers((0, 0, 1, x), (1, 1, 9, x)) for x in (-3.0, -0.15))
+    judged = verdict.judge(far, REFERENCE, last=False)
+    assert judged.wrong == "answers differ from float32" and judged.agreement == pytest.approx(1 / 3)
+    assert "33.3% of the reference's tokens, logprobs within 2.9" in str(judged)
+    assert verdict.judge(far, REFERENCE, last=True).wrong == "" == verdict.judge(near, REFERENCE, last=False).wrong
+
+
+def test_what_follows_the_first_difference_does_not_count():
+    judged = verdict.judge(answers((0, 4, 1, -0.1)), REFERENCE, last=False)
+    assert judged.agreement == 0.9
+    later = verdict.judge(answers((0, 1, 1, -0.1), (0, 2, 77, -9.0)), REFERENCE, last=False)
+    assert later.agreement == pytest.approx(6 / 7) and later.difference == pytest.approx(0.1 - 0.1)
 
 
 @pytest.mark.parametrize("wanted", ["bfloat16", "float16", "float32", "auto"])
 def test_dtypes_start_with_the_wanted_one_and_end_with_float32(wanted):
-    tried = precision.candidates(wanted, "cpu")
-    native = precision.native_bfloat16("cpu")
+    tried = verdict.candidates(wanted, "cpu")
+    native = verdict.native_bfloat16("cpu")
     assert tried[0] == (wanted if wanted != "auto" else "bfloat16" if native else "float16")
     assert tried[-1] == "float32" and len(set(tried)) == len(tried)
     assert "float16" not in tried[1:] and ("bfloat16" not in tried[1:] or native)
 
 
-def test_verdict_file_says_what_was_tried(tmp_path):
-    precision.Precision("float32", ({"dtype": "float16", "ok": False, "seen": "logprob is not finite"},)).save(tmp_path / "precision.json")
-    assert json.loads((tmp_path / "precision.json").read_text())["evidence"][0]["dtype"] == "float16"
+def test_verdict_is_taken_up_again_only_for_what_it_is_about(tmp_path):
+    made = verdict.Precision("float32", None, None, ({"dtype": "float16", "ok": False, "seen": "logprob is not finite"},), {"weights": "ab"})
+    made.save(tmp_path / "precision.json")
+    assert verdict.Precision.load(tmp_path / "precision.json", {"weights": "ab"}) == made
+    assert verdict.Precision.load(tmp_path / "precision.json", {"weights": "other"}) is None
+    (tmp_path / "precision.json").write_text("{")
+    assert verdict.Precision.load(tmp_path / "precision.json", {"weights": "ab"}) is None
+    assert verdict.Precision.load(tmp_path / "missing.json", {}) is None

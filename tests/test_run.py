@@ -81,7 +81,7 @@ def test_real_run_leaves_a_scored_submission_and_its_second_start_does_nothing(t
     assert {p.name for p in (out / "adapters").iterdir()} == set(SMALL.split(","))
     assert json.loads((out / "metrics.json").read_text())["counts"]["outputs"] == 4
     stages = {e["stage"] for e in events(out, "stage")}
-    assert {"read tasks", "import libraries", "load model", "adapt", "start engine", "canary", "answer", "vote, score"} <= stages
+    assert {"read tasks", "import libraries", "load model", "adapt", "probe", "float32 reference", "start engine", "canary", "answer", "vote, score"} <= stages
     assert all(stage in done.stdout for stage in stages) and "report.html" in done.stdout
     losses = [x for e in events(out, "loss") if e["task"] == "d037b0a7" for x in e["losses"]]
     assert len(losses) == 6
@@ -106,16 +106,24 @@ def test_real_run_leaves_a_scored_submission_and_its_second_start_does_nothing(t
 
 
 @pytest.mark.skipif(not generate.vllm_installed(), reason="no vLLM wheel for this platform")
-def test_model_that_overflows_float16_is_answered_in_another_dtype(tmp_path, model_folder):
+@pytest.mark.parametrize("adapted", [False, True])
+def test_model_that_overflows_float16_is_rescaled_and_answered_in_float16(tmp_path, model_folder, adapted):
     sick = overflowing_model(model_folder, tmp_path / "model")
     out = tmp_path / "run"
-    done = solve(out, tasks=TRAINING, task_ids="d037b0a7", model=sick, dtype="float16", ttt_steps=0, views=2, max_new_tokens=16)
+    options = {"tasks": TRAINING, "task_ids": "d037b0a7", "model": sick, "dtype": "float16", "views": 2, "max_new_tokens": 16,
+               "ttt_steps": 2 if adapted else 0}
+    done = solve(out, **options)
     assert done.returncode == 0, done.stderr
     verdict = json.loads((out / "precision.json").read_text())
-    assert [(e["dtype"], e["ok"]) for e in verdict["evidence"]][0] == ("float16", False)
-    assert verdict["dtype"] in ("bfloat16", "float32") and "not finite" in verdict["evidence"][0]["seen"]
+    assert verdict["dtype"] == "float16" and verdict["rescale"]["residual"] == (8 if adapted else 7)
+    assert max(verdict["peaks"]["final norm in"]) > 65504 and [e["ok"] for e in verdict["evidence"]] == [True]
     statuses = [json.loads(line)["status"] for line in (out / "completions" / "d037b0a7.jsonl").read_text().splitlines()]
     assert len(statuses) == 2 and "nan" not in statuses
+    if not adapted:
+        again = solve(tmp_path / "again", **options)
+        seconds = {e["stage"]: e["seconds"] for e in events(tmp_path / "again", "stage")}
+        assert again.returncode == 0 and "canary" not in seconds and seconds["probe"] + seconds["float32 reference"] < 1
+        assert json.loads((tmp_path / "again" / "precision.json").read_text()) == verdict
 
 
 def test_model_that_is_nan_in_every_dtype_ends_in_a_filled_submission(tmp_path, tiny, fast, arc_training):

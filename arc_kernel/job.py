@@ -1,0 +1,29 @@
+"""What a worker is started with: all that `run` has resolved, with no zeros that stand for a default."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Job:
+    """The settings of a worker; `probe_tasks` (as `tasks.task_to_json` gives them) are what precision is judged on."""
+
+    model: str
+    adapter: str
+    out: str
+    backend: str
+    dtype: str
+    ttt_dtype: str
+    grid_encoder: str
+    prompt: str
+    permute_background: bool
+    max_seq_len: int
+    max_new_tokens: int
+    views: int
+    seed: int
+    ttt_steps: int
+    ttt_batch: int
+    ttt_lr: float
+    lora_rank: int
+    probe_tasks: tuple[dict, ...]

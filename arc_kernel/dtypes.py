@@ -7,23 +7,27 @@ once; a model folder may be a read-only mount, or a bundle whose every byte is c
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterator, Sequence
 
 from filelock import FileLock
 
 from .checkpoint import cache_folder, weights_sha256, write_json
+from .engine import EngineSettings, Prompt
 from .errors import ArcKernelError
-from .generate import EngineSettings, Prompt, TransformersEngine, adapter_rank, start_engine
+from .generate import adapter_rank, start_engine
 from .precision import probe, rescale, verdict
 from .precision.probe import Ranges
 from .precision.rescale import Refused, Rescale
 from .precision.verdict import Precision
 from .prompts import PromptBuilder
 from .tasks import Task
+
+Peaks = dict[str, list[float]]  # by site, one per layer
 
 HEADROOM = 2.0  # bits left free under the probe's peaks
 HEADROOM_TTT = 3.0  # with test-time training: an adapter may add to what the probe saw
@@ -46,13 +50,14 @@ class Model:
 
     def __init__(self, folder: Path, adapter: Path | None, builder: PromptBuilder, tasks: list[Task], device: str,
                  max_seq_len: int, headroom: float):
-        self.folder, self.adapter, self.builder = folder, adapter, builder
+        self.folder, self.adapter, self.builder, self.tasks = folder, adapter, builder, tasks
         self.device, self.max_seq_len, self.headroom = device, max_seq_len, headroom
         weights = {"weights": weights_sha256(folder), "adapter": adapter and weights_sha256(adapter)}
         self.cache = cache_folder() / "precision" / verdict.digest(weights)
         self._made = probe.examples(tasks, builder, max_seq_len)
         self.key = weights | {"examples": verdict.digest([e.input_ids.tolist() for e in self._made])}
 
+    @functools.cached_property
     def ranges(self) -> Ranges:
         """The probe's ranges in float32, measured once."""
         name = "ranges-" + self.key["examples"]
@@ -65,7 +70,7 @@ class Model:
         settings = EngineSettings(self.folder, "float32", self.max_seq_len, self.builder.end_token, 0)
 
         def measure() -> list:
-            engine = TransformersEngine(settings, self.device)
+            engine = start_engine("transformers", settings, self.device)
             answers = canary(engine, prompts)
             engine.close()
             return answers
@@ -77,37 +82,72 @@ class Model:
         return [Prompt((i,), [int(t) for t in e.input_ids[: int((e.labels != probe.IGNORED).argmax())]], self.adapter)
                 for i, e in enumerate(self._made)]
 
-    def variant(self, dtype: str, adapters: list[dict[str, list[float]]] = ()) -> Variant:
-        """The model for a dtype, with room for adapters with these peaks. Raises Refused where float16 cannot hold it."""
-        if dtype != "float16":
-            return Variant(dtype, self.folder)
-        ranges = self.ranges()
+    def plan(self, adapters: Sequence[Peaks] = ()) -> Rescale | None:
+        """What float16 needs for the model and adapters with these peaks; None: the weights as they are.
+
+        Raises Refused where it cannot hold them.
+        """
         try:
-            base = rescale.unscaled(self.folder)
+            base = self._unscaled
         except Refused as reason:
-            seen = rescale.overflows(ranges.with_peaks(adapters).peaks)
+            seen = next(filter(None, map(rescale.overflows, [self.ranges.peaks, *adapters])), "")
             if seen:
                 raise Refused(f"{seen}; cannot be rescaled: {reason}") from None
-            return Variant(dtype, self.folder)
-        made = rescale.plan(ranges, base, self.headroom)
+            return None
+        made = rescale.plan(self.ranges, base, self.headroom)
         if any(rescale.overflows(made.scaled(peaks)) for peaks in adapters):
-            made = rescale.plan(ranges.with_peaks(adapters), base, self.headroom)
-        return Variant(dtype, self.folder) if made.identity else Variant(dtype, self._rescaled(made), made)
+            made = rescale.plan(self.ranges.with_peaks(adapters), base, self.headroom)
+        made = rescale.balance(self._weight_sizes, made)
+        return None if made.identity else made
+
+    def variant(self, dtype: str, adapters: Sequence[Peaks] = ()) -> Variant:
+        """The model for a dtype, with room for adapters with these peaks. Raises Refused where float16 cannot hold it."""
+        made = self.plan(adapters) if dtype == "float16" else None
+        return Variant(dtype, self.folder if made is None else self._rescaled(made), made)
+
+    def without_overflow(self, adapters: dict[Path, Peaks]) -> tuple[Variant, dict[Path, str]]:
+        """The model in float16 with room for as many of these adapters as can be, and why the others cannot be served."""
+        left_out = {}
+        for folder, peaks in adapters.items():
+            try:
+                self.plan([peaks])
+            except Refused as reason:
+                left_out[folder] = str(reason)
+        try:
+            return self.variant("float16", [p for f, p in adapters.items() if f not in left_out]), left_out
+        except Refused as reason:  # together they ask for more than the weights can give: what is beyond the model's own needs
+            made = self.plan()
+            large = [f for f, p in adapters.items() if rescale.overflows(made.scaled(p) if made else p)]
+            return self.variant("float16"), left_out | {f: left_out.get(f, str(reason)) for f in large}
+
+    @functools.cached_property
+    def _unscaled(self) -> Rescale:
+        return rescale.unscaled(self.folder)
+
+    @functools.cached_property
+    def _weight_sizes(self) -> dict:
+        return rescale.weight_sizes(self.folder)
 
     def _rescaled(self, made: Rescale) -> Path:
-        """The folder of the rescaled model, written and checked once. Raises Refused where underflow changes logits."""
+        """The folder of the rescaled model in the cache, written and checked once."""
         folder = self.cache / f"rescaled-{verdict.digest(made.to_json())}"
         with self._lock():
-            if not folder.is_dir():
-                rescale.write_model(self.folder, made, folder)
-            facts = json.loads((folder / "precision.json").read_text())
-            if "logit_change" not in facts:
-                facts |= rescale.underflow(self.folder, folder, self._made[::2], self.device)
-                facts |= {"weights": self.key["weights"], "tolerance": rescale.TOLERANCE}
-                write_json(folder / "precision.json", facts)
+            self.write_rescaled(made, folder)
+        return folder
+
+    def write_rescaled(self, made: Rescale, folder: Path) -> float:
+        """Write the rescaled model as `folder` unless it is there, check it, and return the largest change of a label's
+        logits through float16's underflow. Raises Refused where that is more than TOLERANCE."""
+        if not folder.is_dir():
+            rescale.write_model(self.folder, made, folder)
+        facts = json.loads((folder / "precision.json").read_text())
+        if "logit_change" not in facts:
+            facts |= rescale.underflow(self.folder, folder, self._made[::2], self.device)
+            facts |= {"weights": self.key["weights"], "tolerance": rescale.TOLERANCE}
+            write_json(folder / "precision.json", facts)
         if facts["logit_change"] > rescale.TOLERANCE:
             raise Refused(f"weights too small for float16 after 2**-{made.residual}: logits change by {facts['logit_change']:.2g}")
-        return folder
+        return facts["logit_change"]
 
     def _lock(self) -> FileLock:
         self.cache.mkdir(parents=True, exist_ok=True)
@@ -188,7 +228,7 @@ class Chooser:
 
     def _settle(self, variant: Variant | None) -> Precision:
         """The verdict on a variant (None: no dtype is healthy), told."""
-        peaks = self.model.ranges().peaks if variant and variant.dtype == "float16" else None
+        peaks = self.model.ranges.peaks if variant and variant.dtype == "float16" else None
         made = variant and variant.rescale and variant.rescale.to_json()
         settled = Precision(variant and variant.dtype, made, peaks, tuple(self.evidence), self.key)
         self.tell("verdict", **dataclasses.asdict(settled))
@@ -196,18 +236,15 @@ class Chooser:
 
     def _variant(self, dtype: str) -> tuple[Variant, set[Path]]:
         """The model as `dtype` wants it, and the tasks' adapters that overflow there whatever is done."""
-        variant, left_out = self.model.variant(dtype), set()
         if dtype != "float16" or self.adapters is None:
-            return variant, left_out
+            return self.model.variant(dtype), set()
+        self.model.plan()  # a model that is refused by itself is not its adapters' fault
         peaks = {file.parent.resolve(): json.loads(file.read_text())["peaks"] for file in sorted(self.adapters.glob("*/range.json"))}
-        for folder, one in peaks.items():
-            try:
-                self.model.variant(dtype, [one])
-            except Refused as reason:
-                left_out.add(folder)
-                self.tell("precision", stage="answer", task=folder.name, dtype=dtype,
-                          text=f"task {folder.name}: its adapter is not served in {dtype}: {reason}")
-        return self.model.variant(dtype, [p for f, p in peaks.items() if f not in left_out]), left_out
+        variant, left_out = self.model.without_overflow(peaks)
+        for folder, reason in left_out.items():
+            self.tell("precision", stage="answer", task=folder.name, dtype=dtype,
+                      text=f"task {folder.name}: its adapter is not served in {dtype}: {reason}")
+        return variant, set(left_out)
 
     def _backend_for(self, dtype: str) -> str:
         """vLLM's GPU LoRA kernels take 16-bit types only; float32 with adapters on a GPU is answered by transformers."""

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .precision.probe import headroom
+from .precision.rescale import Rescale
 from .score import FIGURES
 from .select import Candidate
 from .settings import Settings
@@ -42,6 +44,12 @@ def read_events(out: Path) -> list[dict]:
         except ValueError:
             continue
     return events
+
+
+def read_verdict(out: Path) -> dict | None:
+    """The precision.json of a run folder; None where no dtype was needed yet."""
+    path = out / "precision.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def stage_rows(events: list[dict]) -> list[dict]:
@@ -129,9 +137,35 @@ def losses_html(curves: dict[str, list[float]]) -> str:
     axes.set(xlabel="step", ylabel="loss, nats per token", yscale="log")
     if len(curves) <= 10:
         axes.legend(fontsize=7, ncols=2)
-    data = io.StringIO()
-    figure.savefig(data, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return data.getvalue()[data.getvalue().index("<svg"):]
+    return _svg(figure)
+
+
+def headroom_html(peaks: dict[str, list[float]], rescale: Rescale | None) -> str:
+    """log2 of the headroom to float16's limit by depth, a line a site, as the weights are and as they are served; inline SVG."""
+    from matplotlib.figure import Figure
+
+    shown = [("as the weights are", peaks)] + ([("rescaled, as served in float16", rescale.scaled(peaks))] if rescale else [])
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for axes, (title, rows) in zip(panels, shown):
+        for number, (site, row) in enumerate((s, r) for s, r in rows.items() if len(r) > 1):
+            axes.plot(range(len(row)), [min(30.0, max(-10.0, headroom(p))) for p in row], linewidth=1.2, linestyle=("-", "--", ":")[number // 10 % 3], label=site)
+        axes.axhspan(-10, 0, color="#c33", alpha=0.15)
+        axes.axhline(0, color="#c33")
+        axes.set(title=title, xlabel="layer")
+    panels[0].set_ylabel("headroom in float16, bits")
+    panels[-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return _svg(figure)
+
+
+def precision_html(verdict: dict | None) -> str:
+    """The verdict on dtypes: what was tried and seen, and the picture of headroom where the model was probed."""
+    if not verdict:
+        return "<p>No dtype was needed.</p>"
+    rows = "".join(f"<tr><td>{html.escape(e['dtype'])}</td><td>{'used' if e['ok'] else 'dropped'}</td><td>{html.escape(e['seen'])}</td></tr>" for e in verdict["evidence"])
+    made = verdict["rescale"] and Rescale.from_json(verdict["rescale"])
+    text = f"<p>Inference in <b>{verdict['dtype'] or 'no dtype'}</b>{f', {html.escape(str(made))}' if made else ''}.</p><table>{rows}</table>"
+    return text + (headroom_html(verdict["peaks"], made) if verdict["peaks"] else "")
 
 
 def metrics_html(metrics: dict | None) -> str:
@@ -158,7 +192,7 @@ def write_report(out: Path, settings: Settings, challenges: Challenges, found: d
         if e.get("task") and (e.get("error") or e.get("text")):
             notes[e["task"]].append(e.get("error") or e["text"])
     body = [f"<h2>Score</h2>{metrics_html(metrics)}", f"<h2>Stages</h2><pre>{html.escape(stage_table(stage_rows(events)))}</pre>",
-            f"<h2>Training loss</h2>{losses_html(losses(events))}"]
+            f"<h2>Precision</h2>{precision_html(read_verdict(out))}", f"<h2>Training loss</h2>{losses_html(losses(events))}"]
     for task_id, count in challenges.outputs.items():
         task = challenges.tasks.get(task_id)
         body.append(f'<h2 id="{html.escape(task_id)}">{html.escape(task_id)}</h2>')
@@ -175,6 +209,12 @@ def write_report(out: Path, settings: Settings, challenges: Challenges, found: d
     with replacing(path) as file:
         file.write(page(f"arc-kernel: {settings.tasks}", "".join(body)))
     return path
+
+
+def _svg(figure) -> str:
+    data = io.StringIO()
+    figure.savefig(data, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return data.getvalue()[data.getvalue().index("<svg"):]
 
 
 def _smooth(curve: list[float]) -> list[float]:

@@ -23,9 +23,10 @@ from .errors import ArcKernelError
 from .grids import GridEncoder
 from .job import Job
 from .pool import Pool, gpu_count
+from .precision import probe
 from .precision.verdict import Precision
 from .settings import Settings
-from .tasks import Attempts, Task, load_challenges, replacing, task_to_json, write_submission
+from .tasks import Attempts, cells, load_challenges, replacing, task_to_json, write_submission
 
 SUBMISSION_SECONDS = 10.0  # at most so often is submission.json written again while answers arrive
 
@@ -203,18 +204,13 @@ class Run:
                   max_seq_len=min(s.max_seq_len, checkpoint.context_length(model)), max_new_tokens=s.max_new_tokens,
                   views=s.views, seed=s.seed, ttt_steps=s.ttt_steps, ttt_batch=s.ttt_batch,
                   ttt_lr=s.ttt_lr or adapt.default_lr(checkpoint.parameter_count(model)), lora_rank=s.lora_rank,
-                  probe_tasks=tuple(map(task_to_json, self._probe_tasks())))
+                  probe_tasks=tuple(map(task_to_json, probe.sample(self.challenges.tasks.values()))))
         self._log("resolved", **{k: v for k, v in dataclasses.asdict(job).items() if k not in ("model", "out", "adapter", "probe_tasks")})
         return job
 
-    def _probe_tasks(self) -> list[Task]:
-        """A short, a middling and a long task, on which precision is judged; the same however often a run is started."""
-        order = sorted(self.challenges.tasks.values(), key=lambda t: (_size(t), t.id))
-        return [order[i] for i in sorted({0, len(order) // 2, len(order) - 1})]
-
     def _todo(self) -> dict[str, list[str]]:
         """Task ids still to adapt and to answer, longest task first."""
-        order = sorted(self.challenges.tasks.values(), key=lambda t: (-_size(t), t.id))
+        order = sorted(self.challenges.tasks.values(), key=lambda t: (-cells(t), t.id))
         answer = [t.id for t in order if t.id not in self.candidates]
         adapted = lambda i: (self.out / "adapters" / i / "adapter_model.safetensors").is_file()
         return {"adapt": [i for i in answer if self.settings.ttt_steps and not adapted(i)], "answer": answer}
@@ -265,11 +261,6 @@ def stored_settings(out: Path) -> tuple[Settings, str]:
         raise ArcKernelError(f"{path}: no such file: give the output folder of a run") from None
     except (ValueError, KeyError, AttributeError) as error:
         raise ArcKernelError(f"{path}: not the settings of a run ({error}): give another --out") from None
-
-
-def _size(task: Task) -> int:
-    """Cells of a task's pairs and of its largest test input."""
-    return sum(p.input.size + p.output.size for p in task.train) + max(p.input.size for p in task.test)
 
 
 def _bar(total: int, name: str, unit: str):

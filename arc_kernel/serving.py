@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
 from .dtypes import Chooser, Model
-from .generate import Answer, Prompt
+from .engine import Answer, Prompt
 from .job import Job
 from .prompts import PromptBuilder
 from .select import Completion, status_of, write_completions

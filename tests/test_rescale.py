@@ -108,6 +108,21 @@ def test_model_that_overflows_is_planned_into_float16(tmp_path, kind, tied):
     assert lost["logit_change"] < rescale.TOLERANCE and 0 <= lost["flushed"] <= lost["subnormal"] < 0.5
 
 
+def test_output_weights_that_would_underflow_are_helped_inside_their_layer(tmp_path):
+    folder = random_model(tmp_path / "model", "llama", dtype=torch.bfloat16)
+    base = rescale.unscaled(folder)
+    rescale.write_model(folder, Rescale(**{**vars(base), "value": (-18, 0), "product": (0, -18)}), tmp_path / "grown")
+    made = rescale.plan(probe.probe(tmp_path / "grown", examples(), "cpu"), base, 2.0)
+    helped = rescale.balance(rescale.weight_sizes(tmp_path / "grown"), made)
+    assert helped.value[0] > made.value[0] > 0 == helped.value[1] and helped.product[1] > made.product[1] > 0 == helped.product[0]
+    changes = []
+    for name, plan in (("plain", made), ("helped", helped)):
+        rescale.write_model(tmp_path / "grown", plan, tmp_path / name)
+        changes.append(rescale.underflow(tmp_path / "grown", tmp_path / name, examples(), "cpu")["logit_change"])
+    assert changes[1] < changes[0] / 10
+    assert rescale.balance(rescale.weight_sizes(folder), base) == base
+
+
 def test_underflow_is_seen(tmp_path):
     folder = random_model(tmp_path / "model", "llama", tied=False)
     rescale.write_model(folder, made_for(folder, residual=22), tmp_path / "tiny")

@@ -11,11 +11,11 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator
+from typing import Iterable, Iterator
 
 from ..checkpoint import load_model, weight_tensors
 from ..prompts import IGNORED, Example, PromptBuilder
-from ..tasks import COLOURS, Task
+from ..tasks import COLOURS, Task, cells
 from ..views import View, random_view, task_rng
 
 LIMIT = 65504.0  # largest finite float16 (IEEE 754 binary16)
@@ -44,13 +44,17 @@ class Ranges:
 
     def rows(self) -> list[dict]:
         """Per site: the layer of the peak, the peak, and log2 of the headroom to float16's limit (negative: overflows)."""
-        return [{"site": site, "layer": max(range(len(p)), key=p.__getitem__), "peak": max(p), "headroom": headroom(max(p))}
-                for site, p in self.peaks.items()]
+        return [{"site": site, "layer": (i := largest(p)), "peak": p[i], "headroom": headroom(p[i])} for site, p in self.peaks.items()]
 
     def with_peaks(self, others: list[dict[str, list[float]]]) -> "Ranges":
         """These ranges, raised to the peaks of others (a task's adapter has some of the sites)."""
         peaks = {site: [max(values) for values in zip(p, *(o[site] for o in others if site in o))] for site, p in self.peaks.items()}
         return Ranges(peaks, self.weights, self.tokens)
+
+
+def largest(row: list[float]) -> int:
+    """The index of the largest value; of a NaN where there is one."""
+    return max(range(len(row)), key=lambda i: (math.isnan(row[i]), row[i]))
 
 
 def headroom(peak: float) -> float:
@@ -67,6 +71,12 @@ def table(ranges: Ranges) -> str:
     w = ranges.weights
     lines.append(f"weights: smallest non-zero {w['smallest']:.3g}; float16 keeps {w['subnormal']:.3%} with fewer bits, flushes {w['flushed']:.3%} to zero")
     return "\n".join(lines)
+
+
+def sample(tasks: Iterable[Task]) -> list[Task]:
+    """A short, a middling and a long task with train pairs, the same ones whatever the order of `tasks`."""
+    order = sorted((t for t in tasks if t.train), key=lambda t: (cells(t), t.id))
+    return [order[i] for i in sorted({0, len(order) // 2, len(order) - 1})] if order else []
 
 
 def examples(tasks: list[Task], builder: PromptBuilder, max_seq_len: int, seed: int = 0) -> list[Example]:

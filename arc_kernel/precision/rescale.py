@@ -18,13 +18,14 @@ import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ..checkpoint import TEXTS, WEIGHTS, free_memory, load_model, read_config, weight_tensors, whole_folder, write_json
+from ..checkpoint import TEXTS, WEIGHTS, free_memory, load_model, read_config, weight_names, weight_tensors, whole_folder, write_json
 from ..errors import ArcKernelError
 from ..prompts import Example
-from .probe import LIMIT, Ranges, label_logits, small_weights
+from .probe import LIMIT, NORMAL, Ranges, label_logits, largest, small_weights
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # model types whose weights all stand in `Rescale.exponent`
 FIXED_HEADROOM = 1.0  # bits that must be free at a site nothing scales: other prompts go a little higher than the probe's
+ROOM = 3.0  # bits of a layer's median weight above float16's smallest normal number that `balance` looks after
 TOLERANCE = 0.05  # largest change of a logit that weights lost to float16's underflow may cause
 STREAM = ("embedding", "o", "down", "input_layernorm in", "post_attention_layernorm in", "final norm in")
 VALUE, PRODUCT = ("v", "attention"), ("up", "gate*up")
@@ -52,6 +53,10 @@ class Rescale:
     untie: bool
     qk_norm: bool
 
+    def __str__(self) -> str:
+        inner = [f"{what} up to 2^-{max(row)} (layer {row.index(max(row))})" for what, row in (("gate*up", self.product), ("values", self.value)) if any(row)]
+        return "rescaled: " + ", ".join([f"residual stream 2^-{self.residual}", *inner, *(["head untied"] if self.untie else [])])
+
     @property
     def identity(self) -> bool:
         """Whether nothing is scaled."""
@@ -68,7 +73,6 @@ class Rescale:
             layer, module, kind = int(match[1]), match[2], match[3]
             m, j = self.product[layer], self.value[layer]
             query_key = -k if self.qk_norm else 0
-            inner = {"o_proj": j, "down_proj": m}
             known = {"input_layernorm": 0, "post_attention_layernorm": 0, "q_norm": 0, "k_norm": 0, "gate_proj": 0,
                      "q_proj": query_key, "k_proj": query_key, "v_proj": -j, "up_proj": -m,
                      "o_proj": -k + (j if kind == "weight" else 0), "down_proj": -k + (m if kind == "weight" else 0)}
@@ -110,7 +114,7 @@ def unscaled(folder: Path) -> Rescale:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except ValueError:
         raise Refused(f"transformers has no code of its own for model type {read_config(folder).get('model_type')}") from None
-    names = [name for name, _ in weight_tensors(folder)]
+    names = weight_names(folder)
     multipliers = [k for k, v in config.to_dict().items() if re.search(r"(_multipliers?|^logits_scaling|^logit_scale|^scale_\w+)$", k) and v not in (None, 1, 1.0, False)]
     if multipliers:
         raise Refused(f"{config.model_type}: config has {', '.join(multipliers)}, a factor inside the stream")
@@ -143,25 +147,52 @@ def plan(ranges: Ranges, base: Rescale, headroom: float) -> Rescale:
         found = replace(found, untie=True)
     reason = overflows(found.scaled(ranges.peaks))
     if reason:
-        raise Refused(f"{reason}, and nothing scales it exactly")
+        raise Refused(reason + ("" if "not finite" in reason else ", and nothing scales it exactly"))
     return found
+
+
+def weight_sizes(folder: Path) -> dict[tuple[int, str], float]:
+    """log2 of the median magnitude of each layer's v, o, up and down weights, by layer and module name."""
+    sizes = {}
+    for name, tensor in weight_tensors(folder):
+        if name.endswith(("v_proj.weight", "o_proj.weight", "up_proj.weight", "down_proj.weight")):
+            match = _LAYER.fullmatch(name)
+            some = tensor.flatten()[:: max(1, tensor.numel() // 10_000)].float().abs()
+            sizes[int(match[1]), match[2]] = math.log2(max(float(some.median()), 2.0**-126))
+    return sizes
+
+
+def balance(sizes: dict[tuple[int, str], float], made: Rescale) -> Rescale:
+    """`made` with larger exponents inside a layer where its output weights, of these sizes, get too small for float16.
+
+    o and down carry 2**-residual, and a model may bring them small; what they gain by a larger `value` or `product` exponent
+    is taken from v and up, as long as those keep ROOM bits themselves, or halfway where there is not enough for both.
+    """
+    floor, grown = math.log2(NORMAL) + ROOM, {"value": list(made.value), "product": list(made.product)}
+    for which, source, sink in (("value", "v_proj", "o_proj"), ("product", "up_proj", "down_proj")):
+        for layer in range(len(made.value)):
+            lacks = floor - sizes[layer, sink] + made.residual - grown[which][layer]
+            spare = sizes[layer, source] - grown[which][layer] - floor
+            if lacks > 0:
+                grown[which][layer] += max(0, math.ceil(lacks if spare >= lacks else (lacks + spare) / 2))
+    return replace(made, value=tuple(grown["value"]), product=tuple(grown["product"]))
 
 
 def overflows(peaks: dict[str, list[float]]) -> str:
     """The first site with less than FIXED_HEADROOM bits to float16's limit, in words; empty where there is none."""
     for site, row in peaks.items():
-        worst = max(range(len(row)), key=row.__getitem__)
-        if site not in IN_FLOAT32 and not row[worst] * 2**FIXED_HEADROOM <= LIMIT:
+        worst = largest(row)
+        if not math.isfinite(row[worst]):
+            return f"{site} of layer {worst} is not finite even in float32"
+        if site not in IN_FLOAT32 and row[worst] * 2**FIXED_HEADROOM > LIMIT:
             return f"{site} of layer {worst} peaks at {row[worst]:,.0f} of float16's {LIMIT:,.0f}"
     return ""
 
 
 def _need(peaks: list[float], headroom: float) -> int:
-    """The exponent that brings the largest peak `headroom` bits under the limit; raises Refused where it is not finite."""
-    peak = max(peaks)
-    if not math.isfinite(peak):
-        raise Refused("an activation is not finite even in float32")
-    return max(0, math.ceil(math.log2(peak * 2**headroom / LIMIT))) if peak else 0
+    """The exponent that brings the largest peak `headroom` bits under the limit; 0 where it is not finite, see `overflows`."""
+    peak = peaks[largest(peaks)]
+    return max(0, math.ceil(math.log2(peak * 2**headroom / LIMIT))) if peak and math.isfinite(peak) else 0
 
 
 def write_model(source: Path, rescale: Rescale, target: Path, facts: dict | None = None) -> None:

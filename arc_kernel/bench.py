@@ -1,0 +1,149 @@
+"""`precision --bench`: is float32, or bfloat16, slower here? Seconds of training and inference in each dtype, measured.
+
+Each figure as a ratio to the fastest dtype, beside the speed of a large matrix product in that dtype, which bounds it.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from . import adapt
+from .checkpoint import free_memory
+from .dtypes import Model, Variant
+from .engine import EngineSettings, Prompt
+from .errors import ArcKernelError
+from .generate import start_engine, vllm_installed
+from .precision import verdict
+from .tasks import Task
+
+DTYPES = ("bfloat16", "float16", "float32")
+SIDE, ROWS = 2048, 512  # of the matrix product: a prompt's rows through a layer
+STEPS = 4  # of training; the first is left out, it is slower
+PROMPTS, PROMPT_TOKENS = 8, 256
+NEW_TOKENS = 24
+SECONDS = 15.0  # that one part of one dtype may take before it is cut short
+
+
+def bench_dtypes(model: Model, backend: str) -> list[dict]:
+    """Measure every dtype on this device, print the table, return its rows (`dtype`, `gemm` FLOP/s, `step` seconds,
+    `step_tokens`, `prefill` and `decode` tokens/s, `note`)."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    backend = ("vllm" if vllm_installed() else "transformers") if backend == "auto" else backend
+    begun, rows = time.perf_counter(), []
+    with tqdm(total=3 * len(DTYPES), desc="bench", unit="part") as bar:
+        for dtype in DTYPES:
+            row, parts = {"dtype": dtype, "note": ""}, (lambda: {"gemm": gemm(dtype, model.device)}, lambda: train(model, dtype), lambda: infer(model, dtype, backend))
+            for part in parts:
+                bar.set_postfix_str(dtype)
+                try:
+                    row |= part()
+                except (ArcKernelError, RuntimeError) as error:
+                    row["note"] = str(error).splitlines()[0][:100]
+                free_memory()
+                bar.update()
+            rows.append(row)
+    print(table(rows))
+    if not verdict.native_bfloat16(model.device):
+        print("bfloat16 is emulated on this device: it costs what its row says and gains nothing")
+    print(f"{verdict.device_model(model.device)}, {backend}, {time.perf_counter() - begun:.0f} s")
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as text; in brackets the ratio to the fastest dtype (1.00; smaller is slower)."""
+    best = {k: max((r[k] for r in rows if r.get(k)), default=0.0) for k in ("gemm", "train", "prefill", "decode")}
+
+    def cell(row: dict, key: str, unit: float) -> str:
+        return f"{row[key] / unit:12,.0f} ({row[key] / best[key]:.2f})" if row.get(key) else f"{'-':>19}"
+
+    lines = [f"{'dtype':10}{'GEMM, GFLOP/s':>19}{'TTT, tokens/s':>19}{'s a step':>10}{'prefill, tokens/s':>19}{'decode, tokens/s':>19}"]
+    for r in rows:
+        step = f"{r['step']:10.2f}" if r.get("step") else f"{'-':>10}"
+        lines.append(f"{r['dtype']:10}{cell(r, 'gemm', 1e9)}{cell(r, 'train', 1)}{step}{cell(r, 'prefill', 1)}{cell(r, 'decode', 1)}  {r['note']}")
+    return "\n".join(lines)
+
+
+def gemm(dtype: str, device: str) -> float:
+    """FLOP/s of a product [512, 2048] x [2048, 2048]."""
+    import torch
+
+    kind = getattr(torch, dtype)
+    a, b = torch.randn(ROWS, SIDE, device=device).to(kind), torch.randn(SIDE, SIDE, device=device).to(kind)
+    flop, times, end = 2 * ROWS * SIDE * SIDE, [], time.perf_counter() + 2.0
+    while time.perf_counter() < end or not times:
+        begun = time.perf_counter()
+        a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begun)
+    return flop / statistics.median(times)
+
+
+class _Enough(Exception):
+    """Training has taken its share of the bench's time."""
+
+
+def train(model: Model, dtype: str) -> dict:
+    """Seconds and tokens/s of a training step of the model's middling probe task."""
+    variant = _variant(model, dtype)
+    recipe = adapt.Recipe(STEPS, 1, 1e-4, 32, model.max_seq_len, False, 0)
+    trainer = adapt.TaskTrainer(variant.folder, model.builder, recipe, model.adapter, model.device, dtype, variant.rescale)
+    marks, begun = [], time.perf_counter()
+
+    def on_step(step: int, loss: float, tokens: int) -> None:
+        marks.append((time.perf_counter(), tokens))
+        if time.perf_counter() - begun > SECONDS:
+            raise _Enough
+
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            trainer.train(_middling(model), Path(scratch) / "adapter", on_step)
+        except _Enough:
+            pass
+    marks = [(begun, 0), *marks][1 if len(marks) > 1 else 0:]
+    seconds, tokens = marks[-1][0] - marks[0][0], sum(t for _, t in marks[1:])
+    return {"step": seconds / (len(marks) - 1), "step_tokens": tokens / (len(marks) - 1), "train": tokens / seconds}
+
+
+def infer(model: Model, dtype: str, backend: str) -> dict:
+    """tokens/s of prefill and of decoding in a batch, through the engine a run would use."""
+    variant = _variant(model, dtype)
+    engine = start_engine(backend, EngineSettings(variant.folder, dtype, 2048, model.builder.end_token, 0, variant.rescale), model.device)
+    try:
+        list(engine.answer(_prompts(model, 0)[:1], 2))
+        marks = [time.perf_counter()]
+        list(engine.answer(_prompts(model, 1), 1))
+        marks.append(time.perf_counter())
+        answers = list(engine.answer(_prompts(model, 2), NEW_TOKENS))
+        marks.append(time.perf_counter())
+    finally:
+        engine.close()
+    prefill, both = marks[1] - marks[0], marks[2] - marks[1]
+    new = sum(len(a.logprobs) for a in answers) - len(answers)
+    return {"prefill": PROMPTS * PROMPT_TOKENS / prefill} | ({"decode": new / (both - prefill)} if both > prefill and new else {})
+
+
+def _variant(model: Model, dtype: str) -> Variant:
+    """The model as a run would load it in this dtype; as it is where float16 cannot hold it, for speed does not ask."""
+    try:
+        return model.variant(dtype)
+    except ArcKernelError:
+        return Variant(dtype, model.folder)
+
+
+def _middling(model: Model) -> Task:
+    return model.tasks[len(model.tasks) // 2]
+
+
+def _prompts(model: Model, start: int) -> list[Prompt]:
+    """Prompts of PROMPT_TOKENS tokens of real grids, each with a first token of its own, so that no prefix is cached."""
+    builder, task = model.builder, _middling(model)
+    ids = builder.prompt_ids(task.train, task.train[0].input)
+    ids = (ids * (PROMPT_TOKENS // len(ids) + 1))[: PROMPT_TOKENS - 1]
+    return [Prompt((start, i), [1000 + start * PROMPTS + i, *ids]) for i in range(PROMPTS)]

@@ -1,0 +1,82 @@
+"""The `precision` command: a model's ranges, what float16 needs, the verdict on this device; shown, and written down."""
+
+from __future__ import annotations
+
+import html
+import os
+import time
+from pathlib import Path
+
+from . import report
+from .checkpoint import check_adapter, load_tokenizer, open_model
+from .dtypes import Chooser, Model
+from .errors import ArcKernelError
+from .generate import vllm_installed
+from .grids import GridEncoder
+from .precision import probe, rescale, verdict
+from .precision.verdict import Precision
+from .prompts import PromptBuilder
+from .tasks import load_challenges, replacing
+
+
+def open_checked(model: str, adapter: str, tasks: str, grid_encoder: str, prompt: str, max_seq_len: int, headroom: float) -> Model:
+    """The model to be looked at, with a short, a middling and a long task of a set; raises ArcKernelError in one line."""
+    folder = open_model(model)
+    if adapter:
+        check_adapter(Path(adapter))
+    builder = PromptBuilder(load_tokenizer(folder), GridEncoder.from_name(grid_encoder), prompt)
+    sample = probe.sample(load_challenges(tasks).tasks.values())
+    if not sample:
+        raise ArcKernelError(f"{tasks}: no task with a train pair to probe the model on: give another --tasks")
+    return Model(folder, Path(adapter).resolve() if adapter else None, builder, sample, verdict.device_name(), max_seq_len, headroom)
+
+
+def check(model: Model, dtype: str, backend: str, out: Path, rescaled: str) -> None:
+    """Probe, plan and judge `model`; print what is seen; write report.html and precision.json into `out`.
+
+    `rescaled` names a folder for the rescaled model (empty: none is wanted).
+    """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    begun = time.perf_counter()
+    ranges = model.ranges
+    print(f"{probe.table(ranges)}\n{ranges.tokens} tokens of real prompts, float32, {time.perf_counter() - begun:.1f} s", flush=True)
+    made, reason = None, ""
+    try:
+        made = model.plan()
+        print(f"float16, {model.headroom:g} bits of headroom: {made or 'fits as it is'}")
+    except rescale.Refused as refused:
+        reason = str(refused)
+        print(f"float16 cannot hold it: {reason}")
+    if rescaled:
+        _write(model, made, reason, Path(rescaled))
+    told: list[dict] = []
+
+    def tell(event: str, **facts) -> None:
+        told.append({"event": event, **facts})
+
+    backend = ("vllm" if vllm_installed() else "transformers") if backend == "auto" else backend
+    chooser = Chooser(model, dtype, backend, model.max_seq_len, 0, None, tell, lambda stage, **facts: None)
+    for engine, _, _ in chooser.engines():
+        engine.close()
+        break
+    settled = next(e for e in told if e["event"] == "verdict")
+    for e in settled["evidence"]:
+        print(f"{e['dtype']} ({e['backend']}): {'healthy' if e['ok'] else 'dropped'}: {e['seen']}")
+    print(f"verdict for dtype={dtype} on {verdict.device_model(model.device)}: {settled['dtype'] or 'no dtype gives finite answers'}")
+    settled.pop("event")
+    shown = settled | {"peaks": ranges.peaks, "rescale": made and made.to_json()}
+    Precision(**{**settled, "peaks": ranges.peaks, "evidence": tuple(settled["evidence"])}).save(out / "precision.json")
+    body = f"<pre>{html.escape(probe.table(ranges))}</pre><p>{html.escape(reason or str(made or 'float16 holds it as it is'))}</p>{report.precision_html(shown)}"
+    with replacing(out / "report.html") as file:
+        file.write(report.page(f"Precision of {model.folder.name}", body))
+    print(f"{time.perf_counter() - begun:.0f} s in all\nreport: {out / 'report.html'}")
+
+
+def _write(model: Model, made: rescale.Rescale | None, reason: str, target: Path) -> None:
+    """Write the rescaled model where a person asked for it."""
+    if made is None:
+        raise ArcKernelError(f"{target}: not written: {reason or 'the model fits float16 as it is'}")
+    if target.exists():
+        raise ArcKernelError(f"{target}: exists: give another --rescaled, or delete it")
+    lost = model.write_rescaled(made, target)
+    print(f"{target}: written; float16 changes no label's logits by more than {lost:.2g} through underflow")

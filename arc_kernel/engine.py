@@ -1,0 +1,102 @@
+"""What both inference backends share: prompts, answers, settings, the guard on every answer, adapters as weights want them.
+
+An engine has two methods: `answer`, prompts plus adapters in, scored answers out, and `close`. Knows nothing of tasks or
+grids; the caller says with `viable` when going on with an answer is wasted.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+from .precision.rescale import Rescale, convert_adapter
+
+IN_FLIGHT = 32  # prompts decoded together: 4 tasks of 8 views
+CHECK_EVERY = 8  # generated tokens between two looks at whether an answer is still viable
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids to answer, with the adapter to answer them with (None: the base model); `key` comes back with the answer."""
+
+    key: tuple
+    token_ids: list[int]
+    adapter: Path | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was generated: ids without the closing token, the summed logprob (nats), and how it ended.
+
+    `logprobs` has one entry per generated token, the closing token included. `status` is `ok` (closing token reached),
+    `truncated` (out of tokens), `stopped` (not viable) or `nan` (see `failed`).
+    """
+
+    prompt: Prompt
+    token_ids: list[int]
+    logprob: float
+    status: str
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What an engine is started with: model folder, dtype, tokens of prompt plus answer, closing token, LoRA rank (0: none).
+
+    `rescale`: the model's weights are rescaled so; adapters are converted as they are loaded. `special`: ids of the
+    tokenizer's special tokens, for the guard.
+    """
+
+    model: Path
+    dtype: str
+    max_seq_len: int
+    end_token: int
+    lora_rank: int
+    rescale: Rescale | None = None
+    special: frozenset[int] = frozenset()
+
+
+Viable = Callable[[list[int]], bool]
+
+
+def failed(token_ids: list[int], logprob: float, special: frozenset[int]) -> bool:
+    """The guard on every answer: a logprob that is not finite, or one special token over and over from the first on.
+
+    The second is what NaN logits look like where an engine hides their logprob: greedy decoding takes token 0.
+    """
+    if not math.isfinite(logprob):
+        return True
+    return len(token_ids) >= CHECK_EVERY and token_ids[0] in special and token_ids.count(token_ids[0]) == len(token_ids)
+
+
+class ServedAdapters:
+    """Adapter folders as an engine's weights want them: themselves, or converted for rescaled weights when first asked for.
+
+    Converted copies of the last IN_FLIGHT adapters are kept; more cannot have prompts in flight.
+    """
+
+    def __init__(self, rescale: Rescale | None):
+        self._rescale, self._made = rescale, {}
+        self._scratch = tempfile.TemporaryDirectory(prefix="arc-kernel-") if rescale else None
+
+    def folder(self, adapter: Path) -> Path:
+        """The folder to load for an adapter."""
+        if self._rescale is None:
+            return adapter
+        if adapter in self._made:
+            self._made[adapter] = self._made.pop(adapter)  # the newest now
+            return self._made[adapter]
+        self._made[adapter] = Path(tempfile.mkdtemp(dir=self._scratch.name)) / adapter.name
+        convert_adapter(adapter, self._made[adapter], self._rescale)
+        while len(self._made) > IN_FLIGHT:
+            shutil.rmtree(self._made.pop(next(iter(self._made))))
+        return self._made[adapter]
+
+    def close(self) -> None:
+        """Remove what was converted."""
+        if self._scratch:
+            self._scratch.cleanup()

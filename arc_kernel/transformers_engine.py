@@ -1,0 +1,100 @@
+"""The transformers backend: used where vLLM is missing, and as the independent check of it."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Iterable, Iterator
+
+from .checkpoint import free_memory, load_model
+from .engine import CHECK_EVERY, Answer, EngineSettings, Prompt, ServedAdapters, Viable, failed
+
+BATCH = 8  # prompts decoded together
+
+
+class TransformersEngine:
+    """transformers' own generate with peft adapters: slow, plain, and independent of vLLM.
+
+    In float32 adapters are merged into the weights and taken out again by putting the old weights back; 16-bit weights
+    would lose what is merged.
+    """
+
+    def __init__(self, settings: EngineSettings, device: str):
+        self._model, self._device, self._end = load_model(settings.model, settings.dtype, device), device, settings.end_token
+        self._max_seq_len, self._special, self._adapter = settings.max_seq_len, settings.special, None
+        self._adapters, self._merge, self._old = ServedAdapters(settings.rescale), settings.dtype == "float32", {}
+
+    def answer(self, prompts: Iterable[Prompt | None], max_new_tokens: int, viable: Viable | None = None) -> Iterator[Answer]:
+        """Answer prompts in batches of neighbours with the same adapter; see VllmEngine.answer."""
+        for adapter, group in itertools.groupby((p for p in prompts if p is not None), key=lambda p: p.adapter):
+            self._use(adapter)
+            group = list(group)
+            for i in range(0, len(group), BATCH):
+                yield from self._batch(group[i:i + BATCH], max_new_tokens, viable)
+
+    def _batch(self, prompts: list[Prompt], max_new_tokens: int, viable: Viable | None) -> Iterator[Answer]:
+        import torch
+        from transformers import LogitsProcessorList, StoppingCriteriaList
+
+        width = max(len(p.token_ids) for p in prompts)
+        ids = torch.tensor([[self._end] * (width - len(p.token_ids)) + list(p.token_ids) for p in prompts])
+        mask = torch.tensor([[0] * (width - len(p.token_ids)) + [1] * len(p.token_ids) for p in prompts])
+        scores, stopped = [], torch.zeros(len(prompts), dtype=torch.bool)
+        ends = [0] * len(prompts)  # tokens at which an answer was cut
+
+        def record(_, logits):  # greedy decoding takes the largest logit; its logprob is kept, not the logits
+            best = logits.float().max(-1).values - logits.float().logsumexp(-1)
+            scores.append(best.cpu())
+            return logits
+
+        def hopeless(sequences, _):
+            length = sequences.shape[1] - width
+            for i in range(len(prompts)):
+                bad = not bool(torch.isfinite(scores[-1][i]))
+                generated = sequences[i, width:].tolist()
+                if not bad and length % CHECK_EVERY == 0 and self._end not in generated:
+                    bad = failed(generated, 0.0, self._special) or bool(viable and not viable(generated))
+                if bad and not stopped[i]:
+                    stopped[i], ends[i] = True, length
+            return stopped.to(sequences.device)
+
+        with torch.no_grad():
+            out = self._model.generate(
+                input_ids=ids.to(self._device), attention_mask=mask.to(self._device), do_sample=False, num_beams=1,
+                max_new_tokens=min(max_new_tokens, self._max_seq_len - width), eos_token_id=self._end, pad_token_id=self._end,
+                temperature=None, top_p=None, top_k=None, repetition_penalty=None,
+                logits_processor=LogitsProcessorList([record]), stopping_criteria=StoppingCriteriaList([hopeless]))
+        for i, prompt in enumerate(prompts):
+            generated = out[i, width:].tolist()
+            closed = self._end in generated
+            length = generated.index(self._end) + 1 if closed else ends[i] or len(generated)
+            logprobs = tuple(float(step[i]) for step in scores[:length])
+            answer, logprob = generated[:length - 1] if closed else generated[:length], sum(logprobs)
+            bad = failed(answer, logprob, self._special)
+            status = "nan" if bad else "ok" if closed else "stopped" if stopped[i] else "truncated"
+            yield Answer(prompt, answer, logprob, status, logprobs)
+
+    def _use(self, adapter: Path | None) -> None:
+        from peft import PeftModel
+
+        if adapter == self._adapter:
+            return
+        if self._merge:
+            for weight, old in self._old.items():
+                weight.data.copy_(old)
+        elif self._adapter is not None:
+            self._model = self._model.unload()
+        if adapter is not None:
+            model = PeftModel.from_pretrained(self._model, self._adapters.folder(adapter))
+            if self._merge:
+                touched = (m.get_base_layer().weight for m in model.modules() if hasattr(m, "get_base_layer") and hasattr(m, "lora_A"))
+                self._old = {w: self._old[w] if w in self._old else w.detach().clone() for w in touched}
+                model = model.merge_and_unload()
+            self._model = model.eval()
+        self._adapter = adapter
+
+    def close(self) -> None:
+        """Free the model's memory."""
+        del self._model, self._old
+        self._adapters.close()
+        free_memory()

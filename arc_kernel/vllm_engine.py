@@ -1,0 +1,145 @@
+"""The vLLM backend: one engine for the life of a worker, every task's adapter a LoRA request, greedy decoding on token ids."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import os
+import time
+from pathlib import Path
+from typing import Iterable, Iterator
+
+from . import cpu_lora, loopback
+from .checkpoint import free_memory
+from .engine import CHECK_EVERY, IN_FLIGHT, Answer, EngineSettings, Prompt, ServedAdapters, Viable, failed
+from .errors import ArcKernelError
+
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, MaxLoRARanks
+MAX_LORAS = 4  # adapters in one batch
+CPU_KV_BYTES = 3 << 29  # 1.5 GiB; vLLM's CPU build would size it by NUMA node, a fraction or a multiple of what is free
+
+
+class VllmEngine:
+    """vLLM (run with 0.32; written for 0.11.2 to 0.33), stepped by hand, so that answers stream, hopeless ones are cut, and prompts join as others leave."""
+
+    def __init__(self, settings: EngineSettings, device: str):
+        _prepare_environment(device)
+        import vllm
+        from vllm.engine.arg_utils import EngineArgs
+
+        known = {f.name for f in dataclasses.fields(EngineArgs)}
+        args = dict(model=str(settings.model), dtype=settings.dtype, max_model_len=settings.max_seq_len,
+                    max_num_seqs=IN_FLIGHT, enable_prefix_caching=True, disable_log_stats=True, seed=0)
+        if settings.lora_rank:
+            rank = next((r for r in LORA_RANKS if r >= settings.lora_rank), None)
+            if rank is None:
+                raise ArcKernelError(f"lora_rank {settings.lora_rank}: vLLM takes at most {LORA_RANKS[-1]}: use backend=transformers")
+            args.update(enable_lora=True, max_loras=MAX_LORAS, max_lora_rank=rank)
+        if device == "cpu":
+            cpu_lora.install()
+            args.update(enforce_eager=True, kv_cache_memory_bytes=CPU_KV_BYTES)
+        elif _before_ampere():  # T4 (sm_75): FlashAttention needs sm_80
+            if "attention_backend" in known:
+                args["attention_backend"] = "TRITON_ATTN"
+            else:
+                os.environ["VLLM_ATTENTION_BACKEND"] = "TRITON_ATTN"
+        try:
+            self._llm = vllm.LLM(**args)
+        except Exception as error:
+            raise ArcKernelError(f"{settings.model}: vLLM does not start in {settings.dtype}: {_first_line(error)}") from error
+        self._end, self._special = settings.end_token, settings.special
+        self._numbers = itertools.count(1)
+        self._requests: dict[Path, object] = {}
+        self._adapters = ServedAdapters(settings.rescale)
+
+    def answer(self, prompts: Iterable[Prompt | None], max_new_tokens: int, viable: Viable | None = None) -> Iterator[Answer]:
+        """Answer prompts as they finish, in any order. `prompts` is read only as room appears; None in it means: none yet."""
+        from vllm import SamplingParams
+
+        engine, source, running = self._llm.llm_engine, iter(prompts), {}
+        params = SamplingParams(temperature=0.0, max_tokens=max_new_tokens, logprobs=0, stop_token_ids=[self._end],
+                                detokenize=False, skip_special_tokens=False)
+        exhausted = False
+        while running or not exhausted:
+            while not exhausted and len(running) < IN_FLIGHT:
+                prompt = next(source, StopIteration)
+                if prompt is StopIteration:
+                    exhausted = True
+                elif prompt is None:
+                    break
+                else:
+                    number = str(next(self._numbers))
+                    engine.add_request(number, {"prompt_token_ids": list(prompt.token_ids)}, params,
+                                       lora_request=self._lora(prompt.adapter))
+                    running[number] = prompt
+            if not running:
+                time.sleep(0 if exhausted else 0.05)
+                continue
+            for output in engine.step():
+                answer = self._look(running[output.request_id], output, viable) if output.request_id in running else None
+                if answer is not None:
+                    del running[output.request_id]
+                    if not output.finished:
+                        engine.abort_request([output.request_id])
+                    yield answer
+
+    def _look(self, prompt: Prompt, output, viable: Viable | None) -> Answer | None:
+        """The answer where it is finished, NaN or no longer viable; None where it goes on."""
+        result = output.outputs[0]
+        logprob = math.nan if result.cumulative_logprob is None else result.cumulative_logprob
+        look = output.finished or len(result.token_ids) % CHECK_EVERY == 0
+        if not look and math.isfinite(logprob):
+            return None
+        ids, status = list(result.token_ids), ""
+        if ids and failed(ids, logprob, self._special):
+            status = "nan"
+        elif output.finished:
+            status = "ok" if ids and ids[-1] == self._end else "truncated"
+        elif viable and not viable(ids):
+            status = "stopped"
+        if not status:
+            return None
+        logprobs = tuple(step[token].logprob for token, step in zip(ids, result.logprobs or ()))
+        return Answer(prompt, ids[:-1] if status == "ok" else ids, logprob, status, logprobs)
+
+    def _lora(self, adapter: Path | None):
+        """A LoRA request with an id, name and path of its own: a reused id is not loaded again."""
+        from vllm.lora.request import LoRARequest
+
+        if adapter is None:
+            return None
+        folder = self._adapters.folder(adapter)
+        if adapter not in self._requests:
+            number = len(self._requests) + 1
+            self._requests[adapter] = LoRARequest(f"{adapter.name}-{number}", number, str(folder))
+        return self._requests[adapter]
+
+    def close(self) -> None:
+        """Free the engine's memory."""
+        core = getattr(self._llm.llm_engine, "engine_core", None)
+        if hasattr(core, "shutdown"):
+            core.shutdown()
+        del self._llm
+        self._adapters.close()
+        free_memory()
+
+
+def _prepare_environment(device: str) -> None:
+    """Settings vLLM reads only from the environment, set before its first import; what the user set stays."""
+    defaults = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    if device == "cpu":  # without it vLLM's CPU build falls back to one thread
+        defaults["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    loopback.ensure()
+
+
+def _before_ampere() -> bool:
+    import torch
+
+    return torch.cuda.get_device_capability() < (8, 0)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

@@ -1,0 +1,84 @@
+"""The `precision` command on tiny models: `python -m pytest tests/test_checkup.py`."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from arc_kernel import checkpoint
+from arc_kernel.precision import rescale
+from models import nan_model, tiny_model
+
+
+@pytest.fixture(scope="module")
+def tiny(model_folder, tmp_path_factory):
+    return tiny_model(model_folder, tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def grown(tiny, tmp_path_factory):
+    """The tiny model with a residual stream and values that float16 cannot hold; the same function."""
+    folder = tmp_path_factory.mktemp("models") / "grown"
+    rescale.write_model(tiny, dataclasses.replace(rescale.unscaled(tiny), residual=-20, value=(0, -22)), folder)
+    return folder
+
+
+def precision(**options):
+    flags = [part for name, value in options.items() for part in ([f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)]))]
+    return subprocess.run([sys.executable, "-m", "arc_kernel", "precision", "--backend", "transformers", *flags], capture_output=True, text=True, timeout=300)
+
+
+def test_model_that_float16_cannot_hold_is_shown_rescued_and_written(grown, tmp_path):
+    done = precision(model=grown, dtype="float16", out=tmp_path / "out", rescaled=tmp_path / "model")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert any("final norm in" in line and "overflows" in line for line in lines)
+    assert any(line.startswith("float16, 2 bits of headroom: rescaled: residual stream 2^-") and "values up to 2^-" in line for line in lines)
+    assert any(line.startswith("float16 (transformers): healthy: ") for line in lines)
+    assert any(line.startswith("verdict for dtype=float16 on cpu") and line.endswith(": float16") for line in lines)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "as the weights are" in page and "rescaled, as served in float16" in page and "<script" not in page
+    settled = json.loads((tmp_path / "out" / "precision.json").read_text())
+    assert settled["dtype"] == "float16" and len(settled["key"]["weights"]) == 64 and settled["key"]["versions"]["torch"]
+    made = rescale.load_rescale(tmp_path / "model")
+    assert made == rescale.Rescale.from_json(settled["rescale"])
+    facts = json.loads((tmp_path / "model" / "precision.json").read_text())
+    assert facts["logit_change"] <= facts["tolerance"] and facts["weights"] == checkpoint.weights_sha256(grown)
+
+    again = precision(model=grown, dtype="float16", out=tmp_path / "out", rescaled=tmp_path / "model")
+    assert again.returncode == 1 and "exists: give another --rescaled" in again.stderr
+
+
+def test_more_headroom_asks_for_larger_exponents(grown, tmp_path):
+    done = [precision(model=grown, out=tmp_path / "out", headroom=bits).stdout for bits in (1, 4)]
+    exponents = [int(text.partition("residual stream 2^-")[2].split(",")[0].split("\n")[0]) for text in done]
+    assert exponents[1] == exponents[0] + 3
+
+
+def test_model_that_fits_is_left_as_it_is(tiny, tmp_path):
+    done = precision(model=tiny, out=tmp_path / "out")
+    assert done.returncode == 0 and "float16, 2 bits of headroom: fits as it is" in done.stdout
+    asked = precision(model=tiny, out=tmp_path / "out", rescaled=tmp_path / "model")
+    assert asked.returncode == 1 and "the model fits float16 as it is" in asked.stderr and not (tmp_path / "model").exists()
+
+
+def test_model_that_no_dtype_helps_is_said_so(tiny, tmp_path):
+    done = precision(model=nan_model(tiny, tmp_path / "nan"), out=tmp_path / "out")
+    assert done.returncode == 0 and "no dtype gives finite answers" in done.stdout
+    assert "not finite even in float32" in done.stdout
+
+
+def test_bench_prints_a_row_for_each_dtype(tiny):
+    done = precision(model=tiny, bench=True)
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: line for line in done.stdout.splitlines() if line.split() and line.split()[0] in ("bfloat16", "float16", "float32")}
+    assert len(rows) == 3 and all(line.count("(") == 4 for line in rows.values()) and "(1.00)" in done.stdout
+
+
+@pytest.mark.parametrize("options, said", [({"model": "nowhere"}, "nowhere: no such model folder"),
+                                           ({"model": None, "tasks": "missing.json"}, "missing.json")])
+def test_bad_input_is_one_line(tiny, options, said):
+    done = precision(**{k: v or tiny for k, v in options.items()})
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and said in done.stderr and done.stderr.count("\n") == 1

@@ -27,7 +27,7 @@ SIDE, ROWS = 2048, 512  # of the matrix product: a prompt's rows through a layer
 STEPS = 4  # of training; the first is left out, it is slower
 PROMPTS, PROMPT_TOKENS = 8, 256
 NEW_TOKENS = 24
-SECONDS = 60.0  # that training in one dtype may take, going by a first short step
+SECONDS = 60.0  # that training in one dtype may take, going by the second of two short steps
 
 
 def bench_dtypes(model: Model, backend: str) -> list[dict]:
@@ -60,7 +60,7 @@ def table(rows: list[dict]) -> str:
     best = {k: max((r[k] for r in rows if r.get(k)), default=0.0) for k in ("gemm", "train", "prefill", "decode")}
 
     def cell(row: dict, key: str, unit: float) -> str:
-        return f"{row[key] / unit:12,.0f} ({row[key] / best[key]:.2f})" if row.get(key) else f"{'-':>19}"
+        return f"{row[key] / unit:12,.{1 if row[key] / unit < 10 else 0}f} ({row[key] / best[key]:.2f})" if row.get(key) else f"{'-':>19}"
 
     lines = [f"{'dtype':10}{'GEMM, GFLOP/s':>19}{'TTT, tokens/s':>19}{'s a step':>10}{'prefill, tokens/s':>19}{'decode, tokens/s':>19}"]
     for r in rows:
@@ -88,7 +88,7 @@ def gemm(dtype: str, device: str) -> float:
 def train(model: Model, dtype: str) -> dict:
     """Seconds and tokens/s of a training step of the model's middling probe task; of its short one where that takes too long."""
     variant = _variant(model, dtype)
-    trainer = adapt.TaskTrainer(variant.folder, model.builder, _recipe(model, 1), model.adapter, model.device, dtype, variant.rescale)
+    trainer = adapt.TaskTrainer(variant.folder, model.builder, _recipe(model, 2), model.adapter, model.device, dtype, variant.rescale)
     first = _steps(trainer, model.tasks[0])
     if first["step"] * cells(_middling(model)) / cells(model.tasks[0]) * STEPS > SECONDS:
         return first | {"note": f"a step of {first['step_tokens']:.0f} tokens"}

@@ -232,6 +232,8 @@ class Chooser:
         made = variant and variant.rescale and variant.rescale.to_json()
         settled = Precision(variant and variant.dtype, made, peaks, tuple(self.evidence), self.key)
         self.tell("verdict", **dataclasses.asdict(settled))
+        if variant and variant.rescale:
+            self.tell("precision", stage="verdict", dtype=variant.dtype, text=f"{variant.dtype} cannot hold the model as it is; {variant.rescale}")
         return settled
 
     def _variant(self, dtype: str) -> tuple[Variant, set[Path]]:

@@ -120,6 +120,7 @@ def test_model_that_overflows_float16_is_rescaled_and_answered_in_float16(tmp_pa
     assert done.returncode == 0, done.stderr
     settled = json.loads((out / "precision.json").read_text())
     assert settled["dtype"] == "float16" and settled["rescale"]["residual"] == (8 if adapted else 7)
+    assert "float16 cannot hold the model as it is; rescaled: residual stream 2^-" in done.stderr
     assert max(settled["peaks"]["final norm in"]) > 65504 and [e["ok"] for e in settled["evidence"]] == [True]
     statuses = [json.loads(line)["status"] for line in (out / "completions" / "d037b0a7.jsonl").read_text().splitlines()]
     assert len(statuses) == 2 and "nan" not in statuses

@@ -4,9 +4,6 @@ A decoder with RMSNorms does not care how large its residual stream is, as long 
 shrinks alike and the norms' epsilon follows; its MLP does not care how large up * gate is, as long as down undoes it; its
 attention does not care how large the values are, as long as o undoes it. Powers of two leave every mantissa as it is.
 What is checked by `underflow` is the one thing that is not exact: weights that get too small for float16.
-
-Known among fp16 users for T5 (github.com/huggingface/transformers/issues/4586, down-scaled weights there); the choice of
-exponents from a probe, the adapters and the check are ours.
 """
 
 from __future__ import annotations

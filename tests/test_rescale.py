@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from arc_kernel import checkpoint
+from arc_kernel.grids import GridEncoder
 from arc_kernel.precision import probe, rescale
 from arc_kernel.precision.rescale import Refused, Rescale
-from arc_kernel.prompts import IGNORED, Example
+from arc_kernel.prompts import IGNORED, Example, PromptBuilder
+from arc_kernel.tasks import Task
 
 SIZES = dict(vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              max_position_embeddings=256)
@@ -70,7 +72,7 @@ def test_rescaled_model_is_the_same_function_with_smaller_activations(tmp_path, 
     assert after.peaks.keys() == before.peaks.keys() and after.tokens == 80
     for site, row in made.scaled(before.peaks).items():
         assert after.peaks[site] == pytest.approx(row, rel=1e-5), site
-    assert rescale.load_rescale(tmp_path / "rescaled") == made and rescale.load_rescale(folder) is None
+    assert Rescale.from_json(json.loads((tmp_path / "rescaled" / "precision.json").read_text())["rescale"]) == made
 
 
 def test_head_gets_weights_of_its_own_where_the_final_norm_would_overflow(tmp_path):
@@ -233,3 +235,12 @@ def test_small_weights_are_counted(tmp_path):
     save_file({k: torch.ones_like(t) for k, t in tensors.items()} | {"model.norm.weight": weight}, folder / "model.safetensors", metadata={"format": "pt"})
     found = probe.small_weights(folder)
     assert found == {"smallest": 2.0**-26, "flushed": 1 / total, "subnormal": 1 / total}
+
+
+def test_tasks_without_a_fitting_example_still_give_something_to_probe(tokenizer, arc_training):
+    builder = PromptBuilder(tokenizer, GridEncoder.from_name("shape+rows+digits"), "chat")
+    task = arc_training.tasks["d037b0a7"]
+    for tasks, length in (([], 8192), ([Task("none", (), task.test)], 8192), ([task], 40)):
+        made = probe.examples(tasks, builder, length)
+        assert len(made) == 1 and (made[0].labels != IGNORED).sum() > 9
+    assert len(probe.examples([task], builder, 8192)) == 2

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterable, Iterator
 
+import numpy as np
+
 from ..checkpoint import load_model, weight_tensors
 from ..prompts import IGNORED, Example, PromptBuilder
-from ..tasks import COLOURS, Task, cells
+from ..tasks import COLOURS, Pair, Task, cells
 from ..views import View, random_view, task_rng
 
 LIMIT = 65504.0  # largest finite float16 (IEEE 754 binary16)
@@ -80,7 +82,10 @@ def sample(tasks: Iterable[Task]) -> list[Task]:
 
 
 def examples(tasks: list[Task], builder: PromptBuilder, max_seq_len: int, seed: int = 0) -> list[Example]:
-    """Teacher-forced examples from train pairs: per task its last pair as the target, as it is and under a random view."""
+    """Teacher-forced examples from train pairs: per task its last pair as the target, as it is and under a random view.
+
+    Where no task gives one that fits, a copied 3x3 grid, so that there is always something to look at.
+    """
     made, longest = [], min(PROBE_TOKENS, max_seq_len)
     for task in (t for t in tasks if t.train):
         *context, target = task.train
@@ -90,7 +95,8 @@ def examples(tasks: list[Task], builder: PromptBuilder, max_seq_len: int, seed: 
             shown = tuple(context[k] for k in kept)
             for view in (View(0, tuple(range(COLOURS)), tuple(range(len(shown)))), random_view(len(shown), task_rng(seed, task.id, "probe"))):
                 made.append(builder.example(tuple(view.apply_pair(shown[k]) for k in view.order), view.apply_pair(target)))
-    return made
+    plain = Pair(*(np.arange(9, dtype=np.int8).reshape(3, 3) for _ in range(2)))
+    return made or [builder.example((plain,), plain)]
 
 
 def probe(model_folder: Path, made: list[Example], device: str, adapter: Path | None = None) -> Ranges:

@@ -8,7 +8,6 @@ What is checked by `underflow` is the one thing that is not exact: weights that 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
@@ -192,8 +191,8 @@ def _need(peaks: list[float], headroom: float) -> int:
     return max(0, math.ceil(math.log2(peak * 2**headroom / LIMIT))) if peak and math.isfinite(peak) else 0
 
 
-def write_model(source: Path, rescale: Rescale, target: Path, facts: dict | None = None) -> None:
-    """Write the rescaled model as folder `target`; `facts` go into its precision.json beside the exponents.
+def write_model(source: Path, rescale: Rescale, target: Path) -> None:
+    """Write the rescaled model as folder `target`, the exponents in its precision.json.
 
     Weights keep their dtype, and every mantissa; float16 weights are written as float32, whose range cannot lose them.
     Raises Refused where a scaled weight is not exactly the old one times a power of two.
@@ -218,7 +217,7 @@ def write_model(source: Path, rescale: Rescale, target: Path, facts: dict | None
         (fresh / "model.safetensors.index.json").unlink(missing_ok=True)
         save_file(tensors, fresh / WEIGHTS.replace("*", ""), metadata={"format": "pt"})
         write_json(fresh / "config.json", config)
-        write_json(fresh / "precision.json", {"rescale": rescale.to_json(), **(facts or {})})
+        write_json(fresh / "precision.json", {"rescale": rescale.to_json()})
 
 
 def shift(tensor, exponent: int, name: str):
@@ -271,12 +270,3 @@ def convert_adapter(source: Path, target: Path, rescale: Rescale, back: bool = F
     target.mkdir(parents=True)
     shutil.copy(source / "adapter_config.json", target)
     save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def load_rescale(folder: Path) -> Rescale | None:
-    """The rescaling a model folder was made with; None for any other folder."""
-    path = folder / "precision.json"
-    if not path.is_file():
-        return None
-    value = json.loads(path.read_text()).get("rescale")
-    return value and Rescale.from_json(value)

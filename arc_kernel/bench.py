@@ -6,7 +6,6 @@ Each figure as a ratio to the fastest dtype, beside the speed of a large matrix 
 from __future__ import annotations
 
 import os
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from .tasks import Task, cells
 
 DTYPES = ("bfloat16", "float16", "float32")
 SIDE, ROWS = 2048, 512  # of the matrix product: a prompt's rows through a layer
+REPEATS = 30  # of it
 STEPS = 4  # of training; the first is left out, it is slower
 PROMPTS, PROMPT_TOKENS = 8, 256
 NEW_TOKENS = 24
@@ -70,19 +70,10 @@ def table(rows: list[dict]) -> str:
 
 
 def gemm(dtype: str, device: str) -> float:
-    """FLOP/s of a product [512, 2048] x [2048, 2048]."""
-    import torch
-
-    kind = getattr(torch, dtype)
-    a, b = torch.randn(ROWS, SIDE, device=device).to(kind), torch.randn(SIDE, SIDE, device=device).to(kind)
-    flop, times, end = 2 * ROWS * SIDE * SIDE, [], time.perf_counter() + 2.0
-    while time.perf_counter() < end or not times:
-        begun = time.perf_counter()
-        a @ b
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begun)
-    return flop / statistics.median(times)
+    """FLOP/s of a product [512, 2048] x [2048, 2048]; of a small one where that would take seconds."""
+    small = verdict.product_seconds(dtype, device, *verdict.PRODUCT["cpu"]) / (2 * verdict.PRODUCT["cpu"][0] * verdict.PRODUCT["cpu"][1] ** 2)
+    rows, side = (ROWS, SIDE) if small * 2 * ROWS * SIDE * SIDE < 1 else verdict.PRODUCT["cpu"]
+    return 2 * rows * side * side / verdict.product_seconds(dtype, device, rows, side, REPEATS)
 
 
 def train(model: Model, dtype: str) -> dict:

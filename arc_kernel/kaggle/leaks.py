@@ -11,11 +11,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 SMALL = 1 << 20  # bytes; larger files are tokenizers and weights
-# Where the Kaggle client keeps credentials: kaggle_env.py, kaggle_creds.py in kagglesdk 0.1.38, kaggle_api_extended.py in kaggle 2.2.5.
+# Where Kaggle's client keeps credentials: kaggle_env.py and kaggle_creds.py in kagglesdk 0.1.38, kaggle_api_extended.py.
 FILES = {"kaggle.json": "Kaggle API key", "access_token": "Kaggle access token", "access_token.txt": "Kaggle access token",
-         "credentials.json": "Kaggle OAuth credentials", ".env": "environment file", ".env.*": "environment file", "*.env": "environment file",
-         "*.pem": "private key or certificate", "*.key": "private key", "id_rsa*": "SSH key", "id_dsa*": "SSH key", "id_ecdsa*": "SSH key",
-         "id_ed25519*": "SSH key", ".netrc": "password file", ".git-credentials": "password file", ".pypirc": "password file"}
+         "credentials.json": "Kaggle OAuth credentials", ".env": "environment file", ".env.*": "environment file",
+         "*.env": "environment file",
+         "*.pem": "private key or certificate", "*.key": "private key", "id_rsa*": "SSH key", "id_dsa*": "SSH key",
+         "id_ecdsa*": "SSH key", "id_ed25519*": "SSH key", ".netrc": "password file", ".git-credentials": "password file", ".pypirc": "password file"}
 TEXTS = {"a Kaggle API token": rb"KGAT_[0-9A-Za-z_-]{16,}",
          "a Kaggle API key": rb"(?i)(?:kaggle_key|[\"']key[\"'])\s*[=:]\s*[\"']?[0-9a-f]{32}\b",
          "a Hugging Face token": rb"\bhf_[A-Za-z0-9]{30,}\b",
@@ -61,6 +62,6 @@ def _of_notebook(path: Path) -> list[str]:
         lines.append(f"{path}: has outputs of a run: write it again (python -m arc_kernel notebook)")
     if any(cell.get("execution_count") is not None for cell in cells):
         lines.append(f"{path}: has execution counts of a run: write it again (python -m arc_kernel notebook)")
-    if "kaggle" in notebook.get("metadata", {}):  # its image and accelerator can win over kernel-metadata.json (kaggle-cli issue 1197)
-        lines.append(f"{path}: carries the machine of a Kaggle session (metadata.kaggle): write it again (python -m arc_kernel notebook)")
+    if "kaggle" in notebook.get("metadata", {}):  # can win over kernel-metadata.json (Kaggle/kaggle-cli issue 1197)
+        lines.append(f"{path}: names a machine (metadata.kaggle): write it again (python -m arc_kernel notebook)")
     return lines

@@ -93,7 +93,7 @@ def _await(ref: str, timeout: float, poll: float, say: Callable[[str], None]) ->
         state, waited = _state(ref), time.monotonic() - start
         if state and state.status in ("failed", "deleted"):
             _remember(ref, None)
-            raise ArcKernelError(f"{ref}: Kaggle could not take the upload ({state.status}): look at the dataset's page and push again")
+            raise ArcKernelError(f"{ref}: Kaggle could not take the upload ({state.status}): look at its page and push again")
         if state and state.status == "ready" and state.version > replaces:
             say(f"{ref}: version {state.version} ready ({waited:.0f} s)")
             return
@@ -136,7 +136,8 @@ def _dry_run(folders: Sequence[Path], datasets: int, message: str, say: Callable
 def _upload_command(folder: Path, there: bool, message: str) -> tuple[str, ...]:
     """The client's arguments to upload a bundle; without --dir-mode it leaves folders out."""
     if there:
-        return ("datasets", "version", "-p", str(folder), "--dir-mode", "zip", "-m", message or f"arc-kernel bundle {_digest(folder)[:12]}")
+        note = message or f"arc-kernel bundle {_digest(folder)[:12]}"
+        return ("datasets", "version", "-p", str(folder), "--dir-mode", "zip", "-m", note)
     return ("datasets", "create", "-p", str(folder), "--dir-mode", "zip")
 
 

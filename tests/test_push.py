@@ -19,7 +19,7 @@ import pytest
 
 from arc_kernel import bundle
 from arc_kernel.errors import ArcKernelError
-from arc_kernel.kaggle import metadata, profiles, push
+from arc_kernel.kaggle import client, metadata, profiles, push
 
 pytest.importorskip("cryptography", reason="the stand-in's certificate needs it")
 from kaggle_standin import Standin  # noqa: E402
@@ -182,6 +182,15 @@ def test_expired_credentials_are_named(kaggle, code, said, monkeypatch, kind):
     kaggle.answers[f"{DATASETS}/GetDatasetStatus"] = unauthenticated
     assert "Kaggle does not take the credentials" in refused(said, [code]) and "make a new API token" in said[-1]
     assert not kaggle.blobs
+
+
+@no_client
+def test_a_kaggle_out_of_reach_is_named(kaggle, code, said, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "QUICK", 0.05)  # seconds, in which no client even starts
+        assert "Kaggle cannot be reached (no answer within 0.05 s)" in refused(said, [code])
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    assert "Kaggle cannot be reached (" in refused(said, [code])
 
 
 def test_dry_run_says_the_commands_and_does_nothing(kaggle, code, kernel, said):

@@ -31,7 +31,7 @@ MENDS = ((r"\b401\b|Unauthori[sz]ed|Authentication required|Unauthenticated", "K
          (r"not valid (?:dataset|competition|kernel) sources", "pushed without all of its inputs",
           "mend the ids of the sources and push again"),
          (r"No module named", "the Kaggle client is incomplete", "pip install 'kaggle>=2.2.5' six"),
-         (r"ConnectionError|Max retries exceeded|ProxyError|SSLError", "Kaggle cannot be reached",
+         (r"ConnectionError|Max retries exceeded|ProxyError|SSLError|no answer within", "Kaggle cannot be reached",
           "look at the network and push again"),
          (r"You don't have access|\b403\b", "no access", "accept the competition's rules on Kaggle, and look at the ids"))
 REFUSED = (r"^(?:Dataset (?:version )?creation error|Kernel push error): *(.*)"
@@ -106,7 +106,10 @@ def _run(arguments: Sequence[str], say: Callable[[str], None] | None, limit: flo
             if say and line.strip() and (not bar or time.monotonic() - said > EVERY):
                 say(f"  {line.rstrip()}")
                 said = time.monotonic()
-        return process.wait(), "".join(lines)
+        code = process.wait()
+        if limit and code < 0:  # ended by the timer: the client's own requests wait for ever
+            lines.append(f"no answer within {limit:g} s\n")
+        return code, "".join(lines)
     finally:
         timer.cancel()
         process.kill()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from arc_kernel import bundle
 from arc_kernel.errors import ArcKernelError
+from arc_kernel.kaggle.templates import Origin
 
 
 def main() -> int:
@@ -15,12 +16,14 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2-135m", help="model folder, or smollm2-135m (embedded)")
     parser.add_argument("--out", type=Path, default="kaggle_datasets", help="folder for the bundles")
     parser.add_argument("--username", default=bundle.USERNAME, help="Kaggle user name, for the ids of the datasets")
+    parser.add_argument("--licence", default="", help="licence of the model, where its README.md does not say (license: apache-2.0)")
+    parser.add_argument("--source", default="", help="where the model comes from, where its README.md does not say (base_model: ...)")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     options = parser.parse_args()
     say = (lambda line: None) if options.quiet else print
     try:
         bundle.build_code(options.out, options.username, say)
-        bundle.build_weights(options.out, options.model, options.username, say)
+        bundle.build_weights(options.out, options.model, options.username, say, Origin(options.licence, options.source))
     except ArcKernelError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

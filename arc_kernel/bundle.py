@@ -19,11 +19,11 @@ from pathlib import Path
 
 from . import __version__
 from .errors import ArcKernelError
+from .kaggle import templates
 
 MANIFEST, METADATA, KIND = "manifest.json", "dataset-metadata.json", "arc_kernel_bundle"
 PACKAGE = Path(__file__).resolve().parent
-TEMPLATES = PACKAGE.parent / "kaggle_datasets"
-USERNAME = "INSERT_USERNAME_HERE"  # to be replaced before an upload, in the manner of Kaggle's own `datasets init`
+USERNAME = templates.USERNAME
 DATASETS = {"code": "arc-kernel-code", "weights": "arc-kernel-<model>"}
 DEPTH = 6  # folders below the input root that are looked into; Kaggle mounts a dataset 1 to 3 below it
 AGAIN = "build the bundle again (python build_kernel.py) and upload it"
@@ -59,10 +59,12 @@ def build_code(out: Path, username: str = USERNAME, say: Callable[[str], None] =
     return _build(Path(out) / DATASETS["code"], "code", {}, sources, username, say)
 
 
-def build_weights(out: Path, model: str, username: str = USERNAME, say: Callable[[str], None] = print) -> Path:
-    """Write the config, tokenizer and safetensors of `model` as `out`/arc-kernel-<model name>; returns that folder.
+def build_weights(out: Path, model: str, username: str = USERNAME, say: Callable[[str], None] = print,
+                  origin: templates.Origin = templates.Origin()) -> Path:
+    """Write the config, tokenizer, safetensors and licence of `model` as `out`/arc-kernel-<model name>; returns that folder.
 
-    Raises ArcKernelError as `checkpoint.open_model` and `build_code` do, and for a name Kaggle would not take.
+    What `origin` leaves open is taken from the model folder's README.md; the embedded model's is known. Raises ArcKernelError
+    as `checkpoint.open_model` and `build_code` do, and for a name Kaggle would not take.
     """
     from . import checkpoint
 
@@ -72,7 +74,11 @@ def build_weights(out: Path, model: str, username: str = USERNAME, say: Callable
     if not len("arc-kernel-") < len(name) <= 50 or name == DATASETS["code"]:
         raise ArcKernelError(f"{folder}: its name makes no Kaggle dataset id ({name}): rename the folder, at most 39 letters")
     sources = {f"model/{f.name}": f for pattern in (*checkpoint.TEXTS, checkpoint.WEIGHTS) for f in folder.glob(pattern) if f.is_file()}
-    return _build(Path(out) / name, "weights", {"model": label}, sources, username, say)
+    known = templates.SMOLLM2 if model == checkpoint.EMBEDDED else templates.model_card(folder)
+    origin = templates.Origin(origin.licence or known.licence, origin.source or known.source)
+    if origin.licence.lower() == "apache-2.0" and not list(folder.glob("LICENSE*")):
+        sources["LICENSE"] = templates.APACHE
+    return _build(Path(out) / name, "weights", {"model": label}, sources, username, say, origin)
 
 
 def find_bundles(root: Path) -> dict[str, Bundle]:
@@ -173,10 +179,11 @@ def _complete(files) -> bool:
         and isinstance(f.get("sha256"), str) and isinstance(f.get("bytes"), int) for name, f in files.items())
 
 
-def _build(folder: Path, kind: str, extra: dict, sources: dict[str, Path], username: str, say: Callable[[str], None]) -> Path:
+def _build(folder: Path, kind: str, extra: dict, sources: dict[str, Path], username: str, say: Callable[[str], None],
+           origin: templates.Origin = templates.Origin()) -> Path:
     """Copy `sources` (path in the bundle -> file) to `folder` with manifest and metadata, unless it is there already."""
     start = time.perf_counter()
-    metadata = _fill_template(TEMPLATES / f"{kind}.json", folder.name, username)
+    metadata = templates.fill(kind, folder.name, username, origin)
     files = {path: {"sha256": _sha256(source), "bytes": source.stat().st_size} for path, source in sources.items()}
     manifest = {KIND: kind, "name": folder.name, "version": __version__, **extra, "files": files}
     texts = {METADATA: _dump(metadata), MANIFEST: _dump(manifest)}  # the manifest last: without it a folder is no bundle
@@ -221,22 +228,6 @@ def _replace(folder: Path, sources: dict[str, Path], texts: dict[str, str], mani
         fresh.rename(folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def _fill_template(path: Path, name: str, username: str) -> dict:
-    """Kaggle's dataset metadata, within the bounds of https://github.com/Kaggle/kaggle-api/blob/main/docs/datasets_metadata.md."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", username):
-        raise ArcKernelError(f"--username: {username!r}: give the name in your Kaggle profile's address")
-    try:
-        metadata = json.loads(path.read_text(encoding="utf-8").replace("{username}", username).replace("{name}", name))
-        fits = metadata["id"] == f"{username}/{name}" and 6 <= len(metadata["title"]) <= 50 and len(metadata["licenses"]) == 1
-    except FileNotFoundError:
-        raise ArcKernelError(f"{path}: no metadata template: bundles are built in a clone of the repository") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArcKernelError(f"{path}: not a metadata template ({error}): give JSON with title, id and licenses") from None
-    if not fits:
-        raise ArcKernelError(f"{path}: Kaggle wants a title of 6 to 50 characters, one licence and the id {{username}}/{{name}}")
-    return metadata
 
 
 def _dump(value: dict) -> str:

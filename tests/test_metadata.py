@@ -1,0 +1,258 @@
+"""Kaggle metadata: what is written has no fault, and each fault of a folder is named in one line with its mend.
+
+    python -m pytest tests/test_metadata.py
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy
+import pytest
+from safetensors.numpy import save_file
+
+from arc_kernel import bundle
+from arc_kernel.errors import ArcKernelError
+from arc_kernel.kaggle import metadata, profiles, templates
+
+HOME = Path(__file__).resolve().parent.parent
+IMAGE = "example/python@sha256:" + "0" * 64
+PROFILE = dataclasses.replace(profiles.load("kaggle-t4"), docker_image=IMAGE)
+HEX = "0123456789abcdef" * 2  # as long as a Kaggle key
+
+
+@pytest.fixture
+def code(tmp_path):
+    return bundle.build_code(tmp_path, "someone", lambda line: None)
+
+
+@pytest.fixture
+def kernel(tmp_path):
+    return metadata.write_kernel(tmp_path / "kernel", HOME / "notebooks/submission.ipynb", PROFILE, "someone",
+                                 ["someone/arc-kernel-code", "someone/arc-kernel-smollm2-135m"])
+
+
+def change(path: Path, **fields) -> None:
+    """Set fields of a JSON file; None removes one."""
+    data = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
+
+
+def only_fault(folder: Path) -> str:
+    found = metadata.faults(folder)
+    assert len(found) == 1 and "\n" not in found[0]
+    assert found[0].count(": ") >= 2  # where: what is wrong: what to do
+    with pytest.raises(ArcKernelError) as caught:
+        metadata.check(folder)
+    assert str(caught.value) == found[0]
+    return found[0]
+
+
+def test_what_is_written_has_no_fault(code, kernel):
+    assert metadata.faults(code) == metadata.faults(kernel) == []
+    metadata.check(code)
+
+
+def test_kernel_is_the_profiles_machine(kernel):
+    written = json.loads((kernel / "kernel-metadata.json").read_text())
+    assert written["id"] == "someone/arc-kernel-submission" and written["code_file"] == "submission.ipynb"
+    assert (kernel / "submission.ipynb").read_bytes() == (HOME / "notebooks/submission.ipynb").read_bytes()
+    assert (written["machine_shape"], written["enable_gpu"], written["docker_image"]) == ("NvidiaTeslaT4", True, IMAGE)
+    assert (written["enable_internet"], written["is_private"]) == (False, True)
+    assert written["competition_sources"] == [PROFILE.competition]
+
+
+def test_a_machine_without_a_gpu_has_no_shape(tmp_path):
+    cpu = dataclasses.replace(PROFILE, accelerator="", gpus=0)
+    folder = metadata.write_kernel(tmp_path, HOME / "notebooks/submission.ipynb", cpu, "someone", ["someone/arc-kernel-code"])
+    assert metadata.faults(folder) == [] and not json.loads((folder / "kernel-metadata.json").read_text())["enable_gpu"]
+
+
+def test_a_missing_notebook_is_named(tmp_path):
+    with pytest.raises(ArcKernelError, match="nowhere.ipynb: No such file"):
+        metadata.write_kernel(tmp_path, tmp_path / "nowhere.ipynb", PROFILE, "someone", [])
+
+
+@pytest.mark.parametrize("kind", templates.KINDS)
+def test_each_kind_has_a_template_kaggle_takes(kind, tmp_path):
+    filled = templates.fill(kind, f"arc-kernel-{kind}", "someone", templates.SMOLLM2)
+    (tmp_path / "dataset-metadata.json").write_text(json.dumps(filled))
+    (tmp_path / "manifest.json").write_text(json.dumps({"name": f"arc-kernel-{kind}", "files": {}}))
+    assert metadata.faults(tmp_path) == []
+    assert filled["subtitle"] and "licence" in filled["description"].lower()
+
+
+@pytest.mark.parametrize("fields, words", [
+    ({"title": None}, "no title"),
+    ({"title": "short"}, "title has 5 characters"),
+    ({"title": "x" * 51}, "title has 51 characters"),
+    ({"title": "INSERT_TITLE_HERE"}, "is a template's"),
+    ({"id": None}, "is not <user>/<slug>"),
+    ({"id": "INSERT_USERNAME_HERE/arc-kernel-code"}, "names no user"),
+    ({"licenses": []}, "exactly one licence"),
+    ({"licenses": [{"name": "other"}, {"name": "apache-2.0"}]}, "exactly one licence"),
+    ({"licenses": [{"name": "MIT"}]}, "knows no licence 'MIT'"),
+    ({"licenses": [{"name": "unknown"}]}, "licence unknown"),
+    ({"description": "Some files."}, "which the description must name"),
+    ({"subtitle": "too short"}, "subtitle has 9 characters"),
+    ({"subtitle": "x" * 81}, "subtitle has 81 characters"),
+    ({"description": "Licence: mit. Source: not stated."}, "source not stated"),
+    ({"licenses": [{"name": "apache-2.0"}], "description": None}, "no description"),
+])
+def test_faults_of_dataset_metadata(code, fields, words):
+    change(code / "dataset-metadata.json", **fields)
+    assert words in only_fault(code)
+
+
+@pytest.mark.parametrize("slug, words", [("Arc-Kernel", "lowercase letters"), ("two--hyphens", "single hyphens"),
+                                         ("code1", "has 5 characters"), ("x" * 51, "has 51 characters")])
+def test_faults_of_a_slug(code, slug, words):
+    change(code / "dataset-metadata.json", id=f"someone/{slug}")
+    change(code / "manifest.json", name=slug)
+    assert words in only_fault(code)
+
+
+def test_faults_of_what_a_dataset_holds(code):
+    change(code / "dataset-metadata.json", id="someone/another-name")
+    assert "does not end in arc-kernel-code" in only_fault(code)
+    change(code / "dataset-metadata.json", id="someone/arc-kernel-code")
+    (code / "notes.txt").write_text("mine")
+    assert "notes.txt is not in manifest.json" in only_fault(code)
+    (code / "notes.txt").unlink()
+    (code / "requirements.txt").rename(code.parent / "aside")
+    assert "requirements.txt is in manifest.json but not in the folder" in only_fault(code)
+    (code.parent / "aside").rename(code / "requirements.txt")
+    files = json.loads((code / "manifest.json").read_text())["files"]
+    for name, words in ((".cache/a.txt", "Kaggle's client leaves out"), ("a.tar.gz", "would be unpacked by Kaggle")):
+        (code / name).parent.mkdir(exist_ok=True)
+        (code / name).write_text("a")
+        change(code / "manifest.json", files=files | {name: {}})
+        assert words in only_fault(code)
+        (code / name).unlink()
+    (code / "manifest.json").unlink()
+    assert "manifest.json is missing" in only_fault(code)
+
+
+@pytest.mark.parametrize("fields, words", [
+    ({"title": None}, "no title"),
+    ({"id": "submission"}, "is not <user>/<slug>"),
+    ({"title": "arc-kernel two"}, "set id to <user>/arc-kernel-two"),
+    ({"code_file": None}, "is no notebook"),
+    ({"code_file": "run.py"}, "is no notebook"),
+    ({"code_file": "other.ipynb"}, "code_file other.ipynb is not in the folder"),
+    ({"language": "r"}, "language 'r'"),
+    ({"kernel_type": "script"}, "kernel_type 'script'"),
+    ({"is_private": None}, "is_private is not true or false"),
+    ({"enable_internet": None}, "absent means true"),
+    ({"enable_internet": "no"}, "absent means true"),
+    ({"enable_internet": "true"}, "a code competition does not take"),
+    ({"machine_shape": ""}, "Kaggle chooses the GPU"),
+    ({"machine_shape": "NvidiaTeslaP100"}, "retired or unknown"),
+    ({"enable_gpu": False}, "enable_gpu is false but"),
+    ({"docker_image": None}, "is not pinned"),
+    ({"docker_image": "example/python:latest"}, "is not pinned"),
+    ({"dataset_sources": []}, "no dataset_sources"),
+    ({"dataset_sources": ["arc-kernel-code"]}, "is not <user>/<slug>"),
+    ({"competition_sources": []}, "no competition_sources"),
+    ({"competition_sources": ["https://example.org/arc"]}, "is no slug"),
+])
+def test_faults_of_kernel_metadata(kernel, fields, words):
+    change(kernel / "kernel-metadata.json", **fields)
+    assert words in only_fault(kernel)
+
+
+def test_folders_that_are_none(tmp_path):
+    assert "no such folder" in only_fault(tmp_path / "nowhere")
+    assert "neither dataset-metadata.json nor kernel-metadata.json" in only_fault(tmp_path)
+    (tmp_path / "dataset-metadata.json").write_text('{"title": ')
+    assert "not JSON" in only_fault(tmp_path)
+    (tmp_path / "dataset-metadata.json").write_text("[]")
+    assert "not a JSON object" in only_fault(tmp_path)
+
+
+@pytest.mark.parametrize("name, words", [
+    ("kaggle.json", "Kaggle API key"), ("access_token", "Kaggle access token"), ("credentials.json", "OAuth"),
+    (".env", "environment file"), (".env.local", "environment file"), ("server.pem", "private key"),
+    ("id_ed25519", "SSH key"), ("id_rsa.pub", "SSH key"), (".netrc", "password")])
+def test_files_with_credentials_are_refused(kernel, name, words):
+    (kernel / "deep").mkdir()
+    (kernel / "deep" / name).write_text("x")
+    assert only_fault(kernel).startswith(f"{kernel / 'deep' / name}: ") and words in only_fault(kernel)
+
+
+@pytest.mark.parametrize("text, words", [
+    (f"token = KGAT_{HEX}", "a Kaggle API token"), (f'{{"username": "a", "key": "{HEX}"}}', "a Kaggle API key"),
+    (f"export KAGGLE_KEY={HEX}", "a Kaggle API key"), (f"login('hf_{'aB3' * 11}')", "a Hugging Face token"),
+    ("-----BEGIN OPENSSH PRIVATE KEY-----", "a private key")])
+def test_text_that_looks_like_a_credential_is_refused(kernel, text, words):
+    (kernel / "notes.txt").write_text(f"# mine\n{text}\n")
+    assert f"notes.txt: holds what looks like {words}" in only_fault(kernel)
+    assert HEX not in only_fault(kernel)
+
+
+def test_version_control_is_refused(kernel):
+    (kernel / ".git/objects").mkdir(parents=True)
+    assert only_fault(kernel).startswith(f"{kernel / '.git'}: version control")
+
+
+@pytest.mark.parametrize("cell, top, words", [
+    ({"outputs": [{"output_type": "stream", "name": "stdout", "text": "4"}]}, {}, "has outputs"),
+    ({"execution_count": 4}, {}, "has execution counts"),
+    ({}, {"kaggle": {"accelerator": "none"}}, "names a machine (metadata.kaggle)")])
+def test_a_notebook_that_was_run_is_refused(kernel, cell, top, words):
+    path = kernel / "submission.ipynb"
+    notebook = json.loads(path.read_text())
+    next(c for c in notebook["cells"] if c["cell_type"] == "code").update(cell)
+    notebook["metadata"].update(top)
+    path.write_text(json.dumps(notebook))
+    assert words in only_fault(kernel)
+
+
+def test_a_file_that_is_no_notebook_is_refused(kernel):
+    (kernel / "submission.ipynb").write_text("{}")
+    assert "not a notebook" in only_fault(kernel)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The smallest folder that `open_model` takes."""
+    folder = tmp_path_factory.mktemp("model")
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_text("{}")
+    save_file({"weight": numpy.zeros(4, numpy.float32)}, folder / "model.safetensors")
+    return folder
+
+
+def weights(model, out, card="", origin=templates.Origin()):
+    """The weights bundle of a copy of `model` with `card` as its README.md, and its metadata."""
+    shutil.copytree(model, out / "tiny-llama")
+    (out / "tiny-llama/README.md").write_text(card)
+    folder = bundle.build_weights(out / "bundles", str(out / "tiny-llama"), "someone", lambda line: None, origin)
+    return folder, json.loads((folder / "dataset-metadata.json").read_text())
+
+
+def test_weights_state_the_licence_and_source_of_their_model_card(model, tmp_path):
+    folder, written = weights(model, tmp_path, "---\nlicense: apache-2.0\nbase_model: some/model\n---\n# Tiny\n")
+    assert written["licenses"] == [{"name": "apache-2.0"}] and metadata.faults(folder) == []
+    assert "Source: some/model. Licence: apache-2.0." in written["description"]
+    assert (folder / "LICENSE").read_bytes() == templates.APACHE.read_bytes()
+
+
+def test_weights_with_a_licence_kaggle_does_not_list_name_it(model, tmp_path):
+    folder, written = weights(model, tmp_path, origin=templates.Origin("MIT", "my own training"))
+    assert written["licenses"] == [{"name": "other"}] and "Licence: MIT." in written["description"]
+    assert metadata.faults(folder) == [] and not (folder / "LICENSE").exists()
+
+
+def test_weights_of_unknown_origin_are_not_for_upload(model, tmp_path):
+    folder, _ = weights(model, tmp_path)
+    found = metadata.faults(folder)
+    assert len(found) == 2 and "licence unknown" in found[0] and "source not stated" in found[1]
+
+
+def test_a_licence_beside_the_weights_goes_in(model, tmp_path):
+    with_licence = shutil.copytree(model, tmp_path / "with")
+    (with_licence / "LICENSE").write_text("as the authors wrote it")
+    folder, _ = weights(with_licence, tmp_path, origin=templates.Origin("apache-2.0", "some/model"))
+    assert (folder / "model/LICENSE").read_text() == "as the authors wrote it" and not (folder / "LICENSE").exists()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -14,7 +16,6 @@ from .errors import ArcKernelError
 from .generate import vllm_installed
 from .grids import GridEncoder
 from .precision import probe, rescale, verdict
-from .precision.verdict import Precision
 from .prompts import PromptBuilder
 from .tasks import load_challenges, replacing
 
@@ -49,23 +50,18 @@ def check(model: Model, dtype: str, backend: str, out: Path, rescaled: str) -> N
         print(f"float16 cannot hold it: {reason}")
     if rescaled:
         _write(model, made, reason, Path(rescaled))
-    told: list[dict] = []
-
-    def tell(event: str, **facts) -> None:
-        told.append({"event": event, **facts})
-
     backend = ("vllm" if vllm_installed() else "transformers") if backend == "auto" else backend
-    chooser = Chooser(model, dtype, backend, model.max_seq_len, 0, None, tell, lambda stage, **facts: None)
+    chooser = Chooser(model, dtype, backend, model.max_seq_len, 0, None, lambda event, **facts: None,
+                      lambda stage, **facts: print(f"  {stage}: {time.perf_counter() - begun:.0f} s", file=sys.stderr))
     for engine, _, _ in chooser.engines():
         engine.close()
         break
-    settled = next(e for e in told if e["event"] == "verdict")
-    for e in settled["evidence"]:
+    settled = chooser.settled
+    for e in settled.evidence:
         print(f"{e['dtype']} ({e['backend']}): {'healthy' if e['ok'] else 'dropped'}: {e['seen']}")
-    print(f"verdict for dtype={dtype} on {verdict.device_model(model.device)}: {settled['dtype'] or 'no dtype gives finite answers'}")
-    settled.pop("event")
-    shown = settled | {"peaks": ranges.peaks, "rescale": made and made.to_json()}
-    Precision(**{**settled, "peaks": ranges.peaks, "evidence": tuple(settled["evidence"])}).save(out / "precision.json")
+    print(f"verdict for dtype={dtype} on {verdict.device_model(model.device)}: {settled.dtype or 'no dtype gives finite answers'}")
+    dataclasses.replace(settled, peaks=ranges.peaks).save(out / "precision.json")
+    shown = dataclasses.asdict(settled) | {"peaks": ranges.peaks, "rescale": made and made.to_json()}
     body = f"<pre>{html.escape(probe.table(ranges))}</pre><p>{html.escape(reason or str(made or 'float16 holds it as it is'))}</p>{report.precision_html(shown)}"
     with replacing(out / "report.html") as file:
         file.write(report.page(f"Precision of {model.folder.name}", body))

@@ -54,8 +54,9 @@ class Model:
         self.device, self.max_seq_len, self.headroom = device, max_seq_len, headroom
         weights = {"weights": weights_sha256(folder), "adapter": adapter and weights_sha256(adapter)}
         self.cache = cache_folder() / "precision" / verdict.digest(weights)
-        self._made = probe.examples(tasks, builder, max_seq_len)
-        self.key = weights | {"examples": verdict.digest([e.input_ids.tolist() for e in self._made])}
+        self._made = probe.examples(tasks, builder, min(max_seq_len, probe.PROBE_TOKENS))
+        self._asked = probe.examples(tasks, builder, min(max_seq_len, verdict.CANARY_PROMPT))
+        self.key = weights | {"examples": verdict.digest([e.input_ids.tolist() for e in self._made + self._asked])}
 
     @functools.cached_property
     def ranges(self) -> Ranges:
@@ -78,9 +79,9 @@ class Model:
         return [(ids, logprobs) for ids, logprobs in self._once("reference-" + self.key["examples"], measure)]
 
     def canary_prompts(self) -> list[Prompt]:
-        """The prompts of the examples the model is probed on, up to their answers."""
+        """Real prompts of the tasks the model is probed on, each short enough for a canary."""
         return [Prompt((i,), [int(t) for t in e.input_ids[: int((e.labels != probe.IGNORED).argmax())]], self.adapter)
-                for i, e in enumerate(self._made)]
+                for i, e in enumerate(self._asked)]
 
     def plan(self, adapters: Sequence[Peaks] = ()) -> Rescale | None:
         """What float16 needs for the model and adapters with these peaks; None: the weights as they are.
@@ -142,7 +143,7 @@ class Model:
             rescale.write_model(self.folder, made, folder)
         facts = json.loads((folder / "precision.json").read_text())
         if "logit_change" not in facts:
-            facts |= rescale.underflow(self.folder, folder, self._made[::2], self.device)
+            facts |= rescale.underflow(self.folder, folder, [self._made[0], self._made[-1]], self.device)
             facts |= {"weights": self.key["weights"], "tolerance": rescale.TOLERANCE}
             write_json(folder / "precision.json", facts)
         if facts["logit_change"] > rescale.TOLERANCE:
@@ -173,6 +174,7 @@ class Chooser:
         self.model, self.wanted, self.backend, self.adapters, self.tell, self.lap = model, wanted, backend, adapters, tell, lap
         self.max_seq_len, self._rank = max_seq_len, adapter_rank(model.adapter) if model.adapter else lora_rank
         self.evidence: list[dict] = []
+        self.settled: Precision | None = None  # the verdict, once there is one
 
     def engines(self) -> Iterator[tuple[object, Variant, set[Path]]]:
         """(engine, variant, folders of adapters it cannot serve) for each healthy dtype; the caller closes the engine.
@@ -184,16 +186,17 @@ class Chooser:
         self.key = {**self.model.key, "wanted": self.wanted, "backend": self.backend, "adapters": self.uses_adapters,
                     "device": verdict.device_model(self.model.device), "versions": verdict.versions()}
         path = self.model.cache / f"verdict-{verdict.digest(self.key)}.json"
-        known, settled = Precision.load(path, self.key), False
+        known = Precision.load(path, self.key)
         dtypes = verdict.candidates(self.wanted, self.model.device)
         for dtype in dtypes:
             started = self._start(dtype, dtype == dtypes[-1], known)
-            if started is not None and not settled:
-                self._settle(started[1]).save(path)
-                known, settled = None, True
+            if started is not None and self.settled is None:
+                self._settle(started[1])
+                self.settled.save(path)
+                known = None
             if started is not None:
                 yield started
-        if not settled:
+        if self.settled is None:
             self._settle(None)
 
     def _start(self, dtype: str, last: bool, known: Precision | None) -> tuple[object, Variant, set[Path]] | None:
@@ -226,15 +229,14 @@ class Chooser:
         self.tell("precision", stage="canary", dtype=dtype, text=f"{dtype} is not used: {wrong}")
         return None
 
-    def _settle(self, variant: Variant | None) -> Precision:
+    def _settle(self, variant: Variant | None) -> None:
         """The verdict on a variant (None: no dtype is healthy), told."""
         peaks = self.model.ranges.peaks if variant and variant.dtype == "float16" else None
         made = variant and variant.rescale and variant.rescale.to_json()
-        settled = Precision(variant and variant.dtype, made, peaks, tuple(self.evidence), self.key)
-        self.tell("verdict", **dataclasses.asdict(settled))
+        self.settled = Precision(variant and variant.dtype, made, peaks, tuple(self.evidence), self.key)
+        self.tell("verdict", **dataclasses.asdict(self.settled))
         if variant and variant.rescale:
             self.tell("precision", stage="verdict", dtype=variant.dtype, text=f"{variant.dtype} cannot hold the model as it is; {variant.rescale}")
-        return settled
 
     def _variant(self, dtype: str) -> tuple[Variant, set[Path]]:
         """The model as `dtype` wants it, and the tasks' adapters that overflow there whatever is done."""

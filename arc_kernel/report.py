@@ -53,22 +53,27 @@ def read_verdict(out: Path) -> dict | None:
 
 
 def stage_rows(events: list[dict]) -> list[dict]:
-    """Seconds, share of all seconds, tokens and tokens/s of each stage, summed over workers and starts."""
-    seconds, tokens = defaultdict(float), defaultdict(int)
+    """Seconds, share of all seconds, tokens, tokens/s and predictions of each stage, summed over workers and starts.
+
+    A stage of its own is what is answered again, so that the rows say how many predictions that were and what they cost.
+    """
+    seconds, tokens, predictions = defaultdict(float), defaultdict(int), defaultdict(int)
     for e in events:
         if e["event"] == "stage":
             seconds[e["stage"]] += e["seconds"]
             tokens[e["stage"]] += e.get("tokens", 0) + e.get("prompt_tokens", 0)
+            predictions[e["stage"]] += e.get("predictions", 0)
     total = sum(seconds.values()) or 1.0
     return [{"stage": s, "seconds": round(t, 2), "share": round(t / total, 4), "tokens": tokens[s],
-             "tokens_per_second": round(tokens[s] / t, 1) if tokens[s] and t else 0.0} for s, t in seconds.items()]
+             "tokens_per_second": round(tokens[s] / t, 1) if tokens[s] and t else 0.0, "predictions": predictions[s]} for s, t in seconds.items()]
 
 
 def stage_table(rows: list[dict]) -> str:
     """The stage rows as a text table."""
-    lines = [f"{'stage':26}{'seconds':>10}{'share':>8}{'tokens':>10}{'tokens/s':>10}"]
+    lines = [f"{'stage':26}{'seconds':>10}{'share':>8}{'tokens':>10}{'tokens/s':>10}{'predictions':>13}"]
     rate = lambda r: f"{r['tokens']:10d}{r['tokens_per_second']:10.0f}" if r["tokens"] else f"{'':20}"
-    return "\n".join(lines + [f"{r['stage']:26}{r['seconds']:10.1f}{r['share']:8.1%}{rate(r)}" for r in rows])
+    made = lambda r: f"{r['predictions']:13d}" if r["predictions"] else ""
+    return "\n".join(lines + [f"{r['stage']:26}{r['seconds']:10.1f}{r['share']:8.1%}{rate(r)}{made(r)}".rstrip() for r in rows])
 
 
 def losses(events: list[dict]) -> dict[str, list[float]]:

@@ -100,7 +100,7 @@ class Serving:
     def _serve(self, engine, works: Iterable[Work], left_out: set[Path], stage: str) -> list[Work]:
         """Answer work as it comes, streaming; given back is what has prompts without a finite answer."""
         open_works: dict[str, Work] = {}
-        unfinished, prompt_tokens, new_tokens = [], 0, 0
+        unfinished, prompt_tokens, new_tokens, predictions = [], 0, 0, 0
 
         def feed() -> Iterator[Prompt]:
             nonlocal prompt_tokens
@@ -117,6 +117,7 @@ class Serving:
             work, completion = open_works[answer.prompt.key[0]], self._completion(answer)
             work.done.append(completion)
             work.answered += 1
+            predictions += 1
             new_tokens += completion.tokens
             if completion.status == "nan":
                 work.failed.append(answer.prompt)
@@ -127,7 +128,7 @@ class Serving:
                     unfinished.append(Work(work.task, work.failed, work.done))
                 else:
                     self._finish(work)
-        self.lap(stage, prompt_tokens=prompt_tokens, tokens=new_tokens)
+        self.lap(stage, prompt_tokens=prompt_tokens, tokens=new_tokens, predictions=predictions)
         return unfinished
 
     def _completion(self, answer: Answer) -> Completion:

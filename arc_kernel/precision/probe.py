@@ -23,7 +23,8 @@ from ..views import View, random_view, task_rng
 LIMIT = 65504.0  # largest finite float16 (IEEE 754 binary16)
 NORMAL = 2.0**-14  # smallest float16 with all 11 bits of its mantissa
 FLUSHED = 2.0**-25  # float16 rounds this and everything below it to zero
-PROBE_TOKENS = 2048  # of the longest example; activations hardly grow with length, the cost of attention scores does
+PROBE_TOKENS = 1024  # of the longest example; activations hardly grow with length, seconds do (docs/precision.md)
+PROBE_CELLS = 800  # of a task that is likely to fit into them without losing more than a pair
 ATTENTION = "arc_kernel_probe"  # the name under which transformers is given the attention that records scores
 QUERIES = 256  # rows of attention scores that exist at a time
 
@@ -76,27 +77,33 @@ def table(ranges: Ranges) -> str:
 
 
 def sample(tasks: Iterable[Task]) -> list[Task]:
-    """A short, a middling and a long task with train pairs, the same ones whatever the order of `tasks`."""
+    """A short, a middling and a long task with train pairs, the same ones whatever the order of `tasks`.
+
+    Long is what PROBE_CELLS allows, where there are three such tasks; else the three shortest are taken.
+    """
     order = sorted((t for t in tasks if t.train), key=lambda t: (cells(t), t.id))
+    order = order[: max(3, sum(cells(t) <= PROBE_CELLS for t in order))]
     return [order[i] for i in sorted({0, len(order) // 2, len(order) - 1})] if order else []
 
 
-def examples(tasks: list[Task], builder: PromptBuilder, max_seq_len: int, seed: int = 0) -> list[Example]:
-    """Teacher-forced examples from train pairs: per task its last pair as the target, as it is and under a random view.
+def examples(tasks: list[Task], builder: PromptBuilder, longest: int, seed: int = 0) -> list[Example]:
+    """Teacher-forced examples of up to `longest` tokens from train pairs: the last pair of each task as the target, under a
+    random view, and that of the first task that fits as it is, too.
 
     Where no task gives one that fits, a copied 3x3 grid, so that there is always something to look at.
     """
-    made, longest = [], min(PROBE_TOKENS, max_seq_len)
+    made = []
     for task in (t for t in tasks if t.train):
         *context, target = task.train
         answer = max(len(builder.answer_ids(target.output)), len(builder.answer_ids(target.output.T)))
         kept = builder.fit(tuple(context), target.input, answer, longest)
         if kept is not None:
             shown = tuple(context[k] for k in kept)
-            for view in (View(0, tuple(range(COLOURS)), tuple(range(len(shown)))), random_view(len(shown), task_rng(seed, task.id, "probe"))):
+            plain, drawn = View(0, tuple(range(COLOURS)), tuple(range(len(shown)))), random_view(len(shown), task_rng(seed, task.id, "probe"))
+            for view in (drawn,) if made else (plain, drawn):
                 made.append(builder.example(tuple(view.apply_pair(shown[k]) for k in view.order), view.apply_pair(target)))
-    plain = Pair(*(np.arange(9, dtype=np.int8).reshape(3, 3) for _ in range(2)))
-    return made or [builder.example((plain,), plain)]
+    square = Pair(*(np.arange(9, dtype=np.int8).reshape(3, 3) for _ in range(2)))
+    return made or [builder.example((square,), square)]
 
 
 def probe(model_folder: Path, made: list[Example], device: str, adapter: Path | None = None) -> Ranges:

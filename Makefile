@@ -6,11 +6,13 @@ GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/nul
 LOCK := $(if $(filter-out 0,$(GPU)),requirements.txt,requirements-cpu.txt)
 OFFLINE := HF_HUB_OFFLINE=1 PYTHONPATH=.
 
-.PHONY: help dry-run test test-transformers-4 lock notebook bundles clean
+.PHONY: help dry-run test test-transformers-4 test-transformers-4-quick signatures lock notebook bundles clean
 help:
 	@echo "make dry-run   the notebook on real tasks with the embedded model, from bundles, as on Kaggle"
 	@echo "make test      all tests"
 	@echo "make test-transformers-4   the tests that need no vLLM, on transformers 4.57 (the default is 5.x)"
+	@echo "make test-transformers-4-quick   those of them that read models, train and answer, in a few minutes: CI runs them"
+	@echo "make signatures   renew tests/vllm_signatures.json from the wheels of vLLM's releases (1.3 GB, removed again)"
 	@echo "make bundles   kaggle_datasets/: code and weights, ready to upload"
 	@echo "make notebook  notebooks/submission.ipynb from notebooks/submission.py"
 	@echo "make lock      renew requirements-cpu.txt"
@@ -45,6 +47,15 @@ test: .venv/installed-$(LOCK)
 
 test-transformers-4: .venv-4/installed
 	$(OFFLINE) .venv-4/bin/python -m pytest
+
+# What differs between 4.57 and 5.x: model folders, tokenizers and templates, attention under the probe, generate.
+QUICK_4 := $(patsubst %,tests/test_%.py,checkpoint prompts precision rescale transformers_engine vllm_api)
+test-transformers-4-quick: .venv-4/installed
+	$(OFFLINE) .venv-4/bin/python -m pytest $(QUICK_4)
+
+# Wheels that are there already are not downloaded again.
+signatures: .venv/installed-$(LOCK)
+	$(BIN)/python tests/vllm_signatures.py runs/wheels
 
 bundles: .venv/installed-$(LOCK)
 	$(OFFLINE) $(BIN)/python build_kernel.py

@@ -1,0 +1,96 @@
+"""The transformers backend on a tiny model, against the model's own logits.
+
+Quick, so that it runs on both transformers versions in CI: `make test-transformers-4-quick`.
+"""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from arc_kernel import checkpoint
+from arc_kernel.engine import EngineSettings, Prompt
+from arc_kernel.transformers_engine import TransformersEngine
+from models import nan_model, tiny_model
+
+NEW_TOKENS, SEEN = 12, 64
+PROMPTS = [list(range(start, start + length)) for start, length in ((100, 40), (900, 7), (5000, 23))]
+
+
+@pytest.fixture(scope="module")
+def tiny(model_folder, tmp_path_factory):
+    return tiny_model(model_folder, tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny, tmp_path_factory):
+    """Two adapters with weights that change every answer."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for number, name in enumerate(("first", "second")):
+        torch.manual_seed(number)
+        config = LoraConfig(r=8, lora_alpha=64, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+        get_peft_model(checkpoint.load_model(tiny, "float32", "cpu"), config).save_pretrained(folder / name, save_embedding_layers=False)
+    return [folder / "first", folder / "second"]
+
+
+def greedy(tiny, ids, adapter, answer):
+    """The model's first choice at each position of an answer, and their summed logprob; the adapter is not merged."""
+    model = checkpoint.load_model(tiny, "float32", "cpu")
+    model = model if adapter is None else PeftModel.from_pretrained(model, adapter).eval()
+    with torch.no_grad():
+        best = model(input_ids=torch.tensor([ids + answer])).logits[0, len(ids) - 1:-1].log_softmax(-1).max(-1)
+    return best.indices.tolist(), float(best.values.sum())
+
+
+def answers(engine, asked, **options):
+    prompts = [Prompt((number,), ids, adapter) for number, (ids, adapter) in enumerate(asked)]
+    return [a for _, a in sorted((a.prompt.key, a) for a in engine.answer(iter(prompts), **({"max_new_tokens": NEW_TOKENS} | options)))]
+
+
+def started(folder, dtype, end=2):
+    return TransformersEngine(EngineSettings(folder, dtype, SEEN, end, 8), "cpu")
+
+
+def test_answers_are_the_greedy_tokens_of_the_model_with_each_prompts_adapter(tiny, adapters):
+    asked = [(ids, adapter) for adapter in (None, adapters[0], adapters[1], None) for ids in PROMPTS]
+    engine = started(tiny, "float32")
+    given = answers(engine, asked)
+    engine.close()
+    assert len(given) == len(asked)
+    for answer, (ids, adapter) in zip(given, asked):
+        expected, logprob = greedy(tiny, ids, adapter, answer.token_ids)
+        assert (answer.token_ids, len(expected), answer.status) == (expected, NEW_TOKENS, "truncated")
+        assert answer.logprob == pytest.approx(logprob, abs=1e-3) == pytest.approx(sum(answer.logprobs), abs=1e-3)
+    for number in range(len(PROMPTS)):
+        assert len({tuple(a.token_ids) for a in given[number::len(PROMPTS)]}) == 3  # base, two adapters, base again
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_base_model_is_the_same_after_an_adapter_was_used(tiny, adapters, dtype):
+    engine = started(tiny, dtype)
+    before, adapted, after = (answers(engine, [(ids, adapter) for ids in PROMPTS]) for adapter in (None, adapters[0], None))
+    engine.close()
+    facts = lambda given: [(a.token_ids, a.logprobs) for a in given]
+    assert facts(before) == facts(after) != facts(adapted)
+
+
+def test_answer_ends_at_the_closing_token_and_stays_inside_the_context(tiny):
+    engine = started(tiny, "float32")
+    free, long = (answers(engine, [(ids, None)])[0].token_ids for ids in (PROMPTS[1], PROMPTS[0] + PROMPTS[2][:20]))
+    engine.close()
+    engine = started(tiny, "float32", end=free[4])
+    closed, = answers(engine, [(PROMPTS[1], None)])
+    engine.close()
+    place = free.index(free[4])
+    assert (closed.token_ids, closed.status, len(closed.logprobs)) == (free[:place], "ok", place + 1)
+    assert len(long) == SEEN - 60
+
+
+def test_answer_that_is_not_viable_is_cut_and_nan_is_never_an_answer(tiny, tmp_path):
+    engine = started(tiny, "float32")
+    cut, = answers(engine, [(PROMPTS[0], None)], viable=lambda ids: False)
+    engine.close()
+    sick = started(nan_model(tiny, tmp_path / "nan"), "float32")
+    bad = answers(sick, [(ids, None) for ids in PROMPTS])
+    sick.close()
+    assert (cut.status, len(cut.token_ids)) == ("stopped", 8)
+    assert [a.status for a in bad] == ["nan"] * len(PROMPTS)

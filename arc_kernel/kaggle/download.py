@@ -26,25 +26,23 @@ from .profiles import Profile
 def fetch(pins: Iterable[Pin], profile: Profile, cache: Path, say: Callable[[str], None]) -> list[Path]:
     """A wheel in `cache` for each pin, in order; only what is not there with the right sha256 is downloaded.
 
-    A run that is killed loses the file it was at; the next one goes on from there. `say` gets a line per download. Raises
-    ArcKernelError for a pin without hashes and for one that has no wheel for the profile's Python.
+    A run that is killed loses the file it was at; the next one goes on from there. `say` gets a line per download, and one
+    with the sum. Raises ArcKernelError for a pin without hashes and for one that has no wheel for the profile's Python.
     """
-    pins, found, start, fresh = list(pins), [], time.perf_counter(), 0
+    pins, start = list(pins), time.perf_counter()
+    if bare := [pin for pin in pins if not pin.hashes]:
+        raise ArcKernelError(f"{bare[0]}: has no sha256: make the lock again")
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / ".lock"):
-        there = _by_name(cache)
-        for number, pin in enumerate(pins, 1):
-            wheel = next((f for f in there.get(pin.name, ()) if _sha256(f) in pin.hashes), None)
-            if wheel is None:
-                before = time.perf_counter()
-                wheel = _download(pin, profile, cache)
-                size, seconds = wheel.stat().st_size / 1e6, time.perf_counter() - before
-                fresh += wheel.stat().st_size
-                say(f"[{number}/{len(pins)}] {wheel.name}: {size:.1f} MB ({seconds:.1f} s)")
-            found.append(wheel)
-    total = sum(f.stat().st_size for f in found) / 1e6
-    say(f"{len(found)} wheels, {total:.1f} MB, of which {fresh / 1e6:.1f} MB downloaded ({time.perf_counter() - start:.1f} s)")
-    return found
+        found = _held(pins, cache)
+        missing = [pin for pin in pins if pin not in found]
+        if missing:
+            say(f"{len(found)} of {len(pins)} wheels are there, {len(missing)} to download")
+            _download(missing, profile, cache, say)
+            found |= _held(missing, cache)
+    total, fresh = (sum(found[pin].stat().st_size for pin in some) / 1e6 for some in (pins, missing))
+    say(f"{len(pins)} wheels, {total:.1f} MB, of which {fresh:.1f} MB downloaded ({time.perf_counter() - start:.1f} s)")
+    return [found[pin] for pin in pins]
 
 
 def hashed(pin: Pin, wheel: Path) -> Pin:
@@ -52,36 +50,41 @@ def hashed(pin: Pin, wheel: Path) -> Pin:
     return Pin(pin.name, pin.version, (_sha256(wheel),))
 
 
-def _by_name(cache: Path) -> dict[str, list[Path]]:
-    """The cache's files by normalized distribution name."""
-    found: dict[str, list[Path]] = {}
+def _held(pins: Iterable[Pin], cache: Path) -> dict[Pin, Path]:
+    """The pins that are in the cache with a sha256 of theirs, and the files; another file of that name is no match."""
+    files: dict[str, list[Path]] = {}
     for file in sorted(cache.glob("*.whl")):
         try:
-            found.setdefault(parse_wheel_filename(file.name)[0], []).append(file)
+            files.setdefault(parse_wheel_filename(file.name)[0], []).append(file)
         except InvalidWheelFilename:
             continue
-    return found
+    return {pin: file for pin in pins for file in files.get(pin.name, ()) if _sha256(file) in pin.hashes}
 
 
-def _download(pin: Pin, profile: Profile, cache: Path) -> Path:
-    """One wheel by pip, which checks its sha256, renamed into the cache when it is whole; a process per wheel, so that a kill loses one."""
-    if not pin.hashes:
-        raise ArcKernelError(f"{pin}: has no sha256: make the lock again")
+def _download(pins: list[Pin], profile: Profile, cache: Path, say: Callable[[str], None]) -> None:
+    """pip fetches the pins' wheels, checks each sha256, and all are renamed into the cache.
+
+    pip's own cache lies beside it until then: it takes whole responses only, so a killed run's next one starts from them.
+    """
     part = cache / ".part"  # one at a time, under the cache's lock: what a killed run left goes
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    (part / "wanted.txt").write_text(f"{pin}\n")
-    done = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-cache-dir",
-                           "--no-deps", "--only-binary", ":all:", "--require-hashes", "-r", "wanted.txt", "-d", "wheels",
-                           *target.pip_arguments(profile)], cwd=part, capture_output=True, text=True)
-    if done.returncode:
-        said = next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), done.stderr.strip()[-200:])
-        raise ArcKernelError(f"{pin.name}=={pin.version}: no wheel for {target.describe(profile)} ({said}): "
-                             "check the network, else make the lock again")
-    wheel = next((part / "wheels").iterdir())
-    os.replace(wheel, cache / wheel.name)
-    shutil.rmtree(part)
-    return cache / wheel.name
+    (part / "wanted.txt").write_text("".join(f"{pin}\n" for pin in pins))
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--progress-bar", "off", "--no-deps",
+               "--only-binary", ":all:", "--require-hashes", "-r", "wanted.txt", "-d", "wheels", "--cache-dir", str(cache / ".pip"),
+               *target.pip_arguments(profile)]
+    with open(part / "errors.txt", "w+") as errors, subprocess.Popen(command, cwd=part, stdout=subprocess.PIPE, stderr=errors, text=True) as pip:
+        for line in pip.stdout:
+            if line.strip().startswith(("Downloading", "Using cached")):
+                say(line.strip())
+        if pip.wait():
+            errors.seek(0)
+            said = " ".join(line.strip() for line in errors if "warning" not in line.lower())
+            raise ArcKernelError(f"{cache}: no wheels for {target.describe(profile)} ({said[:600]}): check the network, else make the lock again")
+    for wheel in (part / "wheels").iterdir():
+        os.replace(wheel, cache / wheel.name)
+    for done in (part, cache / ".pip"):
+        shutil.rmtree(done, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:

@@ -40,9 +40,10 @@ def _for_another_machine(profile: Profile) -> list[Pin]:
         (home / "skip.txt").write_text("\n".join(profile.skip))
         (home / "lock.txt").write_text("\n".join(f"{name}=={version}" for name, version in there.items()))
         _run(profile, [sys.executable, "-m", "uv", "pip", "compile", "--no-config", "--quiet", "--no-header", "--no-annotate",
-                       "--generate-hashes", "--only-binary", ":all:", "--python-version", profile.python,
-                       "--python-platform", profile.platform, *(("--exclude-newer", profile.as_of) if profile.as_of else ()),
-                       "--excludes", "skip.txt", "wanted.txt", "-o", "lock.txt"], home)
+                       "--generate-hashes", "--only-binary", ":all:", "--python", sys.executable,  # else uv looks for one, 15 s
+                       "--python-version", profile.python, "--python-platform", profile.platform,
+                       *(("--exclude-newer", profile.as_of) if profile.as_of else ()), "--excludes", "skip.txt",
+                       "wanted.txt", "-o", "lock.txt"], home)
         pins = parse((home / "lock.txt").read_text(), f"profile {profile.name}", target.environment(profile))
     return [pin for pin in pins if pin.name not in there or not Pin(pin.name, there[pin.name]).takes(pin.version)]
 

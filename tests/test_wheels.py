@@ -142,6 +142,18 @@ def test_after_a_kill_a_partial_file_is_not_taken_and_a_whole_one_is_kept(locked
     assert {f.name for f in cache.iterdir()} - {".lock"} == {f.name for f in (folder / "wheels").iterdir()}
 
 
+def test_a_download_that_breaks_off_goes_on_from_where_it_was(index, home, tmp_path):
+    made = [make_wheel(index, f"part{i:02}") for i in range(10)]
+    (home / "locks").mkdir()
+    (home / "locks/small.txt").write_text(lock.render([lock.Pin(f.name[:6], "1.0", (sha256(f),)) for f in made], []))
+    made[-1].unlink()
+    assert "part09==1.0" in error_of(wheels.build, tmp_path / "out", profile(), "someone", **QUIET)
+    make_wheel(index, "part09")
+    said = []
+    folder = wheels.build(tmp_path / "out", profile(), "someone", said.append)
+    assert said[0] == "8 of 10 wheels are there, 2 to download" and len(list((folder / "wheels").iterdir())) == 10
+
+
 def test_a_file_that_is_not_the_locked_one_is_refused(locked, index, tmp_path):
     make_wheel(index, "part", "1.5", requires=["something"])
     (tmp_path / "cache/wheels/part-1.5-py3-none-any.whl").unlink()

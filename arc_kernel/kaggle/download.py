@@ -22,11 +22,13 @@ from . import target
 from .lock import Pin
 from .profiles import Profile
 
+BATCH = 8  # wheels a pip process; pip keeps nothing of a process that is killed, and takes a second to start
+
 
 def fetch(pins: Iterable[Pin], profile: Profile, cache: Path, say: Callable[[str], None]) -> list[Path]:
     """A wheel in `cache` for each pin, in order; only what is not there with the right sha256 is downloaded.
 
-    A run that is killed loses the file it was at; the next one goes on from there. `say` gets a line per download, and one
+    A run that is killed loses the batch it was at; the next one goes on from there. `say` gets a line per download, and one
     with the sum. Raises ArcKernelError for a pin without hashes and for one that has no wheel for the profile's Python.
     """
     pins, start = list(pins), time.perf_counter()
@@ -38,7 +40,8 @@ def fetch(pins: Iterable[Pin], profile: Profile, cache: Path, say: Callable[[str
         missing = [pin for pin in pins if pin not in found]
         if missing:
             say(f"{len(found)} of {len(pins)} wheels are there, {len(missing)} to download")
-            _download(missing, profile, cache, say)
+            for i in range(0, len(missing), BATCH):
+                _download(missing[i:i + BATCH], profile, cache, say)
             found |= _held(missing, cache)
     total, fresh = (sum(found[pin].stat().st_size for pin in some) / 1e6 for some in (pins, missing))
     say(f"{len(pins)} wheels, {total:.1f} MB, of which {fresh:.1f} MB downloaded ({time.perf_counter() - start:.1f} s)")
@@ -62,29 +65,27 @@ def _held(pins: Iterable[Pin], cache: Path) -> dict[Pin, Path]:
 
 
 def _download(pins: list[Pin], profile: Profile, cache: Path, say: Callable[[str], None]) -> None:
-    """pip fetches the pins' wheels, checks each sha256, and all are renamed into the cache.
-
-    pip's own cache lies beside it until then: it takes whole responses only, so a killed run's next one starts from them.
-    """
+    """pip fetches the pins' wheels and checks each sha256; then all are renamed into the cache."""
     part = cache / ".part"  # one at a time, under the cache's lock: what a killed run left goes
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     (part / "wanted.txt").write_text("".join(f"{pin}\n" for pin in pins))
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--progress-bar", "off", "--no-deps",
-               "--only-binary", ":all:", "--require-hashes", "-r", "wanted.txt", "-d", "wheels", "--cache-dir", str(cache / ".pip"),
+               "--only-binary", ":all:", "--require-hashes", "-r", "wanted.txt", "-d", "wheels", "--no-cache-dir",
                *target.pip_arguments(profile)]
-    with open(part / "errors.txt", "w+") as errors, subprocess.Popen(command, cwd=part, stdout=subprocess.PIPE, stderr=errors, text=True) as pip:
+    with (open(part / "errors.txt", "w+") as errors,
+          subprocess.Popen(command, cwd=part, stdout=subprocess.PIPE, stderr=errors, text=True) as pip):
         for line in pip.stdout:
-            if line.strip().startswith(("Downloading", "Using cached")):
+            if line.strip().startswith("Downloading"):
                 say(line.strip())
         if pip.wait():
             errors.seek(0)
             said = " ".join(line.strip() for line in errors if "warning" not in line.lower())
-            raise ArcKernelError(f"{cache}: no wheels for {target.describe(profile)} ({said[:600]}): check the network, else make the lock again")
+            raise ArcKernelError(f"{cache}: no wheels for {target.describe(profile)} ({said[:600]}): "
+                                 "check the network, else make the lock again")
     for wheel in (part / "wheels").iterdir():
         os.replace(wheel, cache / wheel.name)
-    for done in (part, cache / ".pip"):
-        shutil.rmtree(done, ignore_errors=True)
+    shutil.rmtree(part)
 
 
 def _sha256(path: Path) -> str:

@@ -24,7 +24,7 @@ T4 = profiles.load("kaggle-t4")
 QUIET = {"say": lambda line: None}
 
 
-def make_wheel(folder: Path, name: str, version: str = "1.0", requires=(), tag: str = "py3-none-any", python: str = "", extra="") -> Path:
+def make_wheel(folder: Path, name: str, version="1.0", requires=(), tag="py3-none-any", python="", extra="") -> Path:
     """A small wheel that pip and uv take, the same bytes each time."""
     folder.mkdir(parents=True, exist_ok=True)
     info = f"{name}-{version}.dist-info"
@@ -222,7 +222,8 @@ def test_another_pythons_wheel_a_second_version_and_half_a_wheel_are_faults(bare
     half.write_bytes(made[0].read_bytes()[:80])
     broken, engine, second = wheels.faults([*made, half], bare)
     assert engine == f"{made[0].name}: is for Python >=3.13, not 3.12.0"
-    assert broken.startswith(f"{half}: not a wheel that can be read") and second == f"{made[2].name}: {made[1].name} is there too: keep one of them"
+    assert broken.startswith(f"{half}: not a wheel that can be read")
+    assert second == f"{made[2].name}: {made[1].name} is there too: keep one of them"
 
 
 # Locks
@@ -236,8 +237,9 @@ def test_differing_names_what_a_session_must_install():
     assert wheels.differing(text, there | {"vllm": "built by hand"})[-1] == "vllm==0.19.1"
 
 
-@pytest.mark.parametrize("line, said", [("torch>=2", "'torch>=2' is no pin"), ("torch", "'torch' is no pin"), ("torch==2.*", "is no pin"),
-                                        ("-e .", "is no requirement"), ("torch==2\nTorch==3", "torch is pinned twice")])
+@pytest.mark.parametrize("line, said", [
+    ("torch>=2", "'torch>=2' is no pin"), ("torch", "'torch' is no pin"), ("torch==2.*", "is no pin"),
+    ("-e .", "is no requirement"), ("torch==2\nTorch==3", "torch is pinned twice")])
 def test_a_line_that_is_no_pin_is_named(line, said):
     message = error_of(lock.parse, f"# a lock\n{line}\n", "locks/x.txt")
     assert message.startswith("locks/x.txt: ") and said in message
@@ -251,9 +253,11 @@ def test_committed_lock_goes_with_its_profile(name):
     image = profiles.installed(profile)
     there = image | {pin.name: pin.version for pin in pins.values()}
     assert all(len(pin.hashes) == 1 and re.fullmatch("[0-9a-f]{64}", pin.hashes[0]) for pin in pins.values())
-    assert [r for r in check.wanted(profile) if not r.specifier.contains(there[canonicalize_name(r.name)], prereleases=True)] == []
+    wanted = {r: there[canonicalize_name(r.name)] for r in check.wanted(profile)}
+    assert [r for r, version in wanted.items() if not r.specifier.contains(version, prereleases=True)] == []
     assert [pin for pin in pins.values() if image.get(pin.name) == pin.version] == []  # what is there is not brought again
-    assert not {"ipykernel", "ipython", "jupyter-client", "pyzmq", "tornado", "traitlets"} & set(pins)  # the kernel that runs the notebook
+    running = {"ipykernel", "ipython", "jupyter-client", "pyzmq", "tornado", "traitlets"}
+    assert not running & set(pins)  # the kernel that runs the notebook
     assert "torchao" not in there and wheels.differing(text, there) == []
 
 
@@ -269,7 +273,8 @@ def test_uv_keeps_the_images_versions_and_brings_only_what_is_missing(index, hom
     make_wheel(index, "engine", requires=["base", "part", "unwanted", 'arm; platform_machine == "aarch64"'])
     asked = profile("engine", skip=("unwanted",))
     folder = wheels.build(tmp_path / "out", asked, "someone", **QUIET)
-    assert {f.name for f in (folder / "wheels").iterdir()} == {"engine-1.0-py3-none-any.whl", "part-2.0-cp312-cp312-manylinux_2_35_x86_64.whl"}
+    assert {f.name for f in (folder / "wheels").iterdir()} == {"engine-1.0-py3-none-any.whl",
+                                                               "part-2.0-cp312-cp312-manylinux_2_35_x86_64.whl"}
     assert wheels.lock_file(asked).read_bytes() == (folder / "lock.txt").read_bytes()
     make_wheel(index, "engine", "1.1", requires=["base>=2"])
     assert (wheels.build(tmp_path / "out", asked, "someone", **QUIET) / "wheels/engine-1.0-py3-none-any.whl").is_file()

@@ -66,7 +66,7 @@ def wanted(profile: Profile) -> list[Requirement]:
 
 
 def faults(wheels: Iterable[Path], profile: Profile, installed: Mapping[str, str] | None = None) -> list[str]:
-    """What would not work once `wheels` are installed with --no-deps on the profile's machine; a line each, empty when all is well.
+    """What would not work once `wheels` are installed with --no-deps on the profile's machine; a line each, none when all is well.
 
     `installed` is the version by name of what is there already: by default what the profile's image lists.
     """
@@ -85,7 +85,8 @@ def faults(wheels: Iterable[Path], profile: Profile, installed: Mapping[str, str
         if not wheel.python.contains(environment["python_full_version"], prereleases=True):
             found.append(f"{path.name}: is for Python {wheel.python}, not {environment['python_full_version']}")
         read[wheel.name] = wheel
-    there = {canonicalize_name(name): version for name, version in (preinstalled(profile) if installed is None else installed).items()}
+    installed = preinstalled(profile) if installed is None else installed
+    there = {canonicalize_name(name): version for name, version in installed.items()}
     there |= {wheel.name: wheel.version for wheel in read.values()}
     for who, requirement in _requirements(read, profile, environment):
         name = canonicalize_name(requirement.name)

@@ -25,13 +25,14 @@ MANIFEST, METADATA, KIND = "manifest.json", "dataset-metadata.json", "arc_kernel
 PACKAGE = Path(__file__).resolve().parent
 USERNAME = templates.USERNAME
 DATASETS = {"code": "arc-kernel-code", "weights": "arc-kernel-<model>"}
+PARTS = (".py", ".toml", ".txt")  # what the package is made of: modules, profiles, lists of packages
 DEPTH = 6  # folders below the input root that are looked into; Kaggle mounts a dataset 1 to 3 below it
 AGAIN = "build the bundle again (python build_kernel.py) and upload it"
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk: `kind` is `code` or `weights`, `manifest` the parsed manifest.json in `folder`."""
+    """A bundle on disk: `kind` is `code`, `weights` or `wheels`, `manifest` the parsed manifest.json in `folder`."""
 
     kind: str
     folder: Path
@@ -52,11 +53,11 @@ def build_code(out: Path, username: str = USERNAME, say: Callable[[str], None] =
     `say` gets one line on what was done. Raises ArcKernelError for a bad user name, a broken metadata template, a folder
     in the way that is no bundle, or an `out` that cannot be written.
     """
-    sources = {f"{PACKAGE.name}/{f.relative_to(PACKAGE).as_posix()}": f for f in PACKAGE.rglob("*.py")
-               if not f.parent.name.startswith(".")}  # Jupyter's checkpoints
-    beside = {name: PACKAGE.parent / name for name in ("requirements.txt", "notebooks/submission.py")}
+    sources = {f"{PACKAGE.name}/{f.relative_to(PACKAGE).as_posix()}": f for f in PACKAGE.rglob("*")
+               if f.suffix in PARTS and not f.parent.name.startswith(".")}  # Jupyter's checkpoints
+    beside = {name: PACKAGE.parent / name for name in ("requirements.txt", "requirements-cpu.txt", "notebooks/submission.py")}
     sources |= {name: file for name, file in beside.items() if file.is_file()}
-    return _build(Path(out) / DATASETS["code"], "code", {}, sources, username, say)
+    return build(Path(out) / DATASETS["code"], "code", {}, sources, username, say)
 
 
 def build_weights(out: Path, model: str, username: str = USERNAME, say: Callable[[str], None] = print,
@@ -78,7 +79,7 @@ def build_weights(out: Path, model: str, username: str = USERNAME, say: Callable
     origin = templates.Origin(origin.licence or known.licence, origin.source or known.source)
     if origin.licence.lower() == "apache-2.0" and not list(folder.glob("LICENSE*")):
         sources["LICENSE"] = templates.APACHE
-    return _build(Path(out) / name, "weights", {"model": label}, sources, username, say, origin)
+    return build(Path(out) / name, "weights", {"model": label}, sources, username, say, origin)
 
 
 def find_bundles(root: Path) -> dict[str, Bundle]:
@@ -179,9 +180,13 @@ def _complete(files) -> bool:
         and isinstance(f.get("sha256"), str) and isinstance(f.get("bytes"), int) for name, f in files.items())
 
 
-def _build(folder: Path, kind: str, extra: dict, sources: dict[str, Path], username: str, say: Callable[[str], None],
-           origin: templates.Origin = templates.Origin()) -> Path:
-    """Copy `sources` (path in the bundle -> file) to `folder` with manifest and metadata, unless it is there already."""
+def build(folder: Path, kind: str, extra: dict, sources: dict[str, Path], username: str, say: Callable[[str], None],
+          origin: templates.Origin = templates.Origin(), copy: Callable[[Path, Path], object] = shutil.copyfile) -> Path:
+    """Put `sources` (path in the bundle -> file) into `folder` with manifest and metadata, unless it is there already.
+
+    `extra` goes into the manifest, `origin` into the metadata, `copy` takes source and destination. Raises ArcKernelError
+    as `build_code` does.
+    """
     start = time.perf_counter()
     metadata = templates.fill(kind, folder.name, username, origin)
     files = {path: {"sha256": _sha256(source), "bytes": source.stat().st_size} for path, source in sources.items()}
@@ -192,7 +197,7 @@ def _build(folder: Path, kind: str, extra: dict, sources: dict[str, Path], usern
     unchanged = _is_built(Bundle(kind, folder, manifest), texts)
     if not unchanged:
         try:
-            _replace(folder, sources, texts, manifest)
+            _replace(folder, sources, texts, manifest, copy)
         except OSError as error:
             raise ArcKernelError(f"{error.filename or folder}: cannot be written ({error.strerror}): give another --out") from None
     size, done = sum(f["bytes"] for f in files.values()) / 1e6, "unchanged" if unchanged else "built"
@@ -211,15 +216,15 @@ def _is_built(bundle: Bundle, texts: dict[str, str]) -> bool:
     return all((bundle.folder / name).read_bytes() == text.encode() for name, text in texts.items())
 
 
-def _replace(folder: Path, sources: dict[str, Path], texts: dict[str, str], manifest: dict) -> None:
+def _replace(folder: Path, sources: dict[str, Path], texts: dict[str, str], manifest: dict, copy: Callable) -> None:
     """Make the bundle under a hidden name, check it, and rename it into the place of the old one."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         fresh = work / "fresh"
-        for path, source in sources.items():  # copies: a hard link would let a change in the bundle reach the model folder
+        for path, source in sources.items():
             (fresh / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, fresh / path)
+            copy(source, fresh / path)
         for name, text in texts.items():
             (fresh / name).write_bytes(text.encode())
         verify(Bundle(manifest[KIND], fresh, manifest))

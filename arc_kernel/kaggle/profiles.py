@@ -6,6 +6,7 @@ Imports only the standard library: the notebook reads a profile before anything 
 from __future__ import annotations
 
 import dataclasses
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from ..errors import ArcKernelError
 
 HERE = Path(__file__).resolve().parent
 FILE = HERE / "profiles.toml"
+VERSION = re.compile(r"\d+\.\d+")
 
 
 @dataclass(frozen=True)
@@ -22,37 +24,83 @@ class Profile:
 
     name: str
     title: str
-    python: str  # of the image, major.minor
-    platform: str  # uv's name of the target platform
-    cuda: str  # CUDA line the image's driver and torch speak, major.minor; empty without a GPU
-    image: str  # file in images/ with the packages the image has, name==version a line; empty: nothing is preinstalled
-    requirements: tuple[str, ...]  # what must be importable on top of the image
-    remove: tuple[str, ...]  # distributions of the image that must go
-    accelerator: str  # Kaggle's machine_shape; empty without a GPU
+    python: str
+    platform: str
+    cuda: str
+    image: str
+    requirements: tuple[str, ...]
+    pinned: str
+    as_of: str
+    skip: tuple[str, ...]
+    remove: tuple[str, ...]
+    accelerator: str
     gpus: int
-    capability: str  # CUDA compute capability of its GPUs, major.minor; empty without a GPU
-    docker_image: str  # the image pinned in the kernel's metadata
-    competition: str  # slug
-    engine: dict  # vLLM's engine arguments
+    capability: str
+    docker_image: str
+    competition: str
+    inputs: str
+    mounts: dict
+    engine: dict
+    environment: dict
 
 
-def names() -> list[str]:
-    """The names of all profiles, in the file's order."""
-    return list(tomllib.loads(FILE.read_text(encoding="utf-8")))
+def names(file: Path = FILE) -> list[str]:
+    """The names of all profiles, in the file's order. Raises ArcKernelError for a damaged file."""
+    return list(_tables(file))
 
 
-def load(name: str) -> Profile:
-    """The profile of this name. Raises ArcKernelError for a name that is not there and for a damaged file."""
+def load(name: str, file: Path = FILE) -> Profile:
+    """The profile of this name. Raises ArcKernelError for a name that is not there and for a wrong or missing value."""
+    tables = _tables(file)
+    if name not in tables:
+        raise ArcKernelError(f"profile {name}: no such profile: choose one of {', '.join(tables)}")
+    values = dict(tables[name])
+    if (base := values.pop("like", None)) is not None:
+        if base not in tables or "like" in tables[base]:
+            raise ArcKernelError(f"{file}: profile {name}: like = {base!r}: name a profile that is complete itself")
+        values = tables[base] | values
+    types = {f.name: f.type for f in dataclasses.fields(Profile) if f.name != "name"}
+    if wrong := sorted(set(types) ^ set(values)):
+        what = "no such field" if wrong[0] in values else "missing"
+        raise ArcKernelError(f"{file}: profile {name}: {wrong[0]}: {what}: the fields are {', '.join(types)}")
+    for field, value in values.items():
+        if types[field].startswith("tuple"):
+            fits = isinstance(value, list) and all(isinstance(v, str) for v in value)
+            values[field] = tuple(value) if fits else value
+        else:
+            fits = type(value).__name__ == types[field]
+        if not fits:
+            raise ArcKernelError(f"{file}: profile {name}: {field} = {value!r}: give {types[field]}")
+    return _sound(Profile(name, **values), file)
+
+
+def installed(profile: Profile) -> dict[str, str]:
+    """The version by normalized name of what the profile's image has preinstalled, without what is to be removed."""
+    if not profile.image:
+        return {}
+    lines = (HERE / "images" / profile.image).read_text(encoding="utf-8").splitlines()
+    listed = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    return {name: version for name, version in listed.items() if name not in profile.remove}
+
+
+def _tables(file: Path) -> dict[str, dict]:
     try:
-        table = tomllib.loads(FILE.read_text(encoding="utf-8"))
-        if name not in table:
-            raise ArcKernelError(f"profile {name}: no such profile: choose one of {', '.join(table)}")
-        value = table[name]
-        return Profile(name=name, **value | {"requirements": tuple(value["requirements"]), "remove": tuple(value["remove"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ArcKernelError(f"{FILE}: profile {name}: {error}: mend the file") from None
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArcKernelError(f"{file}: {error}: mend the file") from None
 
 
-def fields() -> list[str]:
-    """The names of a profile's fields."""
-    return [f.name for f in dataclasses.fields(Profile)]
+def _sound(profile: Profile, file: Path) -> Profile:
+    """The profile, where its values go together."""
+    for field in ("python", "cuda", "capability"):
+        if (value := getattr(profile, field)) and not VERSION.fullmatch(value):
+            raise ArcKernelError(f"{file}: profile {profile.name}: {field} = {value!r}: give major.minor, or nothing")
+    if profile.platform and not re.fullmatch(r"\w+-manylinux_2_\d+", profile.platform):
+        raise ArcKernelError(f"{file}: profile {profile.name}: platform = {profile.platform!r}: give machine-manylinux_2_<minor>")
+    if bool(profile.python) != bool(profile.platform):
+        raise ArcKernelError(f"{file}: profile {profile.name}: python and platform: give both, or neither for this machine")
+    if (profile.gpus > 0) != bool(profile.accelerator) or bool(profile.accelerator) != bool(profile.capability):
+        raise ArcKernelError(f"{file}: profile {profile.name}: gpus, accelerator and capability: give all, or none without a GPU")
+    if profile.image and not (HERE / "images" / profile.image).is_file():
+        raise ArcKernelError(f"{file}: profile {profile.name}: image = {profile.image!r}: no such file in {HERE / 'images'}: add it")
+    return profile

@@ -143,7 +143,7 @@ class Model:
             rescale.write_model(self.folder, made, folder)
         facts = json.loads((folder / "precision.json").read_text())
         if "logit_change" not in facts:
-            facts |= rescale.underflow(self.folder, folder, [self._made[0], self._made[-1]], self.device)
+            facts |= rescale.underflow(self.folder, folder, self._made[:2], self.device)
             facts |= {"weights": self.key["weights"], "tolerance": rescale.TOLERANCE}
             write_json(folder / "precision.json", facts)
         if facts["logit_change"] > rescale.TOLERANCE:

@@ -227,11 +227,11 @@ def small_weights(folder: Path) -> dict[str, float]:
     """The smallest non-zero magnitude among a folder's weights, and the shares float16 flushes or keeps with fewer bits."""
     smallest, flushed, subnormal, count = math.inf, 0, 0, 0
     for _, tensor in weight_tensors(folder):
-        sizes = tensor.float().abs()
-        some = sizes[sizes > 0]
-        if some.numel():
-            smallest = min(smallest, float(some.min()))
-        flushed += int((some <= FLUSHED).sum())
-        subnormal += int(((some > FLUSHED) & (some < NORMAL)).sum())
+        sizes = tensor.float().abs_()
+        small = sizes[sizes < NORMAL]  # few, and what all three figures are about
+        lost = small[small > 0]
+        flushed += int((lost <= FLUSHED).sum())
+        subnormal += int((lost > FLUSHED).sum())
+        smallest = min(smallest, float(lost.min()) if lost.numel() else float(sizes[sizes > 0].min()) if sizes.any() else math.inf)
         count += tensor.numel()
     return {"smallest": smallest, "flushed": flushed / max(1, count), "subnormal": subnormal / max(1, count)}

@@ -21,7 +21,7 @@ from ..tasks import replacing
 # What may follow a dtype that failed. float16 after bfloat16 would be hopeless: it has the smaller range.
 NEXT = {"bfloat16": ("float32",), "float16": ("bfloat16", "float32"), "float32": ()}
 CANARY_PROMPT = 512  # tokens of the longest canary prompt
-CANARY_TOKENS = 24  # tokens of each canary answer
+CANARY_TOKENS = 16  # tokens of each canary answer
 AGREEMENT = 0.8  # share of tokens that must be the reference's ...
 DIFFERENCE = 0.25  # ... unless no logprob (nats) is further from it than this: ties are no fault of a dtype
 PRODUCT = {"cpu": (16, 512), "cuda": (2048, 2048)}  # rows, side of the product that is timed: a millisecond or so in float32

@@ -68,7 +68,8 @@ def _parser() -> argparse.ArgumentParser:
 def _setting(parser: argparse.ArgumentParser, name: str, types: dict[str, type]) -> None:
     """Add a setting as an option, with its type, default, choices and help."""
     f = next(f for f in dataclasses.fields(Settings) if f.name == name)
-    parser.add_argument("--" + name.replace("_", "-"), type=types[name], default=f.default, choices=f.metadata["choices"], help=f.metadata["help"])
+    kind = {"action": argparse.BooleanOptionalAction} if types[name] is bool else {"type": types[name], "choices": f.metadata["choices"]}
+    parser.add_argument("--" + name.replace("_", "-"), default=f.default, help=f.metadata["help"], **kind)
 
 
 def _precision(tasks: str, headroom: float, out: Path, rescaled: str, bench: bool, dtype: str, backend: str, **model) -> None:

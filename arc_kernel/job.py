@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Job:
-    """The settings of a worker; `probe_tasks` (as `tasks.task_to_json` gives them) are what precision is judged on."""
+    """The settings of a worker; `probe_tasks` (as `tasks.task_to_json` gives them) are what precision is judged on.
+
+    `adapt_until` is the clock (`time.time`) at which training ends; infinite without a time budget.
+    """
 
     model: str
     adapter: str
@@ -26,4 +29,5 @@ class Job:
     ttt_batch: int
     ttt_lr: float
     lora_rank: int
+    adapt_until: float
     probe_tasks: tuple[dict, ...]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import math
 import os
 import queue
 import shutil
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Iterator
@@ -45,15 +47,32 @@ class Pool:
         for device in range(min(devices, max(1, max(map(len, self.todo.values()))))):
             self._start(device)
 
-    def events(self, until: str) -> Iterator[dict]:
+    def events(self, until: str, deadline: float = math.inf, grace: float = 0.0) -> Iterator[dict]:
         """Messages of the workers, each with its `worker`, until the stage `until` ('adapt' or 'answer') has no task left.
 
-        A death is a message of its own: `worker-died`, with the tasks that are given up for this stage.
+        A death is a message of its own: `worker-died`, with the tasks that are given up for this stage. At `deadline`
+        (`time.time`) no more tasks are given out, which is told as `out-of-time`; `grace` seconds later what is still
+        held is given up.
         """
         self._open.add(until)
         self._give_out()
         while self.todo[until] or any(held[until] for held in self._held.values()):
-            number, message = self._messages.get()
+            now = time.time()
+            if now >= deadline and self.todo[until]:
+                yield {"event": "out-of-time", "stage": until, "tasks": self.todo[until], "held": False,
+                       "text": f"time budget: {len(self.todo[until])} tasks are left out of '{until}'"}
+                self.todo[until] = []
+                continue
+            if now >= deadline + grace:
+                held = sorted(task for stages in self._held.values() for task in stages[until])
+                yield {"event": "out-of-time", "stage": until, "tasks": held, "held": True,
+                       "text": f"time budget: {len(held)} tasks are given up in '{until}': {', '.join(held)}"}
+                return
+            try:
+                end = deadline if now < deadline else deadline + grace
+                number, message = self._messages.get(timeout=min(end - now, threading.TIMEOUT_MAX))
+            except queue.Empty:
+                continue
             if message is None:
                 yield from self._bury(number)
             elif message["event"] == "want":

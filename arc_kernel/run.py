@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -28,6 +29,9 @@ from .precision.verdict import Precision
 from .settings import Settings
 from .tasks import Attempts, cells, load_challenges, replacing, task_to_json, write_submission
 
+ADAPT_SHARE = 0.6  # of the time budget; the rest is for answers. Training took 0.55 to 0.75 of a run's seconds (README)
+FINISH_SHARE, FINISH_SECONDS = 0.02, 20.0  # of the budget, at least seconds, kept for votes, score and report
+GRACE_SHARE = 0.05  # of the budget, for what workers hold when no more tasks are given out
 SUBMISSION_SECONDS = 10.0  # at most so often is submission.json written again while answers arrive
 
 
@@ -51,7 +55,7 @@ class Run:
         self._stage("read tasks", time.perf_counter() - self.begun)
 
     def adapt(self) -> None:
-        """Fine-tune one LoRA per task that has neither an adapter nor answers yet."""
+        """Fine-tune one LoRA per task that has neither an adapter nor answers yet, within its share of the time budget."""
         todo = self._todo()
         if not todo["answer"]:
             return
@@ -63,7 +67,7 @@ class Run:
         steps, tokens = len(todo["adapt"]) * self.job.ttt_steps, defaultdict(int)
         done, finished = defaultdict(int), 0
         with _bar(steps, "adapt", "step") as bar:
-            for message in self._events("adapt"):
+            for message in self._events("adapt", self.job.adapt_until, math.inf):
                 task, event = message.get("task"), message["event"]
                 if event == "loss":
                     tokens[task], done[task] = message["tokens"], message["step"]
@@ -76,9 +80,12 @@ class Run:
         if self._pool is None:
             return
         expected = {i: self.challenges.outputs[i] * self.job.views for i in self._todo()["answer"]}
-        done, tokens, finished, written = defaultdict(int), 0, 0, time.perf_counter()
+        done, tokens, finished, written, given_up = defaultdict(int), 0, 0, time.perf_counter(), False
         with _bar(sum(expected.values()), "answer", "prediction") as bar:
-            for message in self._events("answer"):
+            budget = self.settings.time_budget
+            grace = GRACE_SHARE * budget
+            last = self._until(1.0) - max(FINISH_SHARE * budget, FINISH_SECONDS) - grace
+            for message in self._events("answer", last, grace):
                 if message["event"] == "completion":
                     done[message["task"]] += 1
                     tokens += message["tokens"]
@@ -88,7 +95,10 @@ class Run:
                     if time.perf_counter() - written > SUBMISSION_SECONDS:
                         self._write_submission()
                         written = time.perf_counter()
+                given_up = given_up or bool(message.get("held"))
                 _move(bar, sum(done.values()), tokens, f"{finished}/{len(expected)} tasks")
+        if given_up:
+            self.stop()
 
     def finish(self) -> dict:
         """Close workers; write submission, metrics and report; what `solve` returns: paths, metrics, stage rows."""
@@ -121,9 +131,14 @@ class Run:
             self._pool.kill()
             self._pool = None
 
-    def _events(self, stage: str):
+    def _until(self, share: float) -> float:
+        """The clock (`time.time`) at which this share of the time budget is over; infinite without one."""
+        budget = self.settings.time_budget
+        return time.time() - (time.perf_counter() - self.begun) + share * budget if budget else math.inf
+
+    def _events(self, stage: str, deadline: float, grace: float):
         try:
-            for message in self._pool.events(stage):
+            for message in self._pool.events(stage, deadline, grace):
                 self._note(message)
                 yield message
         except BaseException:
@@ -138,7 +153,7 @@ class Run:
         if event == "verdict":
             Precision(*(message[f.name] for f in dataclasses.fields(Precision))).save(self.out / "precision.json")
             facts = {k: v for k, v in facts.items() if k not in ("peaks", "key")}
-        loud = event in ("note", "adapt-failed", "worker-died", "precision", "stop") or (event == "verdict" and message["dtype"] is None)
+        loud = event in ("note", "adapt-failed", "worker-died", "precision", "stop", "out-of-time") or (event == "verdict" and message["dtype"] is None)
         loud = loud or bool(facts.get("error"))
         (self._say if loud else self._log)(event, **facts)
 
@@ -204,13 +219,16 @@ class Run:
                   max_seq_len=min(s.max_seq_len, checkpoint.context_length(model)), max_new_tokens=s.max_new_tokens,
                   views=s.views, seed=s.seed, ttt_steps=s.ttt_steps, ttt_batch=s.ttt_batch,
                   ttt_lr=s.ttt_lr or adapt.default_lr(checkpoint.parameter_count(model)), lora_rank=s.lora_rank,
+                  adapt_until=self._until(ADAPT_SHARE),
                   probe_tasks=tuple(map(task_to_json, probe.sample(self.challenges.tasks.values()))))
-        self._log("resolved", **{k: v for k, v in dataclasses.asdict(job).items() if k not in ("model", "out", "adapter", "probe_tasks")})
+        self._log("resolved", **{k: v for k, v in dataclasses.asdict(job).items() if k not in ("model", "out", "adapter", "probe_tasks", "adapt_until")})
         return job
 
     def _todo(self) -> dict[str, list[str]]:
         """Task ids still to adapt and to answer, longest task first."""
         order = sorted(self.challenges.tasks.values(), key=lambda t: (-cells(t), t.id))
+        if self.settings.self_test:
+            order = order[-self.settings.devices:]
         answer = [t.id for t in order if t.id not in self.candidates]
         adapted = lambda i: (self.out / "adapters" / i / "adapter_model.safetensors").is_file()
         return {"adapt": [i for i in answer if self.settings.ttt_steps and not adapted(i)], "answer": answer}

@@ -135,6 +135,8 @@ class Worker:
 
         def on_step(step: int, loss: float, tokens: int) -> None:
             nonlocal told, total
+            if time.time() > self.job.adapt_until:
+                raise ArcKernelError(f"task {task.id}: time budget: training ends at step {step}: answered without an adapter")
             total += tokens
             waiting.append(round(loss, 5))
             now = time.perf_counter()

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from arc_kernel import generate
 from arc_kernel.precision import verdict
 from arc_kernel.run import Run
+from arc_kernel.run import solve as solve_here
 from arc_kernel.settings import Settings
 from arc_kernel.tasks import read_submission
 from models import nan_model, overflowing_model, tiny_model
@@ -29,7 +30,7 @@ FILES = {"settings.json", "precision.json", "adapters", "completions", "submissi
 
 
 def command(out, **options):
-    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", *([] if value is None else [str(value)]))]
     return [sys.executable, "-m", "arc_kernel", "solve", "--out", str(out), *flags]
 
 
@@ -304,4 +305,31 @@ def test_workers_that_cannot_live_end_in_a_filled_submission(tmp_path, fast):
     assert done.returncode == 0, done.stderr
     assert len(events(tmp_path / "run", "worker-died")) == 3 and "worker-2.log" in done.stderr
     assert "a damaged installation" in (tmp_path / "run" / "worker-2.log").read_text()
+    assert len(read_submission(tmp_path / "run" / "submission.json")) == 4
+
+
+def test_self_test_takes_one_short_task_per_device_and_submits_all(tmp_path, fast):
+    done = solve(tmp_path / "run", tasks=TRAINING, task_ids=SMALL, devices=1, **fast, **{"self-test": None})
+    assert done.returncode == 0, done.stderr
+    assert [p.stem for p in (tmp_path / "run" / "completions").iterdir()] == ["d037b0a7"]  # the smallest
+    assert {i for i, _ in read_submission(tmp_path / "run" / "submission.json")} == set(SMALL.split(","))
+
+
+def test_training_that_outlasts_its_share_of_the_time_budget_is_ended(tmp_path, fast, monkeypatch):
+    monkeypatch.setattr("arc_kernel.run.ADAPT_SHARE", 0.1)
+    options = {k: v if isinstance(v, int) else str(v) for k, v in fast.items()} | {"ttt_steps": 1_000_000}
+    begun = time.time()
+    result = solve_here(Settings(tasks=TRAINING, task_ids=SMALL, **options, time_budget=120.0, out=str(tmp_path / "run")))
+    assert time.time() - begun < 120
+    failed = events(tmp_path / "run", "adapt-failed")
+    assert len(failed) <= 1 and all("time budget: training ends at step" in e["error"] for e in failed)
+    assert events(tmp_path / "run", "out-of-time")[0]["stage"] == "adapt"
+    assert {p.stem for p in (tmp_path / "run" / "completions").iterdir()} == set(SMALL.split(","))
+    assert set(read_submission(result["submission"])) == {("d037b0a7", 0), ("3c9b0459", 0), ("25ff71a9", 0), ("25ff71a9", 1)}
+
+
+def test_time_budget_that_is_over_leaves_a_complete_submission(tmp_path, fast):
+    done = solve(tmp_path / "run", tasks=TRAINING, task_ids=SMALL, **fast, **{"time-budget": 1})
+    assert done.returncode == 0, done.stderr
+    assert "time budget: 3 tasks are left out of 'answer'" in done.stderr
     assert len(read_submission(tmp_path / "run" / "submission.json")) == 4

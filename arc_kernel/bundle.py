@@ -26,7 +26,7 @@ PACKAGE = Path(__file__).resolve().parent
 USERNAME = templates.USERNAME
 DATASETS = {"code": "arc-kernel-code", "weights": "arc-kernel-<model>"}
 PARTS = (".py", ".toml", ".txt")  # what the package is made of: modules, profiles, lists of packages
-DEPTH = 6  # folders below the input root that are looked into; Kaggle mounts a dataset 1 to 3 below it
+DEPTH = 8  # folders below the input root that are looked into; Kaggle mounts a dataset 1 to 3 below it, a model 6
 AGAIN = "build the bundle again (python build_kernel.py) and upload it"
 
 
@@ -41,10 +41,15 @@ class Bundle:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads: `code` goes onto sys.path, `model` is a model folder."""
+    """What a run reads: `code` goes onto sys.path, `model` is a model folder, `adapter` a trained LoRA's, `wheels` a bundle's.
+
+    None is what is not attached.
+    """
 
     code: Path
-    model: Path
+    model: Path | None
+    adapter: Path | None
+    wheels: Path | None
 
 
 def build_code(out: Path, username: str = USERNAME, say: Callable[[str], None] = print) -> Path:
@@ -118,27 +123,48 @@ def verify(bundle: Bundle) -> None:
             raise ArcKernelError(f"{bundle.folder}: {name} has changed bytes: {AGAIN}")
 
 
-def find_inputs(root: Path) -> Inputs:
-    """The verified code and model folders below `root`, to which nothing is written.
+def find_inputs(root: Path, weights: bool = True) -> Inputs:
+    """The verified bundles below `root`, to which nothing is written.
 
-    Raises ArcKernelError as `find_bundles` and `verify` do, and when a bundle is missing: what to attach.
+    Raises ArcKernelError as `find_bundles` and `verify` do, and when the code or (where `weights` are wanted) the weights
+    are missing: what to attach.
     """
     bundles = find_bundles(root)
-    for kind, dataset in DATASETS.items():
+    for kind, dataset in list(DATASETS.items())[: 1 + weights]:
         if kind not in bundles:
             hint = next((f" ({folder / MANIFEST} is not JSON)" for folder, manifest in _manifests(root) if manifest is None), "")
             raise ArcKernelError(f"{root}: no {kind} bundle{hint}: attach the dataset {dataset} (made by python build_kernel.py)")
-    for kind in DATASETS:
-        verify(bundles[kind])
-    return Inputs(bundles["code"].folder, bundles["weights"].folder / "model")
+    for found in bundles.values():
+        verify(found)
+    folder = lambda kind, below: bundles[kind].folder / below if kind in bundles else None
+    return Inputs(bundles["code"].folder, folder("weights", "model"), folder("adapter", "adapter"), folder("wheels", ""))
 
 
-def find_file(root: Path, name: str) -> Path:
-    """The file called `name` below `root`: the shallowest, then the alphabetically first; ArcKernelError if there is none."""
-    for folder, files in _walk(root):
-        if name in files:
-            return folder / name
-    raise ArcKernelError(f"{root}: no {name} in it: attach the dataset or competition that holds it")
+def find_challenges(root: Path, name: str) -> Path:
+    """The challenges file called `name` below `root`, the shallowest one; copies of the same content are fine.
+
+    Raises ArcKernelError where there is none that holds ARC tasks (what was found, and where), or two that differ.
+    """
+    named = [folder / name for folder, files in _walk(root) if name in files]
+    found = {path: content for path in named if (content := _tasks_in(path)) is not None}
+    if not found:
+        others = [str(folder / f) for folder, files in _walk(root) for f in files if f.endswith("challenges.json")]
+        seen = f"{named[0]} holds no ARC tasks" if named else f"no {name} in it" + (f", but {', '.join(others[:3])}" if others else "")
+        raise ArcKernelError(f"{root}: {seen}: attach the competition, or set tasks to the file")
+    first, *rest = found
+    if other := next((path for path in rest if found[path] != found[first]), None):
+        raise ArcKernelError(f"{first} and {other}: two different challenges files: detach one, or set tasks to the file")
+    return first
+
+
+def _tasks_in(path: Path) -> bytes | None:
+    """A file's bytes where it looks like ARC tasks by id, else None."""
+    try:
+        content = path.read_bytes()
+        tasks = json.loads(content)
+        return content if tasks and all({"train", "test"} <= set(task) for task in tasks.values()) else None
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:

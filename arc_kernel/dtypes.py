@@ -170,10 +170,10 @@ class Chooser:
     """
 
     def __init__(self, model: Model, wanted: str, backend: str, max_seq_len: int, lora_rank: int, adapters: Path | None,
-                 tell: Callable, lap: Callable):
+                 tell: Callable, lap: Callable, profile: str = "auto"):
         self.model, self.wanted, self.backend, self.adapters, self.tell, self.lap = model, wanted, backend, adapters, tell, lap
         self.max_seq_len, self._rank = max_seq_len, adapter_rank(model.adapter) if model.adapter else lora_rank
-        self.evidence: list[dict] = []
+        self.profile, self.evidence = profile, []
         self.settled: Precision | None = None  # the verdict, once there is one
 
     def engines(self) -> Iterator[tuple[object, Variant, set[Path]]]:
@@ -211,7 +211,7 @@ class Chooser:
             reference = None if known else self.model.reference()
             self.lap("float32 reference")
             settings = EngineSettings(variant.folder, dtype, self.max_seq_len, self.model.builder.end_token, self._rank if self.uses_adapters else 0,
-                                      variant.rescale, self.model.builder.special_tokens)
+                                      variant.rescale, self.model.builder.special_tokens, self.profile)
             engine = start_engine(backend, settings, self.model.device)
             self.lap("start engine", dtype=dtype)
             if reference is not None:

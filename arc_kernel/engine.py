@@ -48,7 +48,7 @@ class EngineSettings:
     """What an engine is started with: model folder, dtype, tokens of prompt plus answer, closing token, LoRA rank (0: none).
 
     `rescale`: the model's weights are rescaled so; adapters are converted as they are loaded. `special`: ids of the
-    tokenizer's special tokens, for the guard.
+    tokenizer's special tokens, for the guard. `profile`: whose engine arguments vLLM is started with; auto: by the device.
     """
 
     model: Path
@@ -58,6 +58,7 @@ class EngineSettings:
     lora_rank: int
     rescale: Rescale | None = None
     special: frozenset[int] = frozenset()
+    profile: str = "auto"
 
 
 Viable = Callable[[list[int]], bool]

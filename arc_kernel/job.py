@@ -15,6 +15,7 @@ class Job:
     model: str
     adapter: str
     out: str
+    profile: str
     backend: str
     dtype: str
     ttt_dtype: str

@@ -23,6 +23,7 @@ from . import adapt, checkpoint, generate, report, score, select
 from .errors import ArcKernelError
 from .grids import GridEncoder
 from .job import Job
+from .kaggle import profiles
 from .pool import Pool, gpu_count
 from .precision import probe
 from .precision.verdict import Precision
@@ -204,6 +205,8 @@ class Run:
         model = checkpoint.open_model(s.model)
         if s.adapter:
             checkpoint.check_adapter(Path(s.adapter))
+        if s.profile != "auto":
+            profiles.load(s.profile)
         gpus = gpu_count()
         if gpus and s.devices > gpus:
             raise ArcKernelError(f"settings: devices is {s.devices}: this machine shows {gpus} GPU")
@@ -214,7 +217,7 @@ class Run:
             backend = "vllm" if generate.vllm_installed() else "transformers"
         elif backend == "vllm" and not generate.vllm_installed():
             raise ArcKernelError("settings: backend is vllm, which is not installed: use backend=transformers")
-        job = Job(model=str(model.resolve()), adapter=s.adapter, out=str(self.out.resolve()), backend=backend, dtype=s.dtype, ttt_dtype=s.ttt_dtype,
+        job = Job(model=str(model.resolve()), adapter=s.adapter, out=str(self.out.resolve()), profile=s.profile, backend=backend, dtype=s.dtype, ttt_dtype=s.ttt_dtype,
                   grid_encoder=s.grid_encoder, prompt=s.prompt, permute_background=s.background == "permuted",
                   max_seq_len=min(s.max_seq_len, checkpoint.context_length(model)), max_new_tokens=s.max_new_tokens,
                   views=s.views, seed=s.seed, ttt_steps=s.ttt_steps, ttt_batch=s.ttt_batch,

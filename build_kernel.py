@@ -22,8 +22,9 @@ OPTIONS = {
     "adapter": {"default": "", "help": "folder of a trained LoRA to start from"},
     "adapter-licence": {"default": "", "help": "licence of the adapter, where its README.md does not say"},
     "adapter-source": {"default": "", "help": "what the adapter was trained on, where its README.md does not say"},
-    "docker-image": {"default": "", "help": "image as <image>@sha256:<digest>; empty: the profile's, else that of the first push"},
-    "username": {"default": bundle.USERNAME, "help": "Kaggle user name, for the ids of datasets and notebook; without it nothing can be pushed"},
+    "docker-image": {"default": "",
+                     "help": "image as <image>@sha256:<digest>; empty: the profile's, else that of the first push"},
+    "username": {"default": bundle.USERNAME, "help": "Kaggle user name, for all ids; without it nothing can be pushed"},
     "upgrade": {"action": "store_true", "help": "resolve again and rewrite the lock in arc_kernel/kaggle/locks/"},
     "message": {"default": "", "help": "note on the new versions of the datasets"},
     "dry-run": {"action": "store_true", "help": "print what would be done, and do nothing"},
@@ -51,7 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _all(options: argparse.Namespace, say: Callable[[str], None]) -> None:
-    for build in (_notebook, _code, _weights, *([_adapter] if options.adapter else []), _wheels):  # wrong options show in the first
+    lora = [_adapter] if options.adapter else []
+    for build in (_notebook, _code, _weights, *lora, _wheels):  # the notebook first: it knows wrong options before anything is made
         build(options, say)
 
 
@@ -101,8 +103,8 @@ COMMANDS = {
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="build_kernel.py", epilog="docs/kaggle.md walks through it.",
-                                     description="Make the Kaggle datasets and the notebook, and upload them. Without a command: all.")
+    what = "Make the Kaggle datasets and the notebook, and upload them. Without a command: all."
+    parser = argparse.ArgumentParser(prog="build_kernel.py", description=what, epilog="docs/kaggle.md walks through it.")
     subparsers = parser.add_subparsers(required=True, metavar="command")
     for name, (command, what, options) in COMMANDS.items():
         added = subparsers.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")

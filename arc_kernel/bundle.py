@@ -89,12 +89,14 @@ def build_adapter(out: Path, folder: Path, username: str = USERNAME, say: Callab
 
 
 def trained_name(kind: str, folder: str | Path) -> str:
-    """The dataset name of `folder` as a `weights` or `adapter` bundle, by its last part; ArcKernelError for one Kaggle would not take."""
+    """The dataset name of a `weights` or `adapter` bundle, after its `folder`; ArcKernelError for one Kaggle would not take."""
     label = os.path.basename(os.path.abspath(folder))
     before = "arc-kernel-" if kind == "weights" else f"arc-kernel-{kind}-"
     name = before + re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
-    if not len(before) < len(name) <= 50 or kind == "weights" and re.match(r"arc-kernel-(?:(?:code|notebook)$|adapter-|wheels-)", name):
-        raise ArcKernelError(f"{folder}: its name makes no Kaggle dataset id ({name}): rename the folder, at most {50 - len(before)} letters")
+    taken = kind == "weights" and re.match(r"arc-kernel-(?:(?:code|notebook)$|adapter-|wheels-)", name)
+    if taken or not len(before) < len(name) <= 50:
+        most = 50 - len(before)
+        raise ArcKernelError(f"{folder}: its name makes no Kaggle dataset id ({name}): rename the folder, at most {most} letters")
     return name
 
 

@@ -30,8 +30,9 @@ def repository(tmp_path_factory):
 def kernel(repository):
     """Run build_kernel.py in the clone; (exit status, lines of stdout, lines of stderr)."""
     def run(*arguments):
-        done = subprocess.run([sys.executable, "build_kernel.py", *map(str, arguments)], capture_output=True, text=True, cwd=repository,
-                              env=clone.environment(repository) | {"HTTPS_PROXY": "http://127.0.0.1:9"})
+        environment = clone.environment(repository) | {"HTTPS_PROXY": "http://127.0.0.1:9"}  # nobody is there
+        done = subprocess.run([sys.executable, "build_kernel.py", *map(str, arguments)], capture_output=True, text=True,
+                              cwd=repository, env=environment)
         return done.returncode, done.stdout.splitlines(), done.stderr.splitlines()
     return run
 
@@ -123,7 +124,8 @@ def test_an_adapter_becomes_a_dataset_that_the_notebook_names(kernel, tmp_path):
     assert (code, errors) == (0, [])
     name = "arc-kernel-adapter-trained-1"
     assert kernel_metadata(out)["dataset_sources"] == [f"someone/{n}" for n in (WHEELS, WEIGHTS, name, CODE)]
-    assert set(bundle.find_bundles(out)["adapter"].manifest["files"]) == {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
+    files = bundle.find_bundles(out)["adapter"].manifest["files"]
+    assert set(files) == {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
     assert load_file(out / name / "adapter/adapter_model.safetensors").keys() == {"lora_A"}
     code, _, errors = kernel("check", "--out", out)  # nobody has said whose it is
     assert code == 1 and len(errors) == 2 and "--adapter-licence" in errors[0] and "--adapter-source" in errors[1]
@@ -205,14 +207,15 @@ def test_check_names_wheels_that_would_not_work(kernel, copy):
     vllm.unlink()
     change(folder / "manifest.json", files={name: f for name, f in manifest["files"].items() if name != f"wheels/{vllm.name}"})
     code, _, errors = kernel("check", "--out", copy)
-    wants = [f"error: {folder}: profile kaggle-t4 wants vllm{which}: there is none: make it again with upgrade" for which in ("==0.19.1", ">=0.11.2")]
-    assert code == 1 and [line.rpartition(" (")[0] for line in errors] == wants
+    wants = "error: {}: profile kaggle-t4 wants vllm{}: there is none: make it again with upgrade"
+    assert code == 1 and [line.rpartition(" (")[0] for line in errors] == [wants.format(folder, v) for v in ("==0.19.1", ">=0.11.2")]
 
 
 def test_a_dataset_of_another_user_is_named_by_check_and_push(kernel, copy):
     assert kernel("code", "--username", "another", "--out", copy)[0] == 0
     code, _, errors = kernel("check", "--out", copy)
-    assert code == 1 and len(errors) == 1 and "its id is another/arc-kernel-code, the notebook names someone/arc-kernel-code" in errors[0]
+    assert code == 1 and len(errors) == 1
+    assert "its id is another/arc-kernel-code, the notebook names someone/arc-kernel-code" in errors[0]
     code, said, errors = kernel("push", "--dry-run", "--out", copy)
     assert code == 1 and said == [] and len(errors) == 1 and "another/arc-kernel-code is not among its dataset_sources" in errors[0]
 

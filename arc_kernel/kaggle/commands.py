@@ -25,8 +25,8 @@ def build_notebook(out: Path, profile: profiles.Profile, model: str, adapter: st
     `adapter` is the folder of a trained LoRA, or empty. Raises ArcKernelError as `metadata.write_kernel` does, and for a
     folder whose name makes no dataset id.
     """
-    names = [wheels.name(profile), bundle.trained_name("weights", model), *([bundle.trained_name("adapter", adapter)] if adapter else []),
-             bundle.DATASETS["code"]]
+    trained = [bundle.trained_name("weights", model), *([bundle.trained_name("adapter", adapter)] if adapter else [])]
+    names = [wheels.name(profile), *trained, bundle.DATASETS["code"]]
     return metadata.write_kernel(Path(out) / NOTEBOOK, SOURCE, profile, username, [f"{username}/{name}" for name in names], say=say)
 
 

@@ -23,7 +23,7 @@ SHAPES = ("NvidiaTeslaT4", "NvidiaL4")  # https://github.com/Kaggle/kaggle-cli/b
 SLUG = r"[a-z0-9]+(?:-[a-z0-9]+)*"
 REF = rf"[A-Za-z0-9_-]+/{SLUG}"
 PINNED = r"\S+@sha256:[0-9a-f]{64}"  # an image that stays the same
-STAYS = "original"  # docker_image_pinning_type: the image of the kernel's first push; valid_push_pinning_types in kaggle_api_extended.py
+STAYS = "original"  # docker_image_pinning_type: the first push's image; valid_push_pinning_types in kaggle_api_extended.py
 LEFT_OUT = (".git", ".cache", ".huggingface")  # folders the client skips: DEFAULT_IGNORE_PATTERNS in kaggle_api_extended.py
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z")  # unpacked on arrival: https://www.kaggle.com/docs/datasets
 

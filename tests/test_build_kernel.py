@@ -227,6 +227,23 @@ def test_a_dataset_that_was_not_built_is_named(kernel, copy):
         assert code == 1 and errors == [f"error: {copy / WHEELS}: no such folder: build it first (python build_kernel.py)"]
 
 
+def test_a_dataset_of_somebody_else_is_attached_and_not_looked_for_here(kernel, copy):
+    path = copy / NOTEBOOK / "kernel-metadata.json"
+    change(path, dataset_sources=[*kernel_metadata(copy)["dataset_sources"], "another/their-dataset"])
+    assert kernel("check", "--out", copy)[0] == 0
+    code, said, errors = kernel("push", "--dry-run", "--out", copy)
+    assert (code, errors) == (0, []) and not any("their-dataset" in line for line in said)
+
+
+def test_upgrade_resolves_again_and_leaves_the_lock_where_that_fails(kernel, repository, tmp_path):
+    """Without an index, or without uv, it can only fail; test_wheels has one that goes well."""
+    before = contents(repository / "arc_kernel/kaggle/locks")
+    code, said, errors = kernel("wheels", "--upgrade", "--out", tmp_path)
+    assert code == 1 and said == ["profile kaggle-t4: resolving for Python 3.12 on x86_64-manylinux_2_35"]
+    assert len(errors) == 1 and errors[0].startswith("error: profile kaggle-t4: ") and "resolv" in errors[0]
+    assert contents(repository / "arc_kernel/kaggle/locks") == before and not list(tmp_path.iterdir())
+
+
 def test_without_a_user_name_nothing_is_pushed(kernel, tmp_path):
     assert kernel("--out", tmp_path, "--quiet")[0] == 0
     code, said, errors = kernel("push", "--dry-run", "--out", tmp_path)

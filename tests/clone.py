@@ -46,8 +46,8 @@ def environment(folder: Path) -> dict[str, str]:
     """The environment of a process in the clone: its cache, nothing of Kaggle's, and no package index."""
     own = ("KAGGLE_", "PYTHON", "MAKE", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
     kept = {name: value for name, value in os.environ.items() if not name.upper().startswith(own)}
-    return kept | {"ARC_KERNEL_CACHE": str(cache_of(folder)), "PIP_NO_INDEX": "1", "UV_OFFLINE": "1", "HF_HUB_OFFLINE": "1",
-                   "PYTHONDONTWRITEBYTECODE": "1"}
+    return kept | {"ARC_KERNEL_CACHE": str(cache_of(folder)), "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1",
+                   "PIP_NO_INDEX": "1", "UV_OFFLINE": "1", "UV_CACHE_DIR": str(cache_of(folder) / "uv")}
 
 
 def small_model(folder: Path) -> Path:

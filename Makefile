@@ -6,15 +6,16 @@ GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/nul
 LOCK := $(if $(filter-out 0,$(GPU)),requirements.txt,requirements-cpu.txt)
 OFFLINE := HF_HUB_OFFLINE=1 PYTHONPATH=.
 
-.PHONY: help dry-run rehearse test test-transformers-4 test-transformers-4-quick signatures lock notebook bundles clean
+.PHONY: help venv dry-run rehearse test test-transformers-4 test-transformers-4-quick signatures lock notebook bundles clean
 help:
 	@echo "make dry-run   the notebook on real tasks with the embedded model, from bundles, as on Kaggle"
 	@echo "make rehearse  a Kaggle session on this machine: read-only mounts, no network, wheels, 240 tasks"
 	@echo "make test      all tests"
 	@echo "make test-transformers-4   the tests that need no vLLM, on transformers 4.57 (the default is 5.x)"
 	@echo "make test-transformers-4-quick   those of them that read models, train and answer, in a few minutes: CI runs them"
+	@echo "make venv      .venv with the locked requirements, which the others make too"
 	@echo "make signatures   renew tests/vllm_signatures.json from the wheels of vLLM's releases (1.3 GB, removed again)"
-	@echo "make bundles   kaggle_datasets/: code and weights, ready to upload"
+	@echo "make bundles   kaggle_datasets/: code, weights, wheels and notebook of the default profile; docs/kaggle.md"
 	@echo "make notebook  notebooks/submission.ipynb from notebooks/submission.py"
 	@echo "make lock      renew requirements-cpu.txt"
 
@@ -30,8 +31,11 @@ else
 endif
 	@touch $@
 
+venv: .venv/installed-$(LOCK)
+
 dry-run: .venv/installed-$(LOCK)
-	$(OFFLINE) $(BIN)/python build_kernel.py --quiet
+	$(OFFLINE) $(BIN)/python build_kernel.py code --quiet --out runs/bundles
+	$(OFFLINE) $(BIN)/python build_kernel.py weights --quiet --out runs/bundles
 	$(OFFLINE) $(BIN)/python notebooks/dry_run.py
 
 # Read-only mounts, no network, a fresh environment from the wheelhouse, 240 tasks: make rehearse ARGS="--as commit"

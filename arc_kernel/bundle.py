@@ -32,7 +32,7 @@ AGAIN = "build the bundle again (python build_kernel.py) and upload it"
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk: `kind` is `code`, `weights` or `wheels`, `manifest` the parsed manifest.json in `folder`."""
+    """A bundle on disk: `kind` is `code`, `weights`, `adapter` or `wheels`, `manifest` the parsed manifest.json in `folder`."""
 
     kind: str
     folder: Path
@@ -75,16 +75,34 @@ def build_weights(out: Path, model: str, username: str = USERNAME, say: Callable
     from . import checkpoint
 
     folder = checkpoint.open_model(model)
-    label = os.path.basename(os.path.abspath(folder))
-    name = "arc-kernel-" + re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
-    if not len("arc-kernel-") < len(name) <= 50 or name == DATASETS["code"]:
-        raise ArcKernelError(f"{folder}: its name makes no Kaggle dataset id ({name}): rename the folder, at most 39 letters")
-    sources = {f"model/{f.name}": f for pattern in (*checkpoint.TEXTS, checkpoint.WEIGHTS) for f in folder.glob(pattern) if f.is_file()}
     known = templates.SMOLLM2 if model == checkpoint.EMBEDDED else templates.model_card(folder)
-    origin = templates.Origin(origin.licence or known.licence, origin.source or known.source)
-    if origin.licence.lower() == "apache-2.0" and not list(folder.glob("LICENSE*")):
-        sources["LICENSE"] = templates.APACHE
-    return build(Path(out) / name, "weights", {"model": label}, sources, username, say, origin)
+    return _build_trained(out, "weights", "model", folder, (*checkpoint.TEXTS, checkpoint.WEIGHTS), username, say, origin, known)
+
+
+def build_adapter(out: Path, folder: Path, username: str = USERNAME, say: Callable[[str], None] = print,
+                  origin: templates.Origin = templates.Origin()) -> Path:
+    """Write the config, safetensors and licence of a trained peft LoRA as `out`/arc-kernel-adapter-<name>; returns that folder.
+
+    What `origin` leaves open is taken from the adapter's README.md. Raises ArcKernelError as `checkpoint.check_adapter` and
+    `build_code` do, and for a name Kaggle would not take.
+    """
+    from . import checkpoint
+
+    folder = Path(folder)
+    checkpoint.check_adapter(folder)
+    return _build_trained(out, "adapter", "adapter", folder, checkpoint.ADAPTER, username, say, origin, templates.model_card(folder))
+
+
+def trained_name(kind: str, folder: str | Path) -> str:
+    """The dataset name of a `weights` or `adapter` bundle, after its `folder`; ArcKernelError for one Kaggle would not take."""
+    label = os.path.basename(os.path.abspath(folder))
+    before = "arc-kernel-" if kind == "weights" else f"arc-kernel-{kind}-"
+    name = before + re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
+    taken = kind == "weights" and re.match(r"arc-kernel-(?:(?:code|notebook)$|adapter-|wheels-)", name)
+    if taken or not len(before) < len(name) <= 50:
+        most = 50 - len(before)
+        raise ArcKernelError(f"{folder}: its name makes no Kaggle dataset id ({name}): rename the folder, at most {most} letters")
+    return name
 
 
 def find_bundles(root: Path) -> dict[str, Bundle]:
@@ -204,6 +222,17 @@ def _complete(files) -> bool:
     return isinstance(files, dict) and bool(files) and all(
         not os.path.isabs(name) and ".." not in name.split("/") and isinstance(f, dict)
         and isinstance(f.get("sha256"), str) and isinstance(f.get("bytes"), int) for name, f in files.items())
+
+
+def _build_trained(out: Path, kind: str, inside: str, folder: Path, patterns: tuple[str, ...], username: str,
+                   say: Callable[[str], None], origin: templates.Origin, known: templates.Origin) -> Path:
+    """The bundle of what matches `patterns` in `folder`, put into the folder `inside` of it."""
+    origin = templates.Origin(origin.licence or known.licence, origin.source or known.source)
+    sources = {f"{inside}/{f.name}": f for pattern in patterns for f in folder.glob(pattern) if f.is_file()}
+    if origin.licence.lower() == "apache-2.0" and not list(folder.glob("LICENSE*")):
+        sources["LICENSE"] = templates.APACHE
+    label = os.path.basename(os.path.abspath(folder))
+    return build(Path(out) / trained_name(kind, folder), kind, {inside: label}, sources, username, say, origin)
 
 
 def build(folder: Path, kind: str, extra: dict, sources: dict[str, Path], username: str, say: Callable[[str], None],

@@ -28,6 +28,7 @@ EMBEDDED_CONTEXT = 8192  # max_position_embeddings of SmolLM2-135M-Instruct
 WEIGHTS = "model*.safetensors"
 TEXTS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
          "merges.txt", "chat_template*", "model.safetensors.index.json", "LICENSE*")  # what a model folder holds beside weights
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "LICENSE*")  # what peft's save_pretrained leaves, and a licence
 
 
 def open_model(name: str) -> Path:

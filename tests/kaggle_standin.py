@@ -1,4 +1,4 @@
-"""A stand-in for api.kaggle.com on the loopback: the endpoints Kaggle's client 2.2.5 calls to upload, wait and push.
+"""A stand-in for api.kaggle.com on the loopback: what Kaggle's client 2.2.5 calls to upload, push, watch and submit.
 
 The unmodified client is sent here by HTTPS_PROXY: the stand-in answers CONNECT itself and speaks TLS with a certificate of
 its own, which the client trusts by REQUESTS_CA_BUNDLE. No other host can be reached through it.
@@ -22,12 +22,13 @@ class Standin:
     """Answers as Kaggle does; `requests` are (endpoint, body) as they came, `blobs` the uploaded bytes by name.
 
     `datasets` maps ids to version numbers, `slow` is how many status calls a new version takes to be ready, `outcome` what
-    it then is. `answers` maps an endpoint such as `kernels.KernelsApiService/SaveKernel` to the (status, body) it gives.
+    it then is; a pushed kernel has run at once, and left `output`. `answers` maps an endpoint such as `kernels.KernelsApiService/SaveKernel` to the (status, body) it gives.
     """
 
     def __init__(self, folder):
         self.requests, self.blobs, self.tokens, self.datasets, self.pending, self.answers = [], {}, {}, {}, {}, {}
         self.slow, self.outcome, self.users, self.hosts = 0, "READY", set(), set()
+        self.log, self.output = [{"stream_name": "stdout", "time": 1.0, "data": "submission: submission.json\n"}], {"submission.json": b"{}"}
         self.tls = _tls(folder)
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"standin": self}))
         self.address = f"http://127.0.0.1:{self.server.server_port}"
@@ -84,7 +85,25 @@ class Standin:
         return 200, {"ref": ref, "url": f"https://www.kaggle.com/datasets/{ref}", "status": "ok", "error": ""}
 
     def on_SaveKernel(self, body):
-        return 200, {"ref": body["slug"], "url": f"https://www.kaggle.com/code/{body['slug']}", "versionNumber": 1, "error": ""}
+        return 200, {"ref": body["slug"], "url": f"https://www.kaggle.com/code/{body['slug']}", "error": "",
+                     "versionNumber": len(self.called("SaveKernel"))}
+
+    def on_GetKernelSessionStatus(self, body):
+        return 200, {"status": "COMPLETE"}
+
+    def on_ListKernelSessionOutput(self, body):
+        return 200, {"files": [{"url": f"{self.address}/output/{name}", "fileName": name} for name in self.output], "log": json.dumps(self.log)}
+
+    def on_GetAcceleratorQuotaStatistics(self, body):
+        return 200, {"gpuQuota": {"timeUsed": "3600s", "totalTimeAllowed": "108000s"}}
+
+    def on_CreateCodeSubmission(self, body):
+        return 200, {"message": "Successfully submitted", "ref": len(self.called("CreateCodeSubmission"))}
+
+    def on_ListSubmissions(self, body):
+        made = self.called("CreateCodeSubmission")
+        return 200, {"submissions": [{"ref": i + 1, "fileName": made[i]["fileName"], "description": made[i]["submissionDescription"],
+                                      "status": "COMPLETE", "publicScore": "4.17"} for i in range(len(made))]}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -108,6 +127,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.standin.users.add(credentials)
         self.reply(*self.standin.answer(urllib.parse.urlsplit(self.path).path.removeprefix("/v1/"), body))
 
+    def do_GET(self):
+        """The log of a kernel's run, as Kaggle gives it when the run is over, and the files it left."""
+        path = urllib.parse.urlsplit(self.path).path
+        if path.startswith("/v1/kernels/logs/stream/"):
+            return self.reply(200, self.standin.log)
+        self.reply(200, self.standin.output[path.removeprefix("/output/")])
+
     def do_PUT(self):
         self.standin.blobs[self.standin.tokens[self.path.rpartition("/")[2]]] = self.content()
         self.reply(200, {})
@@ -123,7 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
         return data
 
     def reply(self, status, value):
-        data = json.dumps(value).encode()
+        data = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(status)
         for header in (("Content-Type", "application/json"), ("Content-Length", str(len(data))), ("Retry-After", "0")):
             self.send_header(*header)

@@ -280,26 +280,3 @@ def test_a_model_name_kaggle_would_not_take_is_named(tmp_path, name):
     for file in open_model("smollm2-135m").iterdir():
         (tmp_path / name / file.name).symlink_to(file)  # as in a Hugging Face snapshot
     assert "rename the folder" in error_of(bundle.build_weights, tmp_path / "out", str(tmp_path / name), "someone")
-
-
-def kernel(*arguments):
-    return subprocess.run([sys.executable, "build_kernel.py", *map(str, arguments)], capture_output=True, text=True, cwd=HOME)
-
-
-def test_build_kernel_explains_itself():
-    done = kernel("--help")
-    assert done.returncode == 0 and all(f"--{name}" in done.stdout for name in ("model", "out", "username", "licence", "source", "quiet"))
-
-
-def test_build_kernel_says_what_it_did(built):
-    done = kernel("--out", built / "datasets/someone", "--username", "someone")
-    shutil.rmtree(built / "datasets/someone/arc-kernel-code")
-    assert (done.returncode, done.stderr) == (0, "")
-    said = done.stdout.splitlines()
-    assert len(said) == 2 and "arc-kernel-code" in said[0] and "arc-kernel-smollm2-135m" in said[1] and "unchanged" in said[1]
-
-
-def test_build_kernel_with_a_bad_model_gives_one_line(tmp_path):
-    done = kernel("--out", tmp_path, "--model", tmp_path / "nowhere", "--quiet")
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.splitlines() == [f"error: {tmp_path / 'nowhere'}: no such model folder: give a folder with safetensors, or smollm2-135m"]

@@ -8,13 +8,12 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy
 import pytest
-from safetensors.numpy import save_file
 
 from arc_kernel import bundle
 from arc_kernel.errors import ArcKernelError
 from arc_kernel.kaggle import metadata, profiles, templates
+from clone import small_model
 
 HOME = Path(__file__).resolve().parent.parent
 IMAGE = "example/python@sha256:" + "0" * 64
@@ -61,6 +60,14 @@ def test_kernel_is_the_profiles_machine(kernel):
     assert (written["machine_shape"], written["enable_gpu"], written["docker_image"]) == ("NvidiaTeslaT4", True, IMAGE)
     assert (written["enable_internet"], written["is_private"]) == (False, True)
     assert written["competition_sources"] == [PROFILE.competition]
+
+
+def test_without_an_image_the_kernel_keeps_that_of_its_first_push(tmp_path):
+    folder = metadata.write_kernel(tmp_path, HOME / "notebooks/submission.ipynb", dataclasses.replace(PROFILE, docker_image=""), "someone",
+                                   ["someone/arc-kernel-code"])
+    written = json.loads((folder / "kernel-metadata.json").read_text())
+    assert written["docker_image_pinning_type"] == "original" and "docker_image" not in written
+    assert metadata.faults(folder) == []
 
 
 def test_a_machine_without_a_gpu_has_no_shape(tmp_path):
@@ -152,6 +159,9 @@ def test_faults_of_what_a_dataset_holds(code):
     ({"enable_gpu": False}, "enable_gpu is false but"),
     ({"docker_image": None}, "is not pinned"),
     ({"docker_image": "example/python:latest"}, "is not pinned"),
+    ({"docker_image": None, "docker_image_pinning_type": "latest"}, "is not pinned"),
+    ({"docker_image_pinning_type": "original"}, "is not pinned"),
+    ({"docker_image": "", "docker_image_pinning_type": "original"}, "is not pinned"),
     ({"dataset_sources": []}, "no dataset_sources"),
     ({"dataset_sources": ["arc-kernel-code"]}, "is not <user>/<slug>"),
     ({"competition_sources": []}, "no competition_sources"),
@@ -216,12 +226,7 @@ def test_a_file_that_is_no_notebook_is_refused(kernel):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """The smallest folder that `open_model` takes."""
-    folder = tmp_path_factory.mktemp("model")
-    for name in ("config.json", "tokenizer.json"):
-        (folder / name).write_text("{}")
-    save_file({"weight": numpy.zeros(4, numpy.float32)}, folder / "model.safetensors")
-    return folder
+    return small_model(tmp_path_factory.mktemp("model") / "model")
 
 
 def weights(model, out, card="", origin=templates.Origin()):

@@ -2,5 +2,6 @@
 
 `profiles` says what a target machine has; `wheels` brings what it lacks (`target` knows its markers and tags, `resolve` the
 versions, `download` the files, `lock` how they are written down, `check` whether they go together); `metadata` and `push`
-upload it; `session` checks the machine the notebook woke up on. Nothing here knows tasks, prompts or models.
+upload it, for `commands`, which knows what belongs to one submission; `session` checks the machine the notebook woke up on.
+Nothing here knows tasks, prompts or models.
 """

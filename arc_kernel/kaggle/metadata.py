@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from .. import bundle
 from ..errors import ArcKernelError
 from .leaks import leaks
 from .profiles import Profile
-from .templates import LICENCES, USERNAME
+from .templates import LICENCES, USERNAME, check_username
 
 DATASET, KERNEL = bundle.METADATA, "kernel-metadata.json"
 TITLE = "arc-kernel submission"
 SHAPES = ("NvidiaTeslaT4", "NvidiaL4")  # https://github.com/Kaggle/kaggle-cli/blob/main/docs/kernels_metadata.md; T4 means two
 SLUG = r"[a-z0-9]+(?:-[a-z0-9]+)*"
 REF = rf"[A-Za-z0-9_-]+/{SLUG}"
+PINNED = r"\S+@sha256:[0-9a-f]{64}"  # an image that stays the same
+STAYS = "original"  # docker_image_pinning_type: the first push's image; valid_push_pinning_types in kaggle_api_extended.py
 LEFT_OUT = (".git", ".cache", ".huggingface")  # folders the client skips: DEFAULT_IGNORE_PATTERNS in kaggle_api_extended.py
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z")  # unpacked on arrival: https://www.kaggle.com/docs/datasets
 
@@ -30,27 +31,37 @@ ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z")  # unpacked on arrival: ht
 def kernel(profile: Profile, username: str, datasets: Sequence[str], title: str = TITLE, code_file: str = "submission.ipynb") -> dict:
     """Kaggle's kernel metadata: a private notebook without internet on the profile's machine, image and competition.
 
-    `datasets` are ids `<user>/<slug>`; the kernel's slug is its title's, as Kaggle makes it.
+    `datasets` are ids `<user>/<slug>`; the kernel's slug is its title's, as Kaggle makes it. Without an image in the profile
+    the kernel keeps the one of its first push. Raises ArcKernelError for a bad user name and an image without its digest.
     """
+    check_username(username)
+    if profile.docker_image and not re.fullmatch(PINNED, profile.docker_image):
+        raise ArcKernelError(f"--docker-image: {profile.docker_image!r} is not pinned: give <image>@sha256:<digest>")
+    image = {"docker_image": profile.docker_image} if profile.docker_image else {"docker_image_pinning_type": STAYS}
     return {"id": f"{username}/{_slug(title)}", "title": title, "code_file": code_file, "language": "python", "kernel_type": "notebook",
             "is_private": True, "enable_gpu": bool(profile.gpus), "enable_tpu": False, "enable_internet": False,
-            "machine_shape": profile.accelerator, "docker_image": profile.docker_image, "dataset_sources": list(datasets),
+            "machine_shape": profile.accelerator, **image, "dataset_sources": list(datasets),
             "competition_sources": [profile.competition] if profile.competition else [], "kernel_sources": [], "model_sources": []}
 
 
-def write_kernel(folder: Path, notebook: Path, profile: Profile, username: str, datasets: Sequence[str], title: str = TITLE) -> Path:
+def write_kernel(folder: Path, notebook: Path, profile: Profile, username: str, datasets: Sequence[str], title: str = TITLE,
+                 say: Callable[[str], None] = print) -> Path:
     """Write `notebook` and its kernel-metadata.json into `folder`, ready to push; returns the folder.
 
-    Raises ArcKernelError when the notebook is missing or the folder cannot be written.
+    `say` gets one line on what was done. Raises ArcKernelError as `kernel` does, when the notebook is missing, and when the
+    folder cannot be written.
     """
     folder, notebook = Path(folder), Path(notebook)
+    text = json.dumps(kernel(profile, username, datasets, title, notebook.name), indent=1) + "\n"
     try:
+        files = {folder / notebook.name: notebook.read_bytes(), folder / KERNEL: text.encode()}
+        fresh = [file for file, data in files.items() if not file.is_file() or file.read_bytes() != data]
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(notebook, folder / notebook.name)
-        text = json.dumps(kernel(profile, username, datasets, title, notebook.name), indent=1) + "\n"
-        (folder / KERNEL).write_text(text, encoding="utf-8")
+        for file in fresh:
+            file.write_bytes(files[file])
     except OSError as error:
         raise ArcKernelError(f"{error.filename or folder}: {error.strerror}: give a notebook and a folder that can be written") from None
+    say(f"{folder}: {len(files)} files, {len(datasets)} datasets, {'built' if fresh else 'unchanged'}")
     return folder
 
 
@@ -106,7 +117,7 @@ def _dataset(data: dict) -> Iterator[str]:
     elif licences[0]["name"] not in LICENCES:
         yield f"Kaggle knows no licence {licences[0]['name']!r}: give one of {', '.join(LICENCES)}"
     elif licences[0]["name"] == "unknown":
-        yield "licence unknown: build with --licence, or say `license:` at the top of the model's README.md"
+        yield "licence unknown: build with --licence (an adapter: --adapter-licence), or say `license:` at the top of its README.md"
     elif licences[0]["name"] == "other" and "licence" not in str(description).lower() and "license" not in str(description).lower():
         yield "licence other, which the description must name: say it there"
     if subtitle is not None and (not isinstance(subtitle, str) or not 20 <= len(subtitle) <= 80):
@@ -114,7 +125,7 @@ def _dataset(data: dict) -> Iterator[str]:
     if not isinstance(description, str) or not description.strip():
         yield "no description: say what the dataset holds, its source and its licence"
     elif "Source: not stated" in description or "Trained on: not stated" in description:
-        yield "source not stated: build with --source, or say `base_model:` at the top of the model's README.md"
+        yield "source not stated: build with --source (an adapter: --adapter-source), or say `base_model:` at the top of its README.md"
 
 
 def _contents(folder: Path, data: dict) -> Iterator[str]:
@@ -161,15 +172,16 @@ def _kernel(folder: Path, data: dict) -> Iterator[str]:
 
 
 def _machine(data: dict, gpu: bool | None) -> Iterator[str]:
-    shape, image = data.get("machine_shape"), data.get("docker_image")
+    shape, image, pinning = (data.get(field) for field in ("machine_shape", "docker_image", "docker_image_pinning_type"))
     if gpu and not shape:
         yield f"enable_gpu without machine_shape, and Kaggle chooses the GPU: set it to one of {', '.join(SHAPES)}"
     elif shape and shape not in SHAPES:
         yield f"machine_shape {shape!r} is retired or unknown, and Kaggle would take another: set it to one of {', '.join(SHAPES)}"
     elif shape and gpu is False:
         yield f"enable_gpu is false but machine_shape is {shape}: set enable_gpu to true"
-    if not isinstance(image, str) or not re.fullmatch(r"\S+@sha256:[0-9a-f]{64}", image):
-        yield f"docker_image {image!r} is not pinned: give <image>@sha256:<digest> in the profile"
+    if not (pinning == STAYS if image is None else pinning is None and re.fullmatch(PINNED, str(image))):
+        yield (f"docker_image {image!r}, docker_image_pinning_type {pinning!r}: is not pinned: give <image>@sha256:<digest> alone "
+               f"(--docker-image), or the type {STAYS} alone")
 
 
 def _sources(data: dict) -> Iterator[str]:

@@ -6,6 +6,7 @@ Knows Kaggle's dataset fields; nothing of what is in a bundle, of kernels, or of
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,10 @@ SMOLLM2 = Origin("apache-2.0", "HuggingFaceTB/SmolLM2-135M-Instruct, as Q4_1 GGU
 
 
 def model_card(folder: Path) -> Origin:
-    """What the YAML header of a model folder's README.md says: `license`, and as source `base_model`; empty if it does not."""
+    """What the YAML header of a model folder's README.md says: `license`, and as source `base_model`; empty if it does not.
+
+    peft writes a model folder of this machine as `base_model`: that is no source.
+    """
     import yaml  # only in a clone, where bundles are built; a bare Kaggle image imports this module through `bundle`
 
     try:
@@ -45,7 +49,14 @@ def model_card(folder: Path) -> Origin:
     except (OSError, ValueError, yaml.YAMLError):
         card = {}
     texts = {key: value for key, value in card.items() if isinstance(value, str)} if isinstance(card, dict) else {}
-    return Origin(texts.get("license", ""), texts.get("base_model", ""))
+    source = texts.get("base_model", "")
+    return Origin(texts.get("license", ""), "" if os.path.isabs(source) else source)
+
+
+def check_username(username: str) -> None:
+    """Raise ArcKernelError for a user name Kaggle cannot have."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", username):
+        raise ArcKernelError(f"--username: {username!r}: give the name in your Kaggle profile's address")
 
 
 def fill(kind: str, name: str, username: str, origin: Origin = Origin()) -> dict:
@@ -53,8 +64,7 @@ def fill(kind: str, name: str, username: str, origin: Origin = Origin()) -> dict
 
     Raises ArcKernelError for a user name Kaggle cannot have and for a template that is missing or broken.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", username):
-        raise ArcKernelError(f"--username: {username!r}: give the name in your Kaggle profile's address")
+    check_username(username)
     path = FOLDER / f"{kind}.json"
     kaggle = {licence.lower(): licence for licence in LICENCES}.get((origin.licence or "unknown").lower(), "other")
     values = {"username": username, "name": name, "licence": origin.licence or "not stated", "source": origin.source or "not stated",

@@ -20,7 +20,7 @@ from .check import faults, wanted
 from .lock import differing, parse, render
 from .profiles import HERE, Profile
 
-__all__ = ["build", "differing", "faults", "lock_file"]
+__all__ = ["build", "differing", "faults", "lock_file", "name"]
 RENEW = "make it again with upgrade (build_kernel.py wheels --upgrade)"
 
 
@@ -49,8 +49,12 @@ def build(out: Path, profile: Profile, username: str = bundle.USERNAME, say: Cal
     extra = {"profile": profile.name, "python": profile.python, "platform": profile.platform, "cuda": profile.cuda,
              "image": profile.image, "remove": list(profile.remove)}
     sources = {"lock.txt": lock, **{f"wheels/{wheel.name}": wheel for wheel in wheels}}
-    name = "arc-kernel-wheels-" + re.sub(r"[^a-z0-9]+", "-", profile.name)
-    return bundle.build(Path(out) / name, "wheels", extra, sources, username, say, copy=_link)
+    return bundle.build(Path(out) / name(profile), "wheels", extra, sources, username, say, copy=_link)
+
+
+def name(profile: Profile) -> str:
+    """The name of the profile's wheels dataset."""
+    return "arc-kernel-wheels-" + re.sub(r"[^a-z0-9]+", "-", profile.name)
 
 
 def lock_file(profile: Profile) -> Path:

@@ -228,10 +228,13 @@ class Run:
         return job
 
     def _todo(self) -> dict[str, list[str]]:
-        """Task ids still to adapt and to answer, longest task first."""
-        order = sorted(self.challenges.tasks.values(), key=lambda t: (-cells(t), t.id))
+        """Task ids still to adapt and to answer: longest first, so that workers end together; where time may run out,
+        shortest first, so that most tasks are done."""
+        order = sorted(self.challenges.tasks.values(), key=lambda t: (cells(t), t.id))
         if self.settings.self_test:
-            order = order[-self.settings.devices:]
+            order = order[: self.settings.devices]
+        if not self.settings.time_budget:
+            order.sort(key=cells, reverse=True)
         answer = [t.id for t in order if t.id not in self.candidates]
         adapted = lambda i: (self.out / "adapters" / i / "adapter_model.safetensors").is_file()
         return {"adapt": [i for i in answer if self.settings.ttt_steps and not adapted(i)], "answer": answer}

@@ -132,7 +132,7 @@ display(HTML(report.precision_html(report.read_verdict(run.out))))
 # ## Look at the predictions
 
 # %%
-for task in list(run.challenges.tasks.values())[:5]:
+for task in [t for t in run.challenges.tasks.values() if t.id in run.candidates][:5]:
     for i in range(len(task.test)):
         display(HTML(f"<b>{task.id}</b>{report.predictions_html(task, i, run.candidates[task.id][i], attempts[task.id, i])}"))
 

@@ -232,6 +232,7 @@ def small_weights(folder: Path) -> dict[str, float]:
         lost = small[small > 0]
         flushed += int((lost <= FLUSHED).sum())
         subnormal += int((lost > FLUSHED).sum())
-        smallest = min(smallest, float(lost.min()) if lost.numel() else float(sizes[sizes > 0].min()) if sizes.any() else math.inf)
+        some = lost if lost.numel() else sizes[sizes > 0]  # neither: all zero or NaN
+        smallest = min(smallest, float(some.min()) if some.numel() else math.inf)
         count += tensor.numel()
     return {"smallest": smallest, "flushed": flushed / max(1, count), "subnormal": subnormal / max(1, count)}

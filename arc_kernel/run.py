@@ -30,7 +30,7 @@ from .precision.verdict import Precision
 from .settings import Settings
 from .tasks import Attempts, cells, load_challenges, replacing, task_to_json, write_submission
 
-ADAPT_SHARE = 0.6  # of the time budget; the rest is for answers. Training took 0.55 to 0.75 of a run's seconds (README)
+ADAPT_SHARE = 0.6  # of the time budget; the rest is for engine and answers, which took 0.28 of a run's seconds on a CPU (README)
 FINISH_SHARE, FINISH_SECONDS = 0.02, 20.0  # of the budget, at least seconds, kept for votes, score and report
 GRACE_SHARE = 0.05  # of the budget, for what workers hold when no more tasks are given out
 SUBMISSION_SECONDS = 10.0  # at most so often is submission.json written again while answers arrive

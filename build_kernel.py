@@ -1,6 +1,6 @@
 """Kaggle datasets and notebook from this clone: `python build_kernel.py --username you`, then `check` and `push`.
 
-docs/kaggle.md walks through it. Here is only the command line; `arc_kernel.bundle` and `arc_kernel.kaggle` do the work.
+docs/kaggle.md walks through it. Here is only the command line; `arc_kernel.kaggle` does the work.
 """
 
 import argparse
@@ -9,10 +9,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from arc_kernel import bundle
 from arc_kernel.errors import ArcKernelError
-from arc_kernel.kaggle import commands, profiles, wheels
-from arc_kernel.kaggle.templates import Origin
+from arc_kernel.kaggle import commands, datasets, profiles, wheels
+from arc_kernel.kaggle.templates import USERNAME, Origin
 
 OPTIONS = {
     "profile": {"default": "kaggle-t4", "help": "machine to build for, one of arc_kernel/kaggle/profiles.toml (default: %(default)s)"},
@@ -24,7 +23,7 @@ OPTIONS = {
     "adapter-source": {"default": "", "help": "what the adapter was trained on, where its README.md does not say"},
     "docker-image": {"default": "",
                      "help": "image as <image>@sha256:<digest>; empty: the profile's, else that of the first push"},
-    "username": {"default": bundle.USERNAME, "help": "Kaggle user name, for all ids; without it nothing can be pushed"},
+    "username": {"default": USERNAME, "help": "Kaggle user name, for all ids; without it nothing can be pushed"},
     "upgrade": {"action": "store_true", "help": "resolve again and rewrite the lock in arc_kernel/kaggle/locks/"},
     "message": {"default": "", "help": "note on the new versions of the datasets"},
     "dry-run": {"action": "store_true", "help": "print what would be done, and do nothing"},
@@ -58,16 +57,16 @@ def _all(options: argparse.Namespace, say: Callable[[str], None]) -> None:
 
 
 def _code(options: argparse.Namespace, say: Callable[[str], None]) -> None:
-    bundle.build_code(options.out, options.username, say)
+    datasets.build_code(options.out, options.username, say)
 
 
 def _weights(options: argparse.Namespace, say: Callable[[str], None]) -> None:
-    bundle.build_weights(options.out, options.model, options.username, say, Origin(options.licence, options.source))
+    datasets.build_weights(options.out, options.model, options.username, say, Origin(options.licence, options.source))
 
 
 def _adapter(options: argparse.Namespace, say: Callable[[str], None]) -> None:
     origin = Origin(options.adapter_licence, options.adapter_source)
-    bundle.build_adapter(options.out, Path(options.adapter), options.username, say, origin)
+    datasets.build_adapter(options.out, Path(options.adapter), options.username, say, origin)
 
 
 def _wheels(options: argparse.Namespace, say: Callable[[str], None]) -> None:

@@ -92,7 +92,7 @@ def _solve(**options) -> None:
     print(report.stage_table(result["stages"]))
     if result["metrics"]:
         print(score.table(result["metrics"]))
-    print(f"{result['seconds']:.0f} s in all\nsubmission: {result['submission']}\nreport: {result['report']}")
+    print(f"{result['seconds']:.0f} s in all, {result['free_gb']} GB of disk left\nsubmission: {result['submission']}\nreport: {result['report']}")
 
 
 def _score(submission: Path, tasks: str, solutions: str) -> None:

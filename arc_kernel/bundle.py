@@ -1,7 +1,7 @@
-"""Kaggle datasets: the package and the weights become folders with a manifest of every byte, and are found again on Kaggle.
+"""Kaggle datasets found again: bundles of `kaggle/datasets`, each with a manifest of every byte, wherever Kaggle mounts them.
 
-Building is for a clone; finding and verifying for the notebook, on read-only mounts whose layout differs from run to run.
-Knows nothing of tasks, prompts or runs, and imports only the standard library, which a bare Kaggle image has.
+For the notebook, on read-only mounts whose layout differs from run to run. Knows nothing of tasks, prompts or runs, and
+imports only the standard library, which a bare Kaggle image has.
 """
 
 from __future__ import annotations
@@ -9,23 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-import shutil
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import __version__
 from .errors import ArcKernelError
-from .kaggle import templates
 
 MANIFEST, METADATA, KIND = "manifest.json", "dataset-metadata.json", "arc_kernel_bundle"
-PACKAGE = Path(__file__).resolve().parent
-USERNAME = templates.USERNAME
 DATASETS = {"code": "arc-kernel-code", "weights": "arc-kernel-<model>"}
-PARTS = (".py", ".toml", ".txt")  # what the package is made of: modules, profiles, lists of packages
 DEPTH = 8  # folders below the input root that are looked into; Kaggle mounts a dataset 1 to 3 below it, a model 6
 AGAIN = "build the bundle again (python build_kernel.py) and upload it"
 
@@ -50,59 +41,6 @@ class Inputs:
     model: Path | None
     adapter: Path | None
     wheels: Path | None
-
-
-def build_code(out: Path, username: str = USERNAME, say: Callable[[str], None] = print) -> Path:
-    """Write the package, its requirements and the notebook's source as `out`/arc-kernel-code; returns that folder.
-
-    `say` gets one line on what was done. Raises ArcKernelError for a bad user name, a broken metadata template, a folder
-    in the way that is no bundle, or an `out` that cannot be written.
-    """
-    sources = {f"{PACKAGE.name}/{f.relative_to(PACKAGE).as_posix()}": f for f in PACKAGE.rglob("*")
-               if f.suffix in PARTS and not f.parent.name.startswith(".")}  # Jupyter's checkpoints
-    beside = {name: PACKAGE.parent / name for name in ("requirements.txt", "requirements-cpu.txt", "notebooks/submission.py")}
-    sources |= {name: file for name, file in beside.items() if file.is_file()}
-    return build(Path(out) / DATASETS["code"], "code", {}, sources, username, say)
-
-
-def build_weights(out: Path, model: str, username: str = USERNAME, say: Callable[[str], None] = print,
-                  origin: templates.Origin = templates.Origin()) -> Path:
-    """Write the config, tokenizer, safetensors and licence of `model` as `out`/arc-kernel-<model name>; returns that folder.
-
-    What `origin` leaves open is taken from the model folder's README.md; the embedded model's is known. Raises ArcKernelError
-    as `checkpoint.open_model` and `build_code` do, and for a name Kaggle would not take.
-    """
-    from . import checkpoint
-
-    folder = checkpoint.open_model(model)
-    known = templates.SMOLLM2 if model == checkpoint.EMBEDDED else templates.model_card(folder)
-    return _build_trained(out, "weights", "model", folder, (*checkpoint.TEXTS, checkpoint.WEIGHTS), username, say, origin, known)
-
-
-def build_adapter(out: Path, folder: Path, username: str = USERNAME, say: Callable[[str], None] = print,
-                  origin: templates.Origin = templates.Origin()) -> Path:
-    """Write the config, safetensors and licence of a trained peft LoRA as `out`/arc-kernel-adapter-<name>; returns that folder.
-
-    What `origin` leaves open is taken from the adapter's README.md. Raises ArcKernelError as `checkpoint.check_adapter` and
-    `build_code` do, and for a name Kaggle would not take.
-    """
-    from . import checkpoint
-
-    folder = Path(folder)
-    checkpoint.check_adapter(folder)
-    return _build_trained(out, "adapter", "adapter", folder, checkpoint.ADAPTER, username, say, origin, templates.model_card(folder))
-
-
-def trained_name(kind: str, folder: str | Path) -> str:
-    """The dataset name of a `weights` or `adapter` bundle, after its `folder`; ArcKernelError for one Kaggle would not take."""
-    label = os.path.basename(os.path.abspath(folder))
-    before = "arc-kernel-" if kind == "weights" else f"arc-kernel-{kind}-"
-    name = before + re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
-    taken = kind == "weights" and re.match(r"arc-kernel-(?:(?:code|notebook)$|adapter-|wheels-)", name)
-    if taken or not len(before) < len(name) <= 50:
-        most = 50 - len(before)
-        raise ArcKernelError(f"{folder}: its name makes no Kaggle dataset id ({name}): rename the folder, at most {most} letters")
-    return name
 
 
 def find_bundles(root: Path) -> dict[str, Bundle]:
@@ -134,10 +72,10 @@ def verify(bundle: Bundle) -> None:
             raise ArcKernelError(f"{bundle.folder}: {name} has {path.stat().st_size} bytes, expected {expected['bytes']}: {AGAIN}")
     for name, expected in files:
         try:
-            sha256 = _sha256(bundle.folder / name)
+            found = sha256(bundle.folder / name)
         except OSError as error:
             raise ArcKernelError(f"{bundle.folder}: {name} cannot be read ({error.strerror}): {AGAIN}") from None
-        if sha256 != expected["sha256"]:
+        if found != expected["sha256"]:
             raise ArcKernelError(f"{bundle.folder}: {name} has changed bytes: {AGAIN}")
 
 
@@ -173,6 +111,12 @@ def find_challenges(root: Path, name: str) -> Path:
     if other := next((path for path in rest if found[path] != found[first]), None):
         raise ArcKernelError(f"{first} and {other}: two different challenges files: detach one, or set tasks to the file")
     return first
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _tasks_in(path: Path) -> bytes | None:
@@ -222,78 +166,3 @@ def _complete(files) -> bool:
     return isinstance(files, dict) and bool(files) and all(
         not os.path.isabs(name) and ".." not in name.split("/") and isinstance(f, dict)
         and isinstance(f.get("sha256"), str) and isinstance(f.get("bytes"), int) for name, f in files.items())
-
-
-def _build_trained(out: Path, kind: str, inside: str, folder: Path, patterns: tuple[str, ...], username: str,
-                   say: Callable[[str], None], origin: templates.Origin, known: templates.Origin) -> Path:
-    """The bundle of what matches `patterns` in `folder`, put into the folder `inside` of it."""
-    origin = templates.Origin(origin.licence or known.licence, origin.source or known.source)
-    sources = {f"{inside}/{f.name}": f for pattern in patterns for f in folder.glob(pattern) if f.is_file()}
-    if origin.licence.lower() == "apache-2.0" and not list(folder.glob("LICENSE*")):
-        sources["LICENSE"] = templates.APACHE
-    label = os.path.basename(os.path.abspath(folder))
-    return build(Path(out) / trained_name(kind, folder), kind, {inside: label}, sources, username, say, origin)
-
-
-def build(folder: Path, kind: str, extra: dict, sources: dict[str, Path], username: str, say: Callable[[str], None],
-          origin: templates.Origin = templates.Origin(), copy: Callable[[Path, Path], object] = shutil.copyfile) -> Path:
-    """Put `sources` (path in the bundle -> file) into `folder` with manifest and metadata, unless it is there already.
-
-    `extra` goes into the manifest, `origin` into the metadata, `copy` takes source and destination. Raises ArcKernelError
-    as `build_code` does.
-    """
-    start = time.perf_counter()
-    metadata = templates.fill(kind, folder.name, username, origin)
-    files = {path: {"sha256": _sha256(source), "bytes": source.stat().st_size} for path, source in sources.items()}
-    manifest = {KIND: kind, "name": folder.name, "version": __version__, **extra, "files": files}
-    texts = {METADATA: _dump(metadata), MANIFEST: _dump(manifest)}  # the manifest last: without it a folder is no bundle
-    if folder.exists() and not (folder / MANIFEST).is_file():
-        raise ArcKernelError(f"{folder}: in the way and no bundle: move it, or give another --out")
-    unchanged = _is_built(Bundle(kind, folder, manifest), texts)
-    if not unchanged:
-        try:
-            _replace(folder, sources, texts, manifest, copy)
-        except OSError as error:
-            raise ArcKernelError(f"{error.filename or folder}: cannot be written ({error.strerror}): give another --out") from None
-    size, done = sum(f["bytes"] for f in files.values()) / 1e6, "unchanged" if unchanged else "built"
-    say(f"{folder}: {len(files)} files, {size:.1f} MB, {done} ({time.perf_counter() - start:.1f} s)")
-    return folder
-
-
-def _is_built(bundle: Bundle, texts: dict[str, str]) -> bool:
-    there = {f.relative_to(bundle.folder).as_posix() for f in bundle.folder.rglob("*") if not f.is_dir()}
-    if there != {*bundle.manifest["files"], *texts}:  # also a stray file: all of the folder is uploaded
-        return False
-    try:
-        verify(bundle)
-    except ArcKernelError:
-        return False
-    return all((bundle.folder / name).read_bytes() == text.encode() for name, text in texts.items())
-
-
-def _replace(folder: Path, sources: dict[str, Path], texts: dict[str, str], manifest: dict, copy: Callable) -> None:
-    """Make the bundle under a hidden name, check it, and rename it into the place of the old one."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        fresh = work / "fresh"
-        for path, source in sources.items():
-            (fresh / path).parent.mkdir(parents=True, exist_ok=True)
-            copy(source, fresh / path)
-        for name, text in texts.items():
-            (fresh / name).write_bytes(text.encode())
-        verify(Bundle(manifest[KIND], fresh, manifest))
-        if folder.exists():
-            folder.rename(work / "old")
-        fresh.rename(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _dump(value: dict) -> str:
-    return json.dumps(value, indent=1, sort_keys=True) + "\n"
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -90,17 +91,7 @@ def read_config(folder: Path) -> dict:
 
 def parameter_count(folder: Path) -> int:
     """Number of weights in a model folder, from the safetensors headers."""
-    from safetensors import safe_open
-
-    total = 0
-    for file in folder.glob(WEIGHTS):
-        with safe_open(file, framework="np") as tensors:
-            for key in tensors.keys():
-                size = 1
-                for side in tensors.get_slice(key).get_shape():
-                    size *= side
-                total += size
-    return total
+    return sum(map(math.prod, weight_shapes(folder).values()))
 
 
 def weight_tensors(folder: Path) -> Iterator[tuple]:
@@ -113,15 +104,15 @@ def weight_tensors(folder: Path) -> Iterator[tuple]:
                 yield name, tensors.get_tensor(name)
 
 
-def weight_names(folder: Path) -> list[str]:
-    """The names of a model folder's weights, from the headers."""
+def weight_shapes(folder: Path) -> dict[str, list[int]]:
+    """The shape of each of a model folder's weights by name, from the headers."""
     from safetensors import safe_open
 
-    names = []
+    shapes = {}
     for file in sorted(folder.glob(WEIGHTS)):
         with safe_open(file, framework="np") as tensors:
-            names += tensors.keys()
-    return names
+            shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
+    return shapes
 
 
 def weights_sha256(folder: Path) -> str:

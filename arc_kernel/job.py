@@ -9,12 +9,13 @@ from dataclasses import dataclass
 class Job:
     """The settings of a worker; `probe_tasks` (as `tasks.task_to_json` gives them) are what precision is judged on.
 
-    `adapt_until` is the clock (`time.time`) at which training ends; infinite without a time budget.
+    `adapters` is the folder of the tasks' adapters. `adapt_until` is the clock (`time.time`) at which training ends; infinite without a time budget.
     """
 
     model: str
     adapter: str
     out: str
+    adapters: str
     profile: str
     backend: str
     dtype: str

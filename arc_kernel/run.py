@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from . import adapt, checkpoint, generate, report, score, select
+from . import adapt, checkpoint, disk, generate, report, score, select
 from .errors import ArcKernelError
 from .grids import GridEncoder
 from .job import Job
@@ -41,13 +41,14 @@ class Run:
 
     def __init__(self, settings: Settings):
         self.begun = time.perf_counter()
-        self.settings, self.out = settings, settings.out_path
+        self.settings, self.out, self.devices = settings, settings.out_path, settings.devices or gpu_count() or 1
         ids = [i.strip() for i in settings.task_ids.split(",") if i.strip()]
         self.challenges = load_challenges(settings.tasks, settings.solutions).select(ids, settings.limit)
         if not self.challenges.tasks:
             raise ArcKernelError(next(iter(self.challenges.broken.values())))
         self.encoder = GridEncoder.from_name(settings.grid_encoder)
         self._claim_folder()
+        self.adapters, self._low = disk.adapters_folder(self.out, settings.scratch, self._identity(resume=True)), False
         self.candidates = self._stored_candidates()
         self._write_submission()
         for task_id, error in self.challenges.broken.items():
@@ -63,8 +64,11 @@ class Run:
         begun = time.perf_counter()
         self.job = self._resolve()
         self._stage("check model", time.perf_counter() - begun)
+        if todo["adapt"] and not self.settings.adapter:
+            size = disk.adapter_bytes(Path(self.job.model), self.job.lora_rank, adapt.TARGET_MODULES)
+            self._say("disk", text=disk.forecast(len(todo["adapt"]), size, self.adapters))
         tasks = {i: task_to_json(self.challenges.tasks[i]) for i in todo["answer"]}
-        self._pool = Pool(self.settings.devices, dataclasses.asdict(self.job), tasks, todo, self.out)
+        self._pool = Pool(self.devices, dataclasses.asdict(self.job), tasks, todo, self.out)
         steps, tokens = len(todo["adapt"]) * self.job.ttt_steps, defaultdict(int)
         done, finished = defaultdict(int), 0
         with _bar(steps, "adapt", "step") as bar:
@@ -116,7 +120,7 @@ class Run:
         rows = report.stage_rows(self.events())
         path = report.write_report(self.out, self.settings, self.challenges, self.candidates, attempts, metrics, self.events())
         return {"submission": self.out / "submission.json", "report": path, "metrics": metrics, "stages": rows,
-                "seconds": round(time.perf_counter() - self.begun, 1)}
+                "seconds": round(time.perf_counter() - self.begun, 1), "free_gb": round(disk.free_gb(self.out), 1)}
 
     def events(self) -> list[dict]:
         """Everything that happened on this output folder so far, one dict per line of events.jsonl."""
@@ -157,6 +161,11 @@ class Run:
         loud = event in ("note", "adapt-failed", "worker-died", "precision", "stop", "out-of-time") or (event == "verdict" and message["dtype"] is None)
         loud = loud or bool(facts.get("error"))
         (self._say if loud else self._log)(event, **facts)
+        if event in ("adapted", "answered") and not self._low:
+            left = {folder: disk.free_gb(folder) for folder in (self.out, self.adapters)}
+            for folder in [f for f, free in left.items() if free < disk.LOW_GB]:
+                self._low = True
+                self._say("disk", text=f"{folder}: only {left[folder]:.1f} GB left: free some, or what comes next is lost")
 
     def _log(self, event: str, **facts) -> None:
         line = json.dumps({"event": event, "at": round(time.perf_counter() - self.begun, 3), **facts})
@@ -190,10 +199,12 @@ class Run:
         else:
             self._write_json("settings.json", mine)
 
-    def _identity(self) -> dict:
+    def _identity(self, resume: bool = False) -> dict:
+        """Settings and the tasks' digest; with `resume` only the settings that must be the same when a run is continued."""
         tasks = {i: task_to_json(t) for i, t in self.challenges.tasks.items()}
         digest = hashlib.sha256(json.dumps([tasks, self.challenges.outputs], sort_keys=True).encode()).hexdigest()
-        return dataclasses.asdict(self.settings) | {"tasks_sha256": digest}
+        names = [f.name for f in dataclasses.fields(self.settings) if f.metadata["resume"] or not resume]
+        return {name: getattr(self.settings, name) for name in names} | {"tasks_sha256": digest}
 
     def _write_json(self, name: str, value: dict) -> None:
         with replacing(self.out / name) as file:
@@ -217,14 +228,14 @@ class Run:
             backend = "vllm" if generate.vllm_installed() else "transformers"
         elif backend == "vllm" and not generate.vllm_installed():
             raise ArcKernelError("settings: backend is vllm, which is not installed: use backend=transformers")
-        job = Job(model=str(model.resolve()), adapter=s.adapter, out=str(self.out.resolve()), profile=s.profile, backend=backend, dtype=s.dtype, ttt_dtype=s.ttt_dtype,
+        job = Job(model=str(model.resolve()), adapter=s.adapter, out=str(self.out.resolve()), adapters=str(self.adapters.resolve()), profile=s.profile, backend=backend, dtype=s.dtype, ttt_dtype=s.ttt_dtype,
                   grid_encoder=s.grid_encoder, prompt=s.prompt, permute_background=s.background == "permuted",
                   max_seq_len=min(s.max_seq_len, checkpoint.context_length(model)), max_new_tokens=s.max_new_tokens,
                   views=s.views, seed=s.seed, ttt_steps=s.ttt_steps, ttt_batch=s.ttt_batch,
                   ttt_lr=s.ttt_lr or adapt.default_lr(checkpoint.parameter_count(model)), lora_rank=s.lora_rank,
                   adapt_until=self._until(ADAPT_SHARE),
                   probe_tasks=tuple(map(task_to_json, probe.sample(self.challenges.tasks.values()))))
-        self._log("resolved", **{k: v for k, v in dataclasses.asdict(job).items() if k not in ("model", "out", "adapter", "probe_tasks", "adapt_until")})
+        self._log("resolved", **{k: v for k, v in dataclasses.asdict(job).items() if k not in ("model", "out", "adapters", "adapter", "probe_tasks", "adapt_until")})
         return job
 
     def _todo(self) -> dict[str, list[str]]:
@@ -232,11 +243,11 @@ class Run:
         shortest first, so that most tasks are done."""
         order = sorted(self.challenges.tasks.values(), key=lambda t: (cells(t), t.id))
         if self.settings.self_test:
-            order = order[: self.settings.devices]
+            order = order[: self.devices]
         if not self.settings.time_budget:
             order.sort(key=cells, reverse=True)
         answer = [t.id for t in order if t.id not in self.candidates]
-        adapted = lambda i: (self.out / "adapters" / i / "adapter_model.safetensors").is_file()
+        adapted = lambda i: (self.adapters / i / "adapter_model.safetensors").is_file()
         return {"adapt": [i for i in answer if self.settings.ttt_steps and not adapted(i)], "answer": answer}
 
     def _stored_candidates(self) -> dict[str, list]:

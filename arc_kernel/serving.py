@@ -37,7 +37,7 @@ class Serving:
     def __init__(self, job: Job, builder: PromptBuilder, model: Model, tell: Callable, lap: Callable):
         self.job, self.builder, self.tell, self.lap = job, builder, tell, lap
         self.out, self.max_new_tokens = Path(job.out), job.max_new_tokens or builder.longest_answer
-        self._chooser = Chooser(model, job.dtype, job.backend, job.max_seq_len, job.lora_rank, self.out / "adapters", tell, lap, job.profile)
+        self._chooser = Chooser(model, job.dtype, job.backend, job.max_seq_len, job.lora_rank, Path(job.adapters), tell, lap, job.profile)
 
     def answer(self, tasks: Iterable[Task]) -> None:
         """Answer tasks as they come. A task is finished when every prompt has a finite answer, or no dtype is left."""
@@ -92,7 +92,7 @@ class Serving:
         return prompts, notes
 
     def _adapter_of(self, task: Task) -> Path | None:
-        folder = self.out / "adapters" / task.id
+        folder = Path(self.job.adapters) / task.id
         if folder.is_dir():
             return folder.resolve()
         return Path(self.job.adapter).resolve() if self.job.adapter else None

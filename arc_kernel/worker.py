@@ -36,7 +36,6 @@ class Worker:
     def __init__(self, lines_in, lines_out):
         self._in, self._out = lines_in, lines_out
         self.job = Job(**json.loads(self._in.readline()))
-        self.out = Path(self.job.out)
         self.clock = time.perf_counter()
 
     def tell(self, event: str, **facts) -> None:
@@ -150,7 +149,7 @@ class Worker:
             self.tell("precision", task=task.id, stage="adapt", dtype=self._trainer.dtype, text=f"task {task.id}: {text}")
 
         try:
-            facts = self._trainer.train(task, self.out / "adapters" / task.id, on_step, on_trouble)
+            facts = self._trainer.train(task, Path(self.job.adapters) / task.id, on_step, on_trouble)
             self.tell("adapted", task=task.id, seconds=round(time.perf_counter() - begun, 3), tokens=total, dtype=self._trainer.dtype, **facts)
         except FloatingPointError:
             raise

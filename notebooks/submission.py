@@ -25,7 +25,8 @@ profile = "kaggle-t4"  # the machine this runs on, see arc_kernel/kaggle/profile
 run_kind = "auto"  # scoring, commit (a short self-test that spares the quota), or auto: told by the challenges file
 model = "bundle"  # the weights dataset's model, or a model folder
 out = "."  # Kaggle submits ./submission.json; a run started again on the same folder continues
-devices = 2  # two T4s: one worker each
+scratch = "/kaggle/temp"  # adapters lie here: Kaggle keeps 20 GB of out, and nothing of this; empty: inside out
+devices = 0  # workers; 0: one per GPU of the profile
 time_budget = 41400.0  # seconds, 11.5 hours: Kaggle ends a run at 12
 dtype = "auto"
 grid_encoder = "shape+rows+digits"
@@ -144,4 +145,4 @@ result = run.finish()
 print(report.stage_table(result["stages"]))
 if result["metrics"]:
     print(score.table(result["metrics"]))
-print(f"{result['seconds']:.0f} s in all\nsubmission: {result['submission']}\nreport: {result['report']}")
+print(f"{result['seconds']:.0f} s in all, {result['free_gb']} GB of disk left\nsubmission: {result['submission']}\nreport: {result['report']}")

@@ -15,6 +15,7 @@ import pytest
 from arc_kernel import __version__, bundle
 from arc_kernel.checkpoint import open_model
 from arc_kernel.errors import ArcKernelError
+from arc_kernel.kaggle import datasets
 from arc_kernel.kaggle.metadata import faults
 
 HOME = Path(__file__).resolve().parent.parent
@@ -24,8 +25,8 @@ HOME = Path(__file__).resolve().parent.parent
 def built(tmp_path_factory):
     """Both bundles as Kaggle mounts them, one deeper than the other; a test that changes one mends it again."""
     root, said = tmp_path_factory.mktemp("input"), []
-    bundle.build_code(root, "someone", said.append)
-    bundle.build_weights(root / "datasets" / "someone", "smollm2-135m", "someone", said.append)
+    datasets.build_code(root, "someone", said.append)
+    datasets.build_weights(root / "datasets" / "someone", "smollm2-135m", "someone", said.append)
     assert len(said) == 2 and all("built" in line for line in said)
     yield root
     shutil.rmtree(root)  # 270 MB
@@ -34,7 +35,7 @@ def built(tmp_path_factory):
 @pytest.fixture
 def code(tmp_path):
     """A code bundle to do harm to."""
-    return bundle.build_code(tmp_path, "someone", lambda line: None)
+    return datasets.build_code(tmp_path, "someone", lambda line: None)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -103,14 +104,14 @@ def test_embedded_weights_carry_their_licence_and_source(built):
 
 
 def test_same_input_same_bytes(code, tmp_path):
-    other = bundle.build_code(tmp_path / "other", "someone", lambda line: None)
+    other = datasets.build_code(tmp_path / "other", "someone", lambda line: None)
     assert contents(other) == contents(code)
 
 
 def test_identical_weights_are_left_alone(built):
     folder, said = bundle.find_bundles(built)["weights"].folder, []
     before = [(f, f.stat().st_mtime_ns, f.stat().st_ino) for f in sorted(folder.rglob("*"))]
-    bundle.build_weights(folder.parent, "smollm2-135m", "someone", said.append)
+    datasets.build_weights(folder.parent, "smollm2-135m", "someone", said.append)
     assert len(said) == 1 and "unchanged" in said[0]
     assert [(f, f.stat().st_mtime_ns, f.stat().st_ino) for f in sorted(folder.rglob("*"))] == before
 
@@ -127,7 +128,7 @@ def test_a_bundle_that_differs_is_replaced(code, tmp_path, harm):
         user = "else"
     else:
         (code / ("manifest.json" if harm == "manifest" else "dataset-metadata.json")).write_text("{}")
-    bundle.build_code(tmp_path, user, said.append)
+    datasets.build_code(tmp_path, user, said.append)
     assert "built" in said[0]
     changed = {name for name, data in contents(code).items() if data != good.get(name)}
     assert changed == ({"dataset-metadata.json"} if harm == "user" else set())
@@ -258,20 +259,20 @@ def test_code_bundle_runs_alone_on_a_bare_python(code, built):
 
 @pytest.mark.parametrize("username", ["", "two words", "a/b"])
 def test_bad_username_is_named(tmp_path, username):
-    assert "--username" in error_of(bundle.build_code, tmp_path, username)
+    assert "--username" in error_of(datasets.build_code, tmp_path, username)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_in_the_way_is_not_deleted(tmp_path):
     (tmp_path / "arc-kernel-code").mkdir()
     (tmp_path / "arc-kernel-code/notes.txt").write_text("mine")
-    assert "in the way" in error_of(bundle.build_code, tmp_path, "someone")
+    assert "in the way" in error_of(datasets.build_code, tmp_path, "someone")
     assert (tmp_path / "arc-kernel-code/notes.txt").read_text() == "mine"
 
 
 def test_an_out_that_is_a_file_is_named(tmp_path):
     (tmp_path / "out").write_text("")
-    assert f"{tmp_path / 'out'}" in error_of(bundle.build_code, tmp_path / "out", "someone")
+    assert f"{tmp_path / 'out'}" in error_of(datasets.build_code, tmp_path / "out", "someone")
 
 
 @pytest.mark.parametrize("name", ["code", "x" * 40, "---"])
@@ -279,4 +280,4 @@ def test_a_model_name_kaggle_would_not_take_is_named(tmp_path, name):
     (tmp_path / name).mkdir()
     for file in open_model("smollm2-135m").iterdir():
         (tmp_path / name / file.name).symlink_to(file)  # as in a Hugging Face snapshot
-    assert "rename the folder" in error_of(bundle.build_weights, tmp_path / "out", str(tmp_path / name), "someone")
+    assert "rename the folder" in error_of(datasets.build_weights, tmp_path / "out", str(tmp_path / name), "someone")

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from arc_kernel import bundle
 from arc_kernel.errors import ArcKernelError
-from arc_kernel.kaggle import metadata, profiles, templates
+from arc_kernel.kaggle import datasets, metadata, profiles, templates
 from clone import small_model
 
 HOME = Path(__file__).resolve().parent.parent
@@ -23,7 +22,7 @@ HEX = "0123456789abcdef" * 2  # as long as a Kaggle key
 
 @pytest.fixture
 def code(tmp_path):
-    return bundle.build_code(tmp_path, "someone", lambda line: None)
+    return datasets.build_code(tmp_path, "someone", lambda line: None)
 
 
 @pytest.fixture
@@ -233,7 +232,7 @@ def weights(model, out, card="", origin=templates.Origin()):
     """The weights bundle of a copy of `model` with `card` as its README.md, and its metadata."""
     shutil.copytree(model, out / "tiny-llama")
     (out / "tiny-llama/README.md").write_text(card)
-    folder = bundle.build_weights(out / "bundles", str(out / "tiny-llama"), "someone", lambda line: None, origin)
+    folder = datasets.build_weights(out / "bundles", str(out / "tiny-llama"), "someone", lambda line: None, origin)
     return folder, json.loads((folder / "dataset-metadata.json").read_text())
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from arc_kernel import bundle, generate, notebook
+from arc_kernel.kaggle import datasets
 from arc_kernel.pool import gpu_count
 from arc_kernel.tasks import read_submission
 from models import tiny_model
@@ -31,8 +32,8 @@ def contents(root):
 def mounted(tmp_path_factory, model_folder):
     """Bundles of the code and of a tiny random model under two unlike mount points, and a Kaggle challenges file."""
     root = tmp_path_factory.mktemp("input")
-    bundle.build_code(root / "datasets" / "someone", "someone")
-    bundle.build_weights(root, str(tiny_model(model_folder, tmp_path_factory.mktemp("models") / "tiny")), "someone")
+    datasets.build_code(root / "datasets" / "someone", "someone")
+    datasets.build_weights(root, str(tiny_model(model_folder, tmp_path_factory.mktemp("models") / "tiny")), "someone")
     (root / "arc-prize").mkdir()
     task = {"train": [{"input": [[1, 0]], "output": [[0, 1]]}] * 2, "test": [{"input": [[2, 0]]}]}
     (root / "arc-prize" / "arc-agi_test_challenges.json").write_text(json.dumps({"one": task, "two": task}))
@@ -53,8 +54,8 @@ def test_ipynb_is_what_its_source_gives(tmp_path):
 @pytest.mark.skipif(not generate.vllm_installed(), reason="no vLLM wheel for this platform")
 def test_real_model_real_task_through_papermill(tmp_path, model_folder):
     root = tmp_path / "input"
-    bundle.build_code(root, "someone")
-    bundle.build_weights(root, str(model_folder), "someone")
+    datasets.build_code(root, "someone")
+    datasets.build_weights(root, str(model_folder), "someone")
     before = contents(root)
     done = dry_run(root, tmp_path / "out", "task_ids=d037b0a7", "ttt_steps=3", "views=2", "lora_rank=8")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
@@ -121,14 +122,14 @@ def test_two_versions_of_a_bundle_are_both_named(mounted, tmp_path, model_folder
     root = shutil.copytree(mounted, tmp_path / "input")
     other = tiny_model(model_folder, tmp_path / "models" / "tiny")
     (other / "generation_config.json").write_text("{}\n")
-    bundle.build_weights(root / "second", str(other), "someone")
+    datasets.build_weights(root / "second", str(other), "someone")
     faulty(root, tmp_path / "out", "two different weights bundles: detach one")
 
 
 def test_changed_byte_in_a_wheel_is_named(mounted, tmp_path):
     root = shutil.copytree(mounted, tmp_path / "input")
     wheel = make_wheel(tmp_path / "wheels", "small")
-    house = bundle.build(root / "arc-kernel-wheels-local-cpu", "wheels", {"profile": "local-cpu"}, {f"wheels/{wheel.name}": wheel}, "someone", print)
+    house = datasets.build(root / "arc-kernel-wheels-local-cpu", "wheels", {"profile": "local-cpu"}, {f"wheels/{wheel.name}": wheel}, "someone", print)
     victim = house / "wheels" / wheel.name
     victim.write_bytes(victim.read_bytes()[:-1] + b"?")
     faulty(root, tmp_path / "out", f"wheels/{wheel.name} has changed bytes")

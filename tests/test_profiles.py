@@ -8,9 +8,8 @@ import sys
 
 import pytest
 
-from arc_kernel import bundle
 from arc_kernel.errors import ArcKernelError
-from arc_kernel.kaggle import profiles
+from arc_kernel.kaggle import datasets, profiles
 
 
 def error_of(call, *arguments) -> str:
@@ -80,7 +79,7 @@ def test_a_wrong_value_is_named(tmp_path, old, new, said):
 
 def test_profiles_are_read_from_a_code_bundle_on_a_bare_python(tmp_path):
     """-I and -S: only the standard library and the bundle, as on Kaggle before anything is installed."""
-    code = bundle.build_code(tmp_path, "someone", lambda line: None)
+    code = datasets.build_code(tmp_path, "someone", lambda line: None)
     program = (f"import sys; sys.dont_write_bytecode = True; sys.path.insert(0, {str(code)!r})\n"
                "from arc_kernel.kaggle import profiles\n"
                "print(profiles.HERE, profiles.load('kaggle-t4').title, len(profiles.installed(profiles.load('kaggle-t4'))), sep='|')")

@@ -17,9 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from arc_kernel import bundle
 from arc_kernel.errors import ArcKernelError
-from arc_kernel.kaggle import client, metadata, profiles, push
+from arc_kernel.kaggle import datasets, client, metadata, profiles, push
 
 pytest.importorskip("cryptography", reason="the stand-in's certificate needs it")
 from kaggle_standin import Standin  # noqa: E402
@@ -47,7 +46,7 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def code(home):
-    return bundle.build_code(home / "bundles", "someone", lambda line: None)
+    return datasets.build_code(home / "bundles", "someone", lambda line: None)
 
 
 @pytest.fixture

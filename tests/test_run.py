@@ -7,6 +7,7 @@ the real architecture with the transformers backend, in seconds.
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -233,6 +234,20 @@ def test_adapter_known_to_overflow_is_served_in_the_next_dtype_from_the_start(tm
     for task_id in SMALL.split(","):
         rows = [json.loads(line) for line in (tmp_path / "run" / "completions" / f"{task_id}.jsonl").read_text().splitlines()]
         assert rows and not [r for r in rows if r["status"] == "nan"]
+
+
+def test_adapters_in_scratch_are_kept_for_the_next_start_and_not_in_the_result(tmp_path, fast):
+    options = {**fast, "tasks": TRAINING, "task_ids": SMALL, "scratch": tmp_path / "scratch"}
+    out = tmp_path / "run"
+    assert solve(out, **options).returncode == 0
+    assert not (out / "adapters").exists()
+    (adapters,) = (tmp_path / "scratch").glob("*/adapters")
+    assert {p.name for p in adapters.iterdir()} == set(SMALL.split(","))
+    shutil.rmtree(out / "completions")
+    assert solve(out, **options).returncode == 0
+    assert len(events(out, "adapted")) == 3 and len(events(out, "answered")) == 6
+    assert solve(tmp_path / "other", **options | {"ttt_steps": 3}).returncode == 0, "another run in the same scratch"
+    assert len(list((tmp_path / "scratch").glob("*/adapters"))) == 2
 
 
 def test_two_devices_give_the_same_submission_as_one(tmp_path, fast):

@@ -26,7 +26,7 @@ PROFILE = profiles.load("kaggle-t4")
     ({"python": "3.13.1"}, 2, "Python 3.13.1 here, profile kaggle-t4 is for 3.12: pin the image"),
     ({"python": "3.1.2"}, 2, "Python 3.1.2 here"),
     ({"gpus": (), "cuda": ""}, 2, "no GPU here, profile kaggle-t4 is for 2: choose accelerator NvidiaTeslaT4"),
-    ({"gpus": (T4,)}, 2, "1 GPU here (Tesla T4), devices is 2: choose accelerator NvidiaTeslaT4 in the notebook's settings, or set devices=1"),
+    ({"gpus": (T4,)}, 0, "1 GPU here (Tesla T4), 2 asked for: choose accelerator NvidiaTeslaT4 in the notebook's settings, or set devices=1"),
     ({"gpus": (P100,)}, 1, "Tesla P100-PCIE-16GB has compute capability 6.0, the wheels of profile kaggle-t4 want 7.5"),
     ({"cuda": "11.4"}, 2, "driver 550.90 speaks CUDA 11.4, the wheels of profile kaggle-t4 want 12.8"),
 ])

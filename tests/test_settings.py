@@ -27,7 +27,7 @@ def test_a_value_of_the_wrong_type_is_named_with_the_type_it_should_have(name, v
 
 
 @pytest.mark.parametrize("name, value", [
-    ("limit", -1), ("seed", -1), ("devices", 0), ("devices", 65), ("max_seq_len", 255), ("ttt_steps", -1), ("ttt_lr", -1e-9),
+    ("limit", -1), ("seed", -1), ("devices", -1), ("devices", 65), ("max_seq_len", 255), ("ttt_steps", -1), ("ttt_lr", -1e-9),
     ("ttt_lr", 1.5), ("ttt_lr", math.nan), ("ttt_lr", math.inf), ("ttt_batch", 0), ("lora_rank", 0), ("lora_rank", 513),
     ("views", 0), ("max_new_tokens", -1),
 ])
@@ -38,7 +38,7 @@ def test_a_value_out_of_bounds_is_named_with_its_bounds(name, value):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("limit", 0), ("devices", 64), ("max_seq_len", 256), ("ttt_steps", 0), ("ttt_lr", 0.0), ("ttt_lr", 1.0), ("lora_rank", 512), ("views", 1),
+    ("limit", 0), ("devices", 0), ("devices", 64), ("max_seq_len", 256), ("ttt_steps", 0), ("ttt_lr", 0.0), ("ttt_lr", 1.0), ("lora_rank", 512), ("views", 1),
 ])
 def test_bounds_themselves_are_allowed(name, value):
     assert getattr(Settings(**{name: value}), name) == value

@@ -12,20 +12,20 @@ from pathlib import Path
 
 from .. import bundle
 from ..errors import ArcKernelError
-from . import metadata, profiles, push, wheels
+from . import datasets, metadata, profiles, push, templates, wheels
 
 NOTEBOOK = "arc-kernel-notebook"
-SOURCE = bundle.PACKAGE.parent / "notebooks" / "submission.ipynb"
+SOURCE = datasets.PACKAGE.parent / "notebooks" / "submission.ipynb"
 
 
-def build_notebook(out: Path, profile: profiles.Profile, model: str, adapter: str = "", username: str = bundle.USERNAME,
+def build_notebook(out: Path, profile: profiles.Profile, model: str, adapter: str = "", username: str = templates.USERNAME,
                    say: Callable[[str], None] = print) -> Path:
     """Write the notebook as `out`/arc-kernel-notebook, with the profile's machine and its datasets; returns that folder.
 
     `adapter` is the folder of a trained LoRA, or empty. Raises ArcKernelError as `metadata.write_kernel` does, and for a
     folder whose name makes no dataset id.
     """
-    trained = [bundle.trained_name("weights", model), *([bundle.trained_name("adapter", adapter)] if adapter else [])]
+    trained = [datasets.trained_name("weights", model), *([datasets.trained_name("adapter", adapter)] if adapter else [])]
     names = [wheels.name(profile), *trained, bundle.DATASETS["code"]]
     return metadata.write_kernel(Path(out) / NOTEBOOK, SOURCE, profile, username, [f"{username}/{name}" for name in names], say=say)
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..disk import LOW_GB, free_gb
 from ..errors import ArcKernelError
 from ..select import vote
 from ..tasks import Challenges, write_submission
@@ -26,7 +27,6 @@ from . import check, lock
 from .profiles import Profile
 
 WORKING_GB = 20.0  # Kaggle's limit for /kaggle/working
-LOW_GB = 2.0  # left on the output's disk, below which a run is not started: adapters, completions, report
 RERUN = "KAGGLE_IS_COMPETITION_RERUN"  # set by Kaggle in a scoring run
 
 
@@ -64,15 +64,15 @@ def look() -> Machine:
 
 
 def faults(machine: Machine, profile: Profile, devices: int) -> list[str]:
-    """Why this machine is not the profile's, a line with its mend each; none when it will do for `devices` workers."""
+    """Why this machine is not the profile's, a line with its mend each; none when it will do for `devices` workers (0: one per GPU)."""
     found, choose = [], f"choose accelerator {profile.accelerator} in the notebook's settings"
     if profile.python and not machine.python.startswith(profile.python + "."):
         found.append(f"Python {machine.python} here, profile {profile.name} is for {profile.python}: pin the image of Python "
                      f"{profile.python} in the notebook's settings, or build the wheels for this one")
     if profile.gpus and not machine.gpus:
         found.append(f"no GPU here, profile {profile.name} is for {profile.gpus}: {choose}")
-    elif len(machine.gpus) < min(devices, profile.gpus):
-        found.append(f"{len(machine.gpus)} GPU here ({machine.gpus[0].name}), devices is {devices}: {choose}, or set devices={len(machine.gpus)}")
+    elif len(machine.gpus) < min(devices or profile.gpus, profile.gpus):
+        found.append(f"{len(machine.gpus)} GPU here ({machine.gpus[0].name}), {min(devices or profile.gpus, profile.gpus)} asked for: {choose}, or set devices={len(machine.gpus)}")
     for gpu in machine.gpus if profile.capability else ():
         if _number(gpu.capability) < _number(profile.capability):
             found.append(f"{gpu.name} has compute capability {gpu.capability}, the wheels of profile {profile.name} want {profile.capability}: {choose}")
@@ -90,7 +90,7 @@ def prepare(profile: Profile | None, wheels: Path | None, devices: int, out: Pat
     and nothing installed. Raises ArcKernelError with the first thing that must be changed.
     """
     machine = look()
-    free = shutil.disk_usage(out).free / 1e9
+    free = free_gb(out)
     say(f"Python {machine.python}, " + (f"profile {profile.name} ({profile.title})" if profile else "no profile: packages as they are"))
     for gpu in machine.gpus:
         say(f"{gpu.name}, compute capability {gpu.capability}, {gpu.memory:.1f} GB, driver {gpu.driver}, CUDA {machine.cuda}")

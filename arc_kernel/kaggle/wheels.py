@@ -13,18 +13,18 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from .. import bundle
 from ..errors import ArcKernelError
-from . import target
+from . import datasets, target
 from .check import faults, wanted
 from .lock import differing, parse, render
 from .profiles import HERE, Profile
+from .templates import USERNAME
 
 __all__ = ["build", "differing", "faults", "lock_file", "name"]
 RENEW = "make it again with upgrade (build_kernel.py wheels --upgrade)"
 
 
-def build(out: Path, profile: Profile, username: str = bundle.USERNAME, say: Callable[[str], None] = print,
+def build(out: Path, profile: Profile, username: str = USERNAME, say: Callable[[str], None] = print,
           upgrade: bool = False) -> Path:
     """Write wheels/*.whl and lock.txt as `out`/arc-kernel-wheels-<profile>; returns that folder.
 
@@ -49,7 +49,7 @@ def build(out: Path, profile: Profile, username: str = bundle.USERNAME, say: Cal
     extra = {"profile": profile.name, "python": profile.python, "platform": profile.platform, "cuda": profile.cuda,
              "image": profile.image, "remove": list(profile.remove)}
     sources = {"lock.txt": lock, **{f"wheels/{wheel.name}": wheel for wheel in wheels}}
-    return bundle.build(Path(out) / name(profile), "wheels", extra, sources, username, say, copy=_link)
+    return datasets.build(Path(out) / name(profile), "wheels", extra, sources, username, say, copy=_link)
 
 
 def name(profile: Profile) -> str:

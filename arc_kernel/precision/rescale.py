@@ -14,7 +14,7 @@ import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ..checkpoint import TEXTS, WEIGHTS, free_memory, load_model, read_config, weight_names, weight_tensors, whole_folder, write_json
+from ..checkpoint import TEXTS, WEIGHTS, free_memory, load_model, read_config, weight_shapes, weight_tensors, whole_folder, write_json
 from ..errors import ArcKernelError
 from ..prompts import Example
 from .probe import LIMIT, NORMAL, Ranges, label_logits, largest, small_weights
@@ -110,7 +110,7 @@ def unscaled(folder: Path) -> Rescale:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except ValueError:
         raise Refused(f"transformers has no code of its own for model type {read_config(folder).get('model_type')}") from None
-    names = weight_names(folder)
+    names = weight_shapes(folder)
     multipliers = [k for k, v in config.to_dict().items() if re.search(r"(_multipliers?|^logits_scaling|^logit_scale|^scale_\w+)$", k) and v not in (None, 1, 1.0, False)]
     if multipliers:
         raise Refused(f"{config.model_type}: config has {', '.join(multipliers)}, a factor inside the stream")

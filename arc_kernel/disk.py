@@ -1,0 +1,43 @@
+"""The disk of a run: where its adapters lie, what they will need, what remains. Knows folders and sizes; nothing of tasks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from .checkpoint import weight_shapes
+
+LOW_GB = 2.0  # below which a run is not started, and one that goes on says so: completions and report are far smaller
+FLOAT32 = 4  # bytes: adapters are saved as they are trained
+
+
+def adapters_folder(out: Path, scratch: str, identity: dict) -> Path:
+    """`out`/adapters, or in `scratch` a folder named after the run's `identity`, so that runs do not meet there."""
+    if not scratch:
+        return out / "adapters"
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return Path(scratch) / f"arc-kernel-{digest[:12]}" / "adapters"
+
+
+def adapter_bytes(model: Path, rank: int, targets: Iterable[str]) -> int:
+    """Bytes of one LoRA of this rank on the modules of a model folder with these names: A [rank, in] and B [out, rank]."""
+    names = tuple(f".{target}.weight" for target in targets)
+    return sum(FLOAT32 * rank * sum(shape) for name, shape in weight_shapes(model).items() if name.endswith(names) and len(shape) == 2)
+
+
+def free_gb(folder: Path) -> float:
+    """GB free where `folder` is, or will be."""
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    return shutil.disk_usage(there).free / 1e9
+
+
+def forecast(count: int, size: int, folder: Path) -> str:
+    """What `count` adapters of `size` bytes need in `folder` beside what is free there, with the mend where it is too much."""
+    needed, free = count * size / 1e9, free_gb(folder)
+    line = f"{count} adapters of {size / 1e6:.0f} MB need {needed:.1f} GB, {free:.1f} GB are free in {folder}"
+    fits = max(0, math.floor((free - LOW_GB) / (size / 1e9)))
+    return line if needed + LOW_GB <= free else f"{line}: enough for {fits}: give another scratch, or a smaller lora_rank"

@@ -27,7 +27,7 @@ from .checkpoint import load_model, write_json
 from .errors import ArcKernelError
 from .precision.probe import collected, recording
 from .precision.rescale import Rescale
-from .prompts import IGNORED, Example, PromptBuilder
+from .prompts import Example, PromptBuilder
 from .tasks import Task
 from .views import random_view, task_rng
 
@@ -53,7 +53,7 @@ def default_lr(parameters: int) -> float:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a task is trained: steps, examples per step, peak learning rate, LoRA rank, context, background, seed."""
+    """How a task is trained: steps, examples per step, peak learning rate, LoRA rank, context, background, seed, loss on all outputs."""
 
     steps: int
     batch: int
@@ -62,6 +62,7 @@ class Recipe:
     max_seq_len: int
     permute_background: bool
     seed: int
+    all_outputs: bool = False
 
 
 class CannotTrain(ArcKernelError):
@@ -191,15 +192,14 @@ class TaskTrainer:
         return self.rescale.scaled(found, back=True) if self.rescale else found
 
     def _loss(self, example: Example):
-        """Mean cross entropy over the labelled positions; logits [labels, vocabulary] are computed only there."""
+        """Mean cross entropy over the labelled positions of an example."""
         import torch
 
-        ids = torch.from_numpy(example.input_ids).to(self.device)[None]
-        labels = torch.from_numpy(example.labels).to(self.device)
-        at = (labels[1:] != IGNORED).nonzero()[:, 0]  # position t predicts token t + 1
+        from .answer_loss import answer_loss
+
+        ids, labels = (torch.from_numpy(a).to(self.device) for a in (example.input_ids, example.labels))
         with torch.autocast(self.device, getattr(torch, self.dtype), enabled=self.dtype != "float32"):
-            logits = self.model(input_ids=ids, logits_to_keep=at).logits[0]
-        return torch.nn.functional.cross_entropy(logits.float(), labels[1:][at])
+            return answer_loss(self.model.get_base_model(), ids, labels)
 
     def _reset(self, seed: int) -> None:
         import torch
@@ -255,7 +255,7 @@ def leave_one_out(task: Task, builder: PromptBuilder, recipe: Recipe, rng: np.ra
                 context = contexts[int(target)]
                 view = random_view(len(context), rng, recipe.permute_background)
                 shown = tuple(view.apply_pair(task.train[context[k]]) for k in view.order)
-                yield builder.example(shown, view.apply_pair(task.train[int(target)]))
+                yield builder.example(shown, view.apply_pair(task.train[int(target)]), recipe.all_outputs)
 
     return rounds()
 

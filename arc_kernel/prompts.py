@@ -78,29 +78,40 @@ class PromptBuilder:
 
     def prompt_ids(self, train: tuple[Pair, ...], test_input: Grid) -> list[int]:
         """Token ids up to the answer for train pairs and a test input, as some view shows them."""
-        w, ids = self._words, []
+        return self._prompt(train, test_input)[0]
+
+    def _prompt(self, train: tuple[Pair, ...], test_input: Grid) -> tuple[list[int], list[slice]]:
+        """Token ids up to the answer, and where in them the output of each train pair stands, with the token that ends it."""
+        w, ids, outputs = self._words, [], []
         ids += self.ids_of(w.start)
         for number, pair in enumerate(train, 1):
             ids += self.ids_of(w.before_input.format(number))
             ids += self.grid_ids(pair.input)
             ids += self.ids_of(w.before_output.format(number))
+            first = len(ids)
             ids += self.grid_ids(pair.output)
+            outputs.append(slice(first, len(ids) + 1))
             ids += self.ids_of(w.after_pair)
         ids += self.ids_of(w.before_test)
         ids += self.grid_ids(test_input)
         ids += self.ids_of(w.before_answer)
-        return ids
+        return ids, outputs
 
     def prompt(self, view: View, task: Task, test_index: int) -> list[int]:
         """Token ids of the prompt for test input `test_index` of `task` under `view`."""
         seen = view.apply(task)
         return self.prompt_ids(seen.train, seen.test[test_index].input)
 
-    def example(self, train: tuple[Pair, ...], target: Pair) -> Example:
-        """A training example that asks for `target.output`; loss is taken on the answer and its closing token only."""
-        prompt, answer = self.prompt_ids(train, target.input), self.answer_ids(target.output)
-        ids = np.array(prompt + answer, dtype=np.int64)
-        labels = np.where(np.arange(len(ids)) < len(prompt), IGNORED, ids)
+    def example(self, train: tuple[Pair, ...], target: Pair, all_outputs: bool = False) -> Example:
+        """A training example that asks for `target.output`; loss is taken on the answer and its closing token.
+
+        With `all_outputs` also on the output of each train pair but the first, which is predicted from the pairs before it.
+        """
+        prompt, outputs = self._prompt(train, target.input)
+        ids = np.array(prompt + self.answer_ids(target.output), dtype=np.int64)
+        labels = np.full(len(ids), IGNORED)
+        for part in (*(outputs[1:] if all_outputs else ()), slice(len(prompt), None)):
+            labels[part] = ids[part]
         return Example(ids, labels)
 
     def text_of(self, answer_ids: list[int]) -> str:

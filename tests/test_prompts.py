@@ -222,3 +222,16 @@ def test_a_tokenizer_without_end_token_is_told_what_to_set(tokenizer):
     other = copy.deepcopy(tokenizer)
     other.eos_token = None
     assert "eos_token" in message_of(other, "compact")
+
+
+@pytest.mark.parametrize("kind", ["chat", "compact"])
+def test_all_outputs_are_labelled_but_the_first_each_with_the_token_that_ends_it(tokenizer, kind, arc_training):
+    builder = PromptBuilder(tokenizer, GridEncoder.from_name("shape+rows+digits"), kind)
+    pairs, target = arc_training.tasks["d037b0a7"].train[:2], arc_training.tasks["d037b0a7"].train[2]
+    one, every = builder.example(pairs, target), builder.example(pairs, target, all_outputs=True)
+    assert (one.input_ids == every.input_ids).all()
+    context = np.where(one.labels == IGNORED, every.labels, IGNORED)
+    labelled = context[context != IGNORED]
+    assert builder.text_of(labelled.tolist()).startswith(builder.encoder.encode(pairs[1].output))
+    assert len(labelled) == len(builder.grid_ids(pairs[1].output)) + 1
+    assert (every.labels[one.labels != IGNORED] == one.labels[one.labels != IGNORED]).all()

@@ -1,0 +1,55 @@
+"""The loss on label positions, against torch's on whole logits: `python -m pytest tests/test_answer_loss.py`."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, CohereConfig, CohereForCausalLM
+
+from arc_kernel import answer_loss
+from models import tiny_model
+
+
+def by_torch(model, ids, labels):
+    logits = model(input_ids=ids[None]).logits[0, :-1].float()
+    return torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=-100)
+
+
+def loss_and_gradient(loss, model, ids, labels):
+    model.zero_grad()
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    value = loss(model, ids, labels)
+    value.backward()
+    return value.item(), weight.grad.clone()
+
+
+@pytest.fixture(scope="module")
+def example():
+    ids = torch.randint(0, 300, (700,), generator=torch.Generator().manual_seed(1))
+    labels = torch.where(torch.arange(700) % 10 < 8, ids, -100)  # more labels than two chunks hold
+    return ids, labels
+
+
+def assert_alike(model, example):
+    model.get_output_embeddings().requires_grad_(False)
+    value, gradient = loss_and_gradient(answer_loss.answer_loss, model, *example)
+    expected, wanted = loss_and_gradient(by_torch, model, *example)
+    assert value == pytest.approx(expected, abs=1e-5)
+    assert torch.allclose(gradient, wanted, rtol=1e-3, atol=1e-7) and wanted.abs().max() > 0
+
+
+def test_loss_and_gradient_are_torchs(model_folder, tmp_path, example):
+    assert_alike(AutoModelForCausalLM.from_pretrained(tiny_model(model_folder, tmp_path / "tiny"), dtype=torch.float32), example)
+
+
+def test_a_model_that_scales_its_logits_has_the_loss_of_the_scaled_ones(example):
+    config = CohereConfig(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                          num_key_value_heads=1, logit_scale=0.25)
+    torch.manual_seed(0)
+    assert_alike(CohereForCausalLM(config).float(), example)
+
+
+def test_logits_of_all_positions_are_never_held_at_once(model_folder, tmp_path, example, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(model_folder, tmp_path / "tiny"), dtype=torch.float32)
+    rows, linear = [], torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, w, b=None: (rows.append(len(x)) if len(w) == 49152 else None) or linear(x, w, b))
+    answer_loss.answer_loss(model, *example)
+    assert sum(rows) == (example[1][1:] >= 0).sum() and max(rows) == answer_loss.CHUNK

@@ -120,7 +120,7 @@ class TaskTrainer:
         rng = task_rng(self.recipe.seed, task.id, "adapt")
         examples = leave_one_out(task, self.builder, self.recipe, rng)
         self._reset(int(rng.integers(2**31)))
-        optimizer = torch.optim.AdamW(self.weights, lr=self.recipe.lr, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(self.weights, lr=self.recipe.lr, weight_decay=0.0, fused=True)
         scaler = torch.amp.GradScaler(self.device, init_scale=LOSS_SCALE, enabled=self.dtype == "float16")
         good, step, factor, facts, skips = None, 0, 1.0, {"rollbacks": 0, "skipped": 0}, 0
         self.model.train()

@@ -81,7 +81,7 @@ class Serving:
         waiting: Iterable[Work] = self._works(tasks)
         again = False
         for engine, variant, left_out in self._chooser.engines():
-            waiting = self._serve(engine, waiting, left_out, f"answer again in {variant.dtype}" if again else "answer")
+            waiting = self.serve(engine, waiting, left_out, f"answer again in {variant.dtype}" if again else "answer")
             engine.close()
             if not waiting:
                 return
@@ -145,7 +145,7 @@ class Serving:
             return folder.resolve()
         return Path(self.job.adapter).resolve() if self.job.adapter else None
 
-    def _serve(self, engine, works: Iterable[Work], left_out: set[Path], stage: str) -> list[Work]:
+    def serve(self, engine, works: Iterable[Work], left_out: set[Path], stage: str) -> list[Work]:
         """Answer work as it comes, streaming; given back is what has prompts without a finite answer."""
         open_works: dict[str, Work] = {}
         unfinished, counts, works = [], Counter(), iter(works)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from arc_kernel import select
+from arc_kernel import report, select
 from arc_kernel.engine import ADAPTERS, IN_FLIGHT, Answer
 from arc_kernel.grids import GridEncoder
 from arc_kernel.job import Job
@@ -173,6 +173,18 @@ def test_equal_prompts_are_asked_once_and_counted_for_each_test_input(tmp_path, 
     (lap,) = of(told, "stage")
     assert (lap["predictions"], lap["repeated"], lap["cached_tokens"]) == (16, 8, 80)
     assert lap["prompt_tokens"] == sum(len(p.token_ids) for p in engine.sent)
+
+
+def test_stage_table_says_what_was_repeated_decided_and_cached(tmp_path, builder, task):
+    twice = dataclasses.replace(task, test=task.test * 2)
+    told = served(tmp_path, builder, [twice], Engine(builder, numbered(*[ONE] * 5, *[TWO] * 2, THREE)))
+    (lap,) = of(told, "stage")
+    (row,) = report.stage_rows([{"seconds": 2.0, **lap}])
+    assert [row[k] for k in ("predictions", "repeated", "decided")] == [14, 7, 2]
+    assert row["cached"] == pytest.approx(70 / lap["prompt_tokens"], abs=1e-4)
+    heads, values = report.stage_table([row]).splitlines()
+    assert heads.split()[-4:] == ["cached", "predictions", "repeated", "decided"]
+    assert values.split()[-4:] == [f"{row['cached']:.1%}", "14", "7", "2"]
 
 
 def test_equal_prompts_under_two_views_are_each_seen_back_through_their_own(tmp_path, builder):

@@ -1,7 +1,7 @@
 """What both inference backends share: prompts, answers, settings, the guard on every answer, adapters as weights want them.
 
 An engine has two methods: `answer`, prompts plus adapters in, scored answers out, and `close`. Knows nothing of tasks or
-grids; the caller says with `viable` when going on with an answer is wasted.
+grids; the caller says with `viable` when going on with an answer is wasted, with `wanted` when nobody needs it any more.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Callable
 from .precision.rescale import Rescale, convert_adapter
 
 IN_FLIGHT = 32  # prompts decoded together: 4 tasks of 8 views
+ADAPTERS = 4  # in one batch: max_loras of every profile
 CHECK_EVERY = 8  # generated tokens between two looks at whether an answer is still viable
 
 
@@ -33,7 +34,8 @@ class Answer:
     """What was generated: ids without the closing token, the summed logprob (nats), and how it ended.
 
     `logprobs` has one entry per generated token, the closing token included. `status` is `ok` (closing token reached),
-    `truncated` (out of tokens), `stopped` (not viable) or `nan` (see `failed`).
+    `truncated` (out of tokens), `stopped` (not viable) or `nan` (see `failed`). `cached` is the number of the prompt's
+    tokens that were not computed because an earlier prompt begins alike.
     """
 
     prompt: Prompt
@@ -41,6 +43,7 @@ class Answer:
     logprob: float
     status: str
     logprobs: tuple[float, ...]
+    cached: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class EngineSettings:
 
 
 Viable = Callable[[list[int]], bool]
+Wanted = Callable[[Prompt], bool]
 
 
 def failed(token_ids: list[int], logprob: float, special: frozenset[int]) -> bool:

@@ -26,6 +26,7 @@ class Job:
     max_seq_len: int
     max_new_tokens: int
     views: int
+    early_stop: bool
     seed: int
     ttt_steps: int
     ttt_batch: int

@@ -94,6 +94,8 @@ class Run:
                 if message["event"] == "completion":
                     done[message["task"]] += 1
                     tokens += message["tokens"]
+                elif message["event"] == "decided":
+                    done[message["task"]] += message["predictions"]
                 elif message["event"] == "answered":
                     done[message["task"]], finished = expected[message["task"]], finished + 1
                     self._read_candidates(message["task"])
@@ -231,7 +233,7 @@ class Run:
         job = Job(model=str(model.resolve()), adapter=s.adapter, out=str(self.out.resolve()), adapters=str(self.adapters.resolve()), profile=s.profile, backend=backend, dtype=s.dtype, ttt_dtype=s.ttt_dtype,
                   grid_encoder=s.grid_encoder, prompt=s.prompt, permute_background=s.background == "permuted",
                   max_seq_len=min(s.max_seq_len, checkpoint.context_length(model)), max_new_tokens=s.max_new_tokens,
-                  views=s.views, seed=s.seed, ttt_steps=s.ttt_steps, ttt_batch=s.ttt_batch,
+                  views=s.views, early_stop=s.early_stop, seed=s.seed, ttt_steps=s.ttt_steps, ttt_batch=s.ttt_batch,
                   ttt_lr=s.ttt_lr or adapt.default_lr(checkpoint.parameter_count(model)), lora_rank=s.lora_rank,
                   adapt_until=self._until(ADAPT_SHARE),
                   probe_tasks=tuple(map(task_to_json, probe.sample(self.challenges.tasks.values()))))

@@ -16,7 +16,7 @@ from .tasks import Attempts, Challenges, Grid
 
 FIGURES = {
     "accuracy": "one of the two attempts is the solution",
-    "pass_n": "some candidate is the solution",
+    "pass_n": "some candidate is the solution (of the predictions made: fewer with early_stop)",
     "vote_1": "the best-voted candidate is the solution",
     "vote_2": "one of the two best-voted candidates is the solution",
     "correct_pixels": "share of attempt 1's cells that are right (0 where its size is wrong)",

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -63,17 +62,53 @@ def status_of(ended: str, text: str, encoder: GridEncoder) -> str:
         return "unparsable"
 
 
-def candidates(completions: list[Completion], encoder: GridEncoder) -> list[Candidate]:
-    """Distinct undone grids of one test input's completions, best first: votes, then mean logprob per token."""
-    seen = defaultdict(list)
+def _groups(completions: list[Completion], encoder: GridEncoder) -> list[tuple[Grid, list[float], list[str]]]:
+    """Distinct undone grids of answers that ended well, each with logprob per token and view of its votes."""
+    seen: dict = {}
     for c in completions:
         if c.status == "ok":
             view = View.parse(c.view)
             grid = view.undo(encoder.decode(c.text))
-            seen[grid.shape, grid.tobytes()].append((grid, c.logprob / max(1, c.tokens), c.view))
-    found = [Candidate(votes[0][0], len(votes), sum(v[1] for v in votes) / len(votes), tuple(v[2] for v in votes))
-             for votes in seen.values()]
-    return sorted(found, key=lambda c: (-c.votes, -c.logprob, c.grid.shape, c.grid.tobytes()))
+            _, logprobs, views = seen.setdefault((grid.shape, grid.tobytes()), (grid, [], []))
+            logprobs.append(c.logprob / max(1, c.tokens))
+            views.append(c.view)
+    return list(seen.values())
+
+
+def _place(grid: Grid, votes: int, total: float) -> tuple:
+    """Candidates are sorted by this: votes, mean of the `total` logprob, then shape and bytes, so that no two are equal.
+
+    Totals are from `math.fsum`, which does not depend on the order of answers and never grows by a logprob below 0.
+    """
+    return -votes, -total / votes, grid.shape, grid.tobytes()
+
+
+def candidates(completions: list[Completion], encoder: GridEncoder) -> list[Candidate]:
+    """Distinct undone grids of one test input's completions, best first: votes, then mean logprob per token."""
+    groups = sorted(_groups(completions, encoder), key=lambda g: _place(g[0], len(g[1]), math.fsum(g[1])))
+    return [Candidate(grid, len(logprobs), math.fsum(logprobs) / len(logprobs), tuple(views)) for grid, logprobs, views in groups]
+
+
+def decided(completions: list[Completion], outstanding: int, encoder: GridEncoder) -> bool:
+    """Whether a test input's attempts are those of these completions, whatever the `outstanding` other answers will be.
+
+    The worst that can happen to a place is that all of them vote for one grid behind it, with logprob 0; so the rule is
+    exact: the first two places must hold against every grid behind them and, with no votes yet, against one not seen so
+    far (taken as smaller than any other where all else is equal). Below two candidates the unseen grid replaces the
+    fallback. The second place needs as many votes as there are outstanding answers and the first twice as many, so
+    nothing is decided before three quarters of all answers are there.
+    """
+    if outstanding == 0:
+        return True
+    if 3 * outstanding > len(completions):
+        return False
+    votes = sorted(((grid, len(logprobs), math.fsum(logprobs)) for grid, logprobs, _ in _groups(completions, encoder)), key=lambda v: _place(*v))
+    if len(votes) < 2:
+        return False
+    first, second = (_place(*v) for v in votes[:2])
+    best = [_place(grid, count + outstanding, total) for grid, count, total in votes]
+    unseen = (-outstanding, 0.0, (), b"")
+    return first < best[1] and all(second < other for other in [*best[2:], unseen])
 
 
 def attempts(found: list[Candidate], test_input: Grid | None) -> Attempts:

@@ -7,28 +7,65 @@ only that, is answered again by the next one.
 from __future__ import annotations
 
 import traceback
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
 from .dtypes import Chooser, Model
-from .engine import Answer, Prompt
+from .engine import ADAPTERS, IN_FLIGHT, Answer, Prompt
 from .job import Job
 from .prompts import PromptBuilder
-from .select import Completion, status_of, write_completions
+from .select import Completion, decided, status_of, write_completions
 from .tasks import Task
-from .views import spread_views, task_rng
+from .views import shared_views
+
+
+SHARE = IN_FLIGHT // 2  # of a batch for one task: what is not sent yet need not be, once its vote is decided
 
 
 @dataclass
 class Work:
-    """A task on its way: prompts still to be answered, completions there are; `failed` are prompts answered with NaN."""
+    """A task on its way: prompts not sent yet, sent and not answered, answered with NaN; completions there are.
+
+    A prompt's key is the task's id and the predictions it stands for, each (test index, view): more than one where a
+    task shows the same under several. `decided` are the test inputs no further prediction of which is needed.
+    """
 
     task: Task
-    prompts: list[Prompt]
-    done: list[Completion] = field(default_factory=list)
+    waiting: list[Prompt]
+    sent: dict[tuple, Prompt] = field(default_factory=dict)
     failed: list[Prompt] = field(default_factory=list)
-    answered: int = 0
+    done: list[Completion] = field(default_factory=list)
+    decided: set[int] = field(default_factory=set)
+
+    def send(self) -> Prompt:
+        """The next prompt, from now on under way."""
+        prompt = self.waiting.pop(0)
+        self.sent[prompt.key] = prompt
+        return prompt
+
+    def take(self, prompt: Prompt, completions: list[Completion]) -> None:
+        """Put the answer of a prompt under way, as the completions it stands for, where it belongs."""
+        del self.sent[prompt.key]
+        self.done += completions
+        if completions[0].status == "nan":
+            self.failed.append(prompt)
+
+    def left(self) -> list[Prompt]:
+        """Prompts without a finite answer."""
+        return [*self.waiting, *self.sent.values(), *self.failed]
+
+    def needed(self, prompt: Prompt) -> list[tuple[int, str]]:
+        """The predictions of a prompt that are not decided."""
+        return [p for p in prompt.key[1] if p[0] not in self.decided]
+
+    def decide(self, test_index: int) -> None:
+        """Leave out the prompts that were needed for this test input alone."""
+        self.decided.add(test_index)
+        self.waiting = list(filter(self.needed, self.waiting))
+        self.sent = {key: p for key, p in self.sent.items() if self.needed(p)}
+        self.failed = list(filter(self.needed, self.failed))
 
 
 class Serving:
@@ -44,17 +81,17 @@ class Serving:
         waiting: Iterable[Work] = self._works(tasks)
         again = False
         for engine, variant, left_out in self._chooser.engines():
-            waiting = self._serve(engine, waiting, left_out, f"answer again in {variant.dtype}" if again else "answer")
+            waiting = self.serve(engine, waiting, left_out, f"answer again in {variant.dtype}" if again else "answer")
             engine.close()
             if not waiting:
                 return
             again = True
-            prompts, names = sum(len(w.prompts) for w in waiting), ", ".join(w.task.id for w in waiting)
-            self.tell("precision", stage="answer", dtype=variant.dtype, tasks=[w.task.id for w in waiting], predictions=prompts,
-                      text=f"{prompts} predictions ({names}) have no finite answer in {variant.dtype}: asked again where a dtype is left")
+            lost, names = sum(len(w.needed(p)) for w in waiting for p in w.waiting), ", ".join(w.task.id for w in waiting)
+            self.tell("precision", stage="answer", dtype=variant.dtype, tasks=[w.task.id for w in waiting], predictions=lost,
+                      text=f"{lost} predictions ({names}) have no finite answer in {variant.dtype}: asked again where a dtype is left")
         for work in waiting:
             work.done = [c for c in work.done if c.status != "nan"]
-            lost = f"{len(work.prompts)} predictions lost" if work.done else "fallback answer"
+            lost = f"{sum(len(work.needed(p)) for p in work.waiting)} predictions lost" if work.done else "fallback answer"
             self._finish(work, error=f"task {work.task.id}: no dtype gives finite answers: {lost}")
 
     def _works(self, tasks: Iterable[Task]) -> Iterator[Work]:
@@ -74,9 +111,13 @@ class Serving:
                 self._finish(work)
 
     def _prompts(self, task: Task) -> tuple[list[Prompt], list[str]]:
-        """The prompts of a task (key: task id, test index, view) and what must be said about them."""
-        job, prompts, notes = self.job, [], []
-        adapter = self._adapter_of(task)
+        """The prompts of a task, each once, and what must be said about them.
+
+        View by view, so that a vote is not decided by half of the views; prompts of one view stand together, since what
+        they begin with is computed once where one comes after the other (vLLM's prefix cache).
+        """
+        job, notes = self.job, []
+        like: dict[tuple[int, ...], list[int]] = {}  # train pairs kept -> test inputs
         for i in range(len(task.test)):
             kept = self.builder.fit(task.train, task.test[i].input, self.max_new_tokens, job.max_seq_len)
             if kept is None:
@@ -84,12 +125,19 @@ class Serving:
                 continue
             if len(kept) < len(task.train):
                 notes.append(f"task {task.id}, test input {i + 1}: {len(task.train) - len(kept)} of {len(task.train)} train pairs dropped to fit max_seq_len {job.max_seq_len}")
+            like.setdefault(kept, []).append(i)
+        asked = []  # (place of the view, test index, view, token ids)
+        for kept, tests in like.items():
             fitted = Task(task.id, tuple(task.train[k] for k in kept), task.test)
-            views = spread_views(fitted, i, job.views, task_rng(job.seed, task.id, f"views {i}"), job.permute_background)
-            if len(views) < job.views:
-                notes.append(f"task {task.id}, test input {i + 1}: only {len(views)} distinct views of {job.views} asked")
-            prompts += [Prompt((task.id, i, str(v)), self.builder.prompt(v, fitted, i), adapter) for v in views]
-        return prompts, notes
+            for i, views in shared_views(fitted, tests, job.views, job.seed, job.permute_background).items():
+                if len(views) < job.views:
+                    notes.append(f"task {task.id}, test input {i + 1}: only {len(views)} distinct views of {job.views} asked")
+                asked += [(place, i, str(v), tuple(self.builder.prompt(v, fitted, i))) for place, v in enumerate(views)]
+        stands_for: dict[tuple[int, ...], list[tuple[int, str]]] = {}
+        for _, i, view, ids in sorted(asked):
+            stands_for.setdefault(ids, []).append((i, view))
+        adapter = self._adapter_of(task)
+        return [Prompt((task.id, tuple(predictions)), list(ids), adapter) for ids, predictions in stands_for.items()], notes
 
     def _adapter_of(self, task: Task) -> Path | None:
         folder = Path(self.job.adapters) / task.id
@@ -97,46 +145,68 @@ class Serving:
             return folder.resolve()
         return Path(self.job.adapter).resolve() if self.job.adapter else None
 
-    def _serve(self, engine, works: Iterable[Work], left_out: set[Path], stage: str) -> list[Work]:
+    def serve(self, engine, works: Iterable[Work], left_out: set[Path], stage: str) -> list[Work]:
         """Answer work as it comes, streaming; given back is what has prompts without a finite answer."""
         open_works: dict[str, Work] = {}
-        unfinished, prompt_tokens, new_tokens, predictions = [], 0, 0, 0
+        unfinished, counts, works = [], Counter(), iter(works)
 
-        def feed() -> Iterator[Prompt]:
-            nonlocal prompt_tokens
-            for work in works:
-                if work.prompts[0].adapter in left_out:
+        def feed() -> Iterator[Prompt | None]:
+            """Prompts of the oldest task with room in its share, of a new one where the batch may hold its adapter; else None."""
+            exhausted = False
+            while not exhausted or any(w.waiting for w in open_works.values()):
+                ready = next((w for w in open_works.values() if w.waiting and len(w.sent) < SHARE), None)
+                if ready:
+                    yield ready.send()
+                elif exhausted or len({self._adapter_of(w.task) for w in open_works.values()} - {None}) >= ADAPTERS:
+                    yield None
+                elif (work := next(works, None)) is None:
+                    exhausted = True
+                elif work.waiting[0].adapter in left_out:
                     unfinished.append(work)
-                    continue
-                open_works[work.task.id] = work
-                prompt_tokens += sum(len(p.token_ids) for p in work.prompts)
-                yield from work.prompts
+                else:
+                    open_works[work.task.id] = work
 
         viable = lambda ids: self.builder.encoder.may_begin(self.builder.text_of(ids))
-        for answer in engine.answer(feed(), self.max_new_tokens, viable):
-            work, completion = open_works[answer.prompt.key[0]], self._completion(answer)
-            work.done.append(completion)
-            work.answered += 1
-            predictions += 1
-            new_tokens += completion.tokens
-            if completion.status == "nan":
-                work.failed.append(answer.prompt)
-            self.tell("completion", task=work.task.id, status=completion.status, tokens=completion.tokens)
-            if work.answered == len(work.prompts):
+        wanted = lambda prompt: prompt.key[0] in open_works and prompt.key in open_works[prompt.key[0]].sent
+        for answer in engine.answer(feed(), self.max_new_tokens, viable, wanted):
+            if not wanted(answer.prompt):  # it ended in the step that decided its vote
+                continue
+            work = open_works[answer.prompt.key[0]]
+            completions = self._completions(answer, work)
+            work.take(answer.prompt, completions)
+            counts.update(prompt_tokens=len(answer.prompt.token_ids), cached_tokens=answer.cached, tokens=completions[0].tokens,
+                          predictions=len(completions), repeated=len(completions) - 1)
+            for completion in completions:
+                self.tell("completion", task=work.task.id, status=completion.status, tokens=completion.tokens)
+                counts.update(decided=self._decide(work, completion.test_index))
+            if not work.waiting and not work.sent:
                 del open_works[work.task.id]
                 if work.failed:
-                    unfinished.append(Work(work.task, work.failed, work.done))
+                    work.waiting, work.failed = work.failed, []
+                    unfinished.append(work)
                 else:
                     self._finish(work)
-        self.lap(stage, prompt_tokens=prompt_tokens, tokens=new_tokens, predictions=predictions)
+        self.lap(stage, **counts)
         return unfinished
 
-    def _completion(self, answer: Answer) -> Completion:
-        task_id, test_index, view = answer.prompt.key
+    def _decide(self, work: Work, test_index: int) -> int:
+        """Leave out of a task's work what can no longer change this test input's attempts; how many predictions that are."""
+        done = [c for c in work.done if c.test_index == test_index and c.status != "nan"]
+        left = sum(i == test_index for prompt in work.left() for i, _ in work.needed(prompt))
+        if not self.job.early_stop or not left or not decided(done, left, self.builder.encoder):
+            return 0
+        work.decide(test_index)
+        self.tell("decided", task=work.task.id, test_index=test_index, predictions=left,
+                  text=f"test input {test_index + 1}: decided by {len(done)} predictions, {left} more not needed")
+        return left
+
+    def _completions(self, answer: Answer, work: Work) -> list[Completion]:
+        """The completions an answer stands for, one per prediction that is needed."""
         text = "" if answer.status == "nan" else self.builder.text_of(answer.token_ids)
         status = status_of(answer.status, text, self.builder.encoder)
         ids = [] if status == "nan" else answer.token_ids
-        return Completion(task_id, test_index, view, text, ids, answer.logprob, status, len(answer.logprobs))
+        return [Completion(work.task.id, i, view, text, ids, answer.logprob, status, len(answer.logprobs))
+                for i, view in work.needed(answer.prompt)]
 
     def _finish(self, work: Work, error: str = "") -> None:
         order = sorted(work.done, key=lambda c: (c.test_index, c.view, c.status != "nan"))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Iterable, Iterator
 
 from .checkpoint import free_memory, load_model
-from .engine import CHECK_EVERY, Answer, EngineSettings, Prompt, ServedAdapters, Viable, failed
+from .engine import CHECK_EVERY, Answer, EngineSettings, Prompt, ServedAdapters, Viable, Wanted, failed
 
 BATCH = 8  # prompts decoded together
 
@@ -24,13 +24,14 @@ class TransformersEngine:
         self._max_seq_len, self._special, self._adapter = settings.max_seq_len, settings.special, None
         self._adapters, self._merge, self._old = ServedAdapters(settings.rescale), settings.dtype == "float32", {}
 
-    def answer(self, prompts: Iterable[Prompt | None], max_new_tokens: int, viable: Viable | None = None) -> Iterator[Answer]:
-        """Answer prompts in batches of neighbours with the same adapter; see VllmEngine.answer."""
+    def answer(self, prompts: Iterable[Prompt | None], max_new_tokens: int, viable: Viable | None = None,
+               wanted: Wanted | None = None) -> Iterator[Answer]:
+        """Answer prompts in batches of neighbours with the same adapter; see VllmEngine.answer. No batch is broken off."""
         for adapter, group in itertools.groupby((p for p in prompts if p is not None), key=lambda p: p.adapter):
             self._use(adapter)
-            group = list(group)
-            for i in range(0, len(group), BATCH):
-                yield from self._batch(group[i:i + BATCH], max_new_tokens, viable)
+            asked = (p for p in group if wanted is None or wanted(p))
+            while batch := list(itertools.islice(asked, BATCH)):
+                yield from self._batch(batch, max_new_tokens, viable)
 
     def _batch(self, prompts: list[Prompt], max_new_tokens: int, viable: Viable | None) -> Iterator[Answer]:
         import torch

@@ -14,6 +14,7 @@ import itertools
 import math
 from collections import Counter
 from dataclasses import dataclass
+from typing import Sequence
 
 import numpy as np
 
@@ -99,6 +100,19 @@ def spread_views(task: Task, test_index: int, n: int, rng: np.random.Generator, 
             seen.add(_fingerprint(view, task, test_index))
             found.append(view)
     return found
+
+
+def shared_views(task: Task, tests: Sequence[int], n: int, seed: int, permute_background: bool = False) -> dict[int, list[View]]:
+    """Up to `n` views for each of these test inputs, as `spread_views` spreads them.
+
+    They are the same for all test inputs that they show in distinct ways, so that prompts of one view begin alike: drawn
+    for the one with the most colours, since other colours take what its leave. A test input with fewer prompts has its own.
+    """
+    own = lambda i: spread_views(task, i, n, task_rng(seed, task.id, f"views {i}"), permute_background)
+    lead = max(tests, key=lambda i: len(_colours_used(task, i)))
+    views = own(lead)
+    fit = lambda i: len({_fingerprint(v, task, i) for v in views}) == n
+    return {i: views if i == lead or fit(i) else own(i) for i in tests}
 
 
 def _draws(task, used, rng, permute_background, n):

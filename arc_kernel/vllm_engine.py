@@ -12,7 +12,7 @@ from typing import Iterable, Iterator
 
 from . import cpu_lora, loopback
 from .checkpoint import free_memory
-from .engine import CHECK_EVERY, IN_FLIGHT, Answer, EngineSettings, Prompt, ServedAdapters, Viable, failed
+from .engine import CHECK_EVERY, IN_FLIGHT, Answer, EngineSettings, Prompt, ServedAdapters, Viable, Wanted, failed
 from .errors import ArcKernelError
 from .kaggle import profiles
 
@@ -58,8 +58,12 @@ class VllmEngine:
         self._requests: dict[Path, object] = {}
         self._adapters = ServedAdapters(settings.rescale)
 
-    def answer(self, prompts: Iterable[Prompt | None], max_new_tokens: int, viable: Viable | None = None) -> Iterator[Answer]:
-        """Answer prompts as they finish, in any order. `prompts` is read only as room appears; None in it means: none yet."""
+    def answer(self, prompts: Iterable[Prompt | None], max_new_tokens: int, viable: Viable | None = None,
+               wanted: Wanted | None = None) -> Iterator[Answer]:
+        """Answer prompts as they finish, in any order. `prompts` is read only as room appears; None in it means: none yet.
+
+        A prompt that is no longer wanted is given up and, but for answers of the same step, has none.
+        """
         from vllm import SamplingParams
 
         engine, source, running = self._llm.llm_engine, iter(prompts), {}
@@ -67,6 +71,10 @@ class VllmEngine:
                                 detokenize=False, skip_special_tokens=False)
         exhausted = False
         while running or not exhausted:
+            unwanted = [number for number, prompt in running.items() if wanted and not wanted(prompt)]
+            if unwanted:
+                engine.abort_request(unwanted)
+                running = {number: prompt for number, prompt in running.items() if number not in unwanted}
             while not exhausted and len(running) < IN_FLIGHT:
                 prompt = next(source, StopIteration)
                 if prompt is StopIteration:
@@ -106,7 +114,7 @@ class VllmEngine:
         if not status:
             return None
         logprobs = tuple(step[token].logprob for token, step in zip(ids, result.logprobs or ()))
-        return Answer(prompt, ids[:-1] if status == "ok" else ids, logprob, status, logprobs)
+        return Answer(prompt, ids[:-1] if status == "ok" else ids, logprob, status, logprobs, output.num_cached_tokens or 0)
 
     def _lora(self, adapter: Path | None):
         """A LoRA request with an id, name and path of its own: a reused id is not loaded again."""

@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import ENCODERS, grids, views
 
@@ -61,9 +61,53 @@ def test_only_answers_that_ended_well_vote():
 def test_the_order_in_which_answers_come_changes_nothing(answers, seed):
     completions = [completion(text, logprob / 4, view=view, tokens=1) for text, logprob, view in answers]
     shuffled = random.Random(seed).sample(completions, len(completions))
-    ranked = lambda some: [(c.grid.tolist(), c.votes, round(c.logprob, 9)) for c in select.candidates(some, DIGITS)]
+    ranked = lambda some: [(c.grid.tolist(), c.votes, c.logprob) for c in select.candidates(some, DIGITS)]
     assert ranked(shuffled) == ranked(completions)
     assert sum(c.votes for c in select.candidates(completions, DIGITS)) == len(answers)
+
+
+ANSWERS = st.tuples(st.sampled_from(["11"] * 5 + ["22"] * 3 + ["1\n1", "33", "x"]), st.sampled_from([0.0, -0.25, -0.5, -3.0]))
+FALLBACK = array([[9]])
+
+
+def answers_of(stream):
+    return [completion(text, logprob, "unparsable" if text == "x" else "ok", tokens=1) for text, logprob in stream]
+
+
+def attempts_of(completions):
+    return [g.tolist() for g in select.attempts(select.candidates(completions, DIGITS), FALLBACK)]
+
+
+@settings(max_examples=300)
+@given(stream=st.lists(ANSWERS, min_size=6, max_size=24), data=st.data())
+def test_what_is_decided_stays_as_it_is_whatever_answers_follow(stream, data):
+    stop = next(n for n in range(len(stream) + 1) if select.decided(answers_of(stream[:n]), len(stream) - n, DIGITS))
+    following = data.draw(st.lists(ANSWERS, min_size=len(stream) - stop, max_size=len(stream) - stop))
+    assert attempts_of(answers_of(stream[:stop])) == attempts_of(answers_of(stream)) == attempts_of(answers_of(stream[:stop] + following))
+
+
+@settings(max_examples=300)
+@given(known=st.lists(ANSWERS, max_size=18).map(answers_of), outstanding=st.integers(1, 6))
+def test_the_rule_asks_for_no_answer_too_many(known, outstanding):
+    """What is not decided is changed by answers that agree on a grid that is there, or on the smallest there can be."""
+    changed = [text for text in ("0", "11", "22", "1\n1", "33")
+               if attempts_of(known + answers_of([(text, 0.0)] * outstanding)) != attempts_of(known)]
+    assert select.decided(known, outstanding, DIGITS) == (not changed)
+
+
+def votes(*counts, logprob=-0.5):
+    """So many answers for each of as many grids."""
+    return answers_of([(text, logprob) for text, count in zip(("11", "22", "1\n1", "33"), counts) for _ in range(count)])
+
+
+@pytest.mark.parametrize("known, outstanding, expected", [
+    ([], 0, True), (votes(9), 0, True), (votes(9), 1, False),  # no second grid yet: any new one would be the second attempt
+    (votes(5, 2), 1, True), (votes(3, 2), 1, False), (votes(5, 2, 1), 1, False), (votes(4, 4), 1, False),
+    (votes(4, 2), 2, False), (votes(17, 8, 1), 6, True), (votes(17, 8, 2), 6, False), (votes(24), 8, False),
+    (answers_of([("11", -0.1)] * 4 + [("22", -2.0)] * 2 + [("33", -9.0)]), 1, True),
+])
+def test_decided_is_what_no_outstanding_answer_can_change(known, outstanding, expected):
+    assert select.decided(known, outstanding, DIGITS) is expected
 
 
 @given(grid=grids(), seen_as=st.lists(views(), min_size=1, max_size=8), name=st.sampled_from(ENCODERS))

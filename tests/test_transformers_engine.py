@@ -85,6 +85,28 @@ def test_answer_ends_at_the_closing_token_and_stays_inside_the_context(tiny):
     assert len(long) == SEEN - 60
 
 
+def test_prompt_that_is_not_wanted_when_its_batch_comes_is_not_answered(tiny):
+    engine, done = started(tiny, "float32"), []
+    prompts = [Prompt((number,), PROMPTS[number % 3], None) for number in range(20)]
+    for answer in engine.answer(iter(prompts), 2, wanted=lambda p: not done or p.key[0] >= 15):
+        done.append(answer.prompt.key[0])
+    engine.close()
+    assert done == [*range(8), *range(15, 20)]
+
+
+def test_prompts_are_read_no_further_than_the_next_batch(tiny):
+    engine, read = started(tiny, "float32"), []
+
+    def source():
+        for number in range(20):
+            read.append(number)
+            yield Prompt((number,), PROMPTS[1], None)
+
+    seen = [len(read) for _ in engine.answer(source(), 2)]
+    engine.close()
+    assert max(seen[:8]) <= 9
+
+
 def test_answer_that_is_not_viable_is_cut_and_nan_is_never_an_answer(tiny, tmp_path):
     engine = started(tiny, "float32")
     cut, = answers(engine, [(PROMPTS[0], None)], viable=lambda ids: False)

@@ -12,7 +12,7 @@ from strategies import grids, small_tasks, views
 from arc_kernel.grids import GridEncoder
 from arc_kernel.prompts import PromptBuilder
 from arc_kernel.tasks import Pair, Task
-from arc_kernel.views import SYMMETRIES, View, random_view, spread_views, task_rng
+from arc_kernel.views import SYMMETRIES, View, random_view, shared_views, spread_views, task_rng
 
 SQUARE = np.array([[5]], np.int8)
 CORNERS = np.array([[1, 2], [0, 1]], np.int8)
@@ -162,6 +162,25 @@ def test_fewer_views_than_asked_are_given_only_where_no_more_exist(builder, task
     assert len(found) <= n
     assert len(found) == n or len(more) == len(found)
     assert len({tuple(builder.prompt(v, task, 0)) for v in found}) == len(found)
+
+
+def test_test_inputs_share_views_that_are_distinct_for_each(arc_training, builder):
+    several = [t for t in arc_training.tasks.values() if len(t.test) > 1]
+    for task in several[::4]:
+        tests = range(len(task.test))
+        found = shared_views(task, tests, 16, 0)
+        assert all(found[i] == found[0] for i in tests)
+        for i in tests:
+            assert len({tuple(builder.prompt(v, task, i)) for v in found[i]}) == 16
+
+
+@given(task=small_tasks(side=2, colours=3), other=grids(2, 3), n=st.integers(1, 60), background=st.booleans())
+def test_test_input_with_fewer_prompts_than_the_others_gets_each_of_its_own(task, other, n, background):
+    both = Task(task.id, task.train, (*task.test, Pair(other, None)))
+    found = shared_views(both, (0, 1), n, 0, background)
+    for i in (0, 1):
+        assert len(found[i]) == len(spread(both, n, test_index=i, permute_background=background))
+        assert found[i][0] == View(0, tuple(range(10)), tuple(range(len(task.train))))
 
 
 @given(task=small_tasks())

@@ -1,0 +1,222 @@
+"""What is asked of an engine, in which order, and what need not be: `python -m pytest tests/test_serving.py`.
+
+The engine is a stand-in that answers with grids we choose, one prompt a step, the oldest first; prompts, views, votes and
+files are the real ones.
+"""
+
+import dataclasses
+import math
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from arc_kernel import report, select
+from arc_kernel.engine import ADAPTERS, IN_FLIGHT, Answer
+from arc_kernel.grids import GridEncoder
+from arc_kernel.job import Job
+from arc_kernel.prompts import PromptBuilder
+from arc_kernel.serving import SHARE, Serving
+from arc_kernel.tasks import Pair, Task
+from arc_kernel.views import View
+
+ENCODER = GridEncoder.from_name("digits")
+JOB = Job(model="", adapter="", out="", profile="auto", backend="vllm", dtype="float32", ttt_dtype="auto", grid_encoder="digits", prompt="compact",
+          permute_background=False, max_seq_len=4096, max_new_tokens=100, views=8, early_stop=True, seed=0, ttt_steps=0, ttt_batch=1,
+          ttt_lr=1e-3, lora_rank=8, adapt_until=math.inf, probe_tasks=())
+
+
+@pytest.fixture(scope="module")
+def builder(tokenizer):
+    return PromptBuilder(tokenizer, ENCODER, "compact")
+
+
+class Engine:
+    """Answers a prompt with the grid that `grid_of(test index, view)` gives, seen through its view; None: NaN."""
+
+    def __init__(self, builder, grid_of):
+        self.builder, self.grid_of, self.sent, self.given_up, self.in_flight = builder, grid_of, [], [], []
+
+    def answer(self, prompts, max_new_tokens, viable, wanted):
+        running, source, ended = [], iter(prompts), False
+        while running or not ended:
+            self.given_up += [p for p in running if not wanted(p)]
+            running = [p for p in running if wanted(p)]
+            while not ended and len(running) < IN_FLIGHT:
+                prompt = next(source, "end")
+                ended = prompt == "end"
+                if ended or prompt is None:
+                    break
+                running.append(prompt)
+                self.sent.append(prompt)
+            self.in_flight.append(list(running))
+            if running:
+                yield self.answer_to(running.pop(0))
+
+    def answer_to(self, prompt):
+        i, view = prompt.key[1][0]
+        grid = self.grid_of(i, view)
+        if grid is None:
+            return Answer(prompt, [], math.nan, "nan", ())
+        ids = self.builder.answer_ids(View.parse(view).apply_grid(np.array(grid, np.int8)))
+        return Answer(prompt, ids[:-1], -0.5 * len(ids), "ok", (-0.5,) * len(ids), cached=10)
+
+    def close(self):
+        pass
+
+
+def served(tmp_path, builder, tasks, *engines, **changes):
+    """The events told while these tasks are answered by these engines, one after the other."""
+    told = []
+    serving = Serving(dataclasses.replace(JOB, out=str(tmp_path), **changes), builder, SimpleNamespace(adapter=None),
+                      lambda event, **facts: told.append({"event": event, **facts}),
+                      lambda stage, **facts: told.append({"event": "stage", "stage": stage, **facts}))
+    variants = [SimpleNamespace(dtype=name) for name in ("float16", "float32")]
+    serving._chooser = SimpleNamespace(engines=lambda: ((e, v, set()) for e, v in zip(engines, variants)))
+    serving.answer(tasks)
+    return told
+
+
+def completions(tmp_path, task):
+    return select.read_completions(tmp_path / "completions" / f"{task.id}.jsonl")
+
+
+def of(told, kind):
+    return [e for e in told if e["event"] == kind]
+
+
+def numbered(*answers):
+    """grid_of for an engine that gives these grids, one a call."""
+    left = iter(answers)
+    return lambda i, view: next(left)
+
+
+ONE, TWO, THREE = [[1]], [[2]], [[3]]
+
+
+@pytest.fixture
+def task(arc_training):
+    return arc_training.tasks["d037b0a7"]
+
+
+@pytest.fixture
+def task_of_two(arc_training):
+    return arc_training.tasks["25ff71a9"]
+
+
+def test_test_input_that_is_decided_is_asked_no_more_and_its_attempts_are_those_of_the_whole_run(tmp_path, builder, task):
+    answers = [ONE, ONE, TWO, ONE, ONE, TWO, ONE] + [THREE]
+    runs = {}
+    for early in (True, False):
+        engine = Engine(builder, numbered(*answers))
+        told = served(tmp_path / str(early), builder, [task], engine, early_stop=early)
+        found = completions(tmp_path / str(early), task)
+        runs[early] = [g.tolist() for g in select.attempts(select.candidates(found, ENCODER), task.test[0].input)]
+        (lap,) = of(told, "stage")
+        assert (len(found), lap["predictions"], lap["decided"], len(engine.given_up)) == ((7, 7, 1, 1) if early else (8, 8, 0, 0))
+        assert [(e["task"], e["test_index"], e["predictions"]) for e in of(told, "decided")] == [(task.id, 0, 1)] * early
+        assert sum(e["statuses"]["ok"] for e in of(told, "answered")) == len(found) == len(of(told, "completion"))
+    assert runs[True] == runs[False] == [ONE, TWO]
+
+
+def test_what_is_not_sent_yet_when_its_vote_is_decided_is_never_sent(tmp_path, builder, task):
+    engine = Engine(builder, numbered(*[ONE] * 20, *[TWO] * 9))
+    told = served(tmp_path, builder, [task], engine, views=36)
+    assert (len(completions(tmp_path, task)), of(told, "decided")[0]["predictions"]) == (29, 7)
+    assert len(engine.sent) == 36 and len(engine.given_up) == 7  # the last ones are under way by then, at SHARE in flight
+    engine = Engine(builder, numbered(*[ONE] * 51, *[TWO] * 25))
+    told = served(tmp_path, builder, [task], engine, views=100)
+    assert (len(completions(tmp_path, task)), of(told, "decided")[0]["predictions"]) == (76, 24)
+    assert len(engine.sent) == 76 + SHARE - 1 and len(engine.given_up) == SHARE - 1
+
+
+def test_one_test_input_is_decided_without_the_other(tmp_path, builder, task_of_two):
+    engine = Engine(builder, lambda i, view: next(first) if i == 0 else ONE)
+    first = iter([ONE] * 5 + [TWO] * 2 + [THREE])
+    told = served(tmp_path, builder, [task_of_two], engine)
+    assert Counter(c.test_index for c in completions(tmp_path, task_of_two)) == {0: 7, 1: 8}
+    assert [(e["test_index"], e["predictions"]) for e in of(told, "decided")] == [(0, 1)]
+
+
+def test_prompt_without_a_finite_answer_is_outstanding_until_it_has_one_or_its_vote_is_decided(tmp_path, builder, task):
+    first = Engine(builder, numbered(None, None, ONE, ONE, ONE, TWO, ONE, ONE))
+    second = Engine(builder, numbered(TWO, THREE))
+    told = served(tmp_path, builder, [task], first, second)
+    assert (len(first.sent), len(second.sent)) == (8, 2)
+    assert [e["stage"] for e in of(told, "stage")] == ["answer", "answer again in float32"] and of(told, "precision")[0]["predictions"] == 2
+    decided_early = Engine(builder, numbered(None, ONE, ONE, ONE, ONE, TWO, TWO, ONE))
+    told = served(tmp_path / "early", builder, [task], decided_early)
+    assert [e["predictions"] for e in of(told, "decided")] == [1] and not of(told, "precision")
+    assert Counter(c.status for c in completions(tmp_path / "early", task)) == {"nan": 1, "ok": 7}
+
+
+def test_test_inputs_of_a_task_share_views_and_come_one_after_the_other(tmp_path, builder, task_of_two):
+    engine = Engine(builder, lambda i, view: [[i]])
+    served(tmp_path, builder, [task_of_two], engine)
+    asked = [p.key[1] for p in engine.sent]
+    assert [i for ((i, _),) in asked] == [0, 1] * 8
+    for first, second in zip(engine.sent[::2], engine.sent[1::2]):
+        assert first.key[1][0][1] == second.key[1][0][1]
+        pairs = builder.prompt_ids(View.parse(first.key[1][0][1]).apply(task_of_two).train, np.zeros((1, 1), np.int8))
+        alike = next(n for n, (a, b) in enumerate(zip(first.token_ids, second.token_ids)) if a != b)
+        assert alike >= len(pairs) - len(builder.prompt_ids((), np.zeros((1, 1), np.int8)))
+
+
+def test_equal_prompts_are_asked_once_and_counted_for_each_test_input(tmp_path, builder, task):
+    twice = dataclasses.replace(task, test=(task.test[0], Pair(task.test[0].input.copy(), None)))
+    engine = Engine(builder, lambda i, view: ONE)
+    told = served(tmp_path, builder, [twice], engine)
+    rows = completions(tmp_path, twice)
+    assert len(engine.sent) == 8 and Counter(c.test_index for c in rows) == {0: 8, 1: 8}
+    assert [c.view for c in rows[:8]] == [c.view for c in rows[8:]]
+    (lap,) = of(told, "stage")
+    assert (lap["predictions"], lap["repeated"], lap["cached_tokens"]) == (16, 8, 80)
+    assert lap["prompt_tokens"] == sum(len(p.token_ids) for p in engine.sent)
+
+
+def test_stage_table_says_what_was_repeated_decided_and_cached(tmp_path, builder, task):
+    twice = dataclasses.replace(task, test=task.test * 2)
+    told = served(tmp_path, builder, [twice], Engine(builder, numbered(*[ONE] * 5, *[TWO] * 2, THREE)))
+    (lap,) = of(told, "stage")
+    (row,) = report.stage_rows([{"seconds": 2.0, **lap}])
+    assert [row[k] for k in ("predictions", "repeated", "decided")] == [14, 7, 2]
+    assert row["cached"] == pytest.approx(70 / lap["prompt_tokens"], abs=1e-4)
+    heads, values = report.stage_table([row]).splitlines()
+    assert heads.split()[-4:] == ["cached", "predictions", "repeated", "decided"]
+    assert values.split()[-4:] == [f"{row['cached']:.1%}", "14", "7", "2"]
+
+
+def test_equal_prompts_under_two_views_are_each_seen_back_through_their_own(tmp_path, builder):
+    """The train pair looks the same flipped, and the second test input is the first one flipped."""
+    same, corner = np.array([[0, 0], [0, 0]], np.int8), np.array([[0, 1], [0, 0]], np.int8)
+    mirrored = Task("m", (Pair(same, same),), (Pair(corner, None), Pair(np.fliplr(corner), None)))
+    engine = Engine(builder, lambda i, view: corner if i == 0 else np.fliplr(corner))
+    told = served(tmp_path, builder, [mirrored], engine, views=4, early_stop=False)
+    prompts = [tuple(p.token_ids) for p in engine.sent]
+    assert len(set(prompts)) == len(prompts) < 8 == of(told, "stage")[0]["predictions"]
+    for i, grid in enumerate((corner, np.fliplr(corner))):
+        (found,) = select.candidates([c for c in completions(tmp_path, mirrored) if c.test_index == i], ENCODER)
+        assert np.array_equal(found.grid, grid) and found.votes == 4
+
+
+def small_tasks(n, task):
+    return [dataclasses.replace(task, id=f"t{k}") for k in range(n)]
+
+
+def test_batch_is_full_and_holds_no_more_adapters_or_prompts_of_one_task_than_it_may(tmp_path, builder, task):
+    tasks = small_tasks(12, task)
+    for t in tasks:
+        (tmp_path / "adapters" / t.id).mkdir(parents=True)
+    engine = Engine(builder, lambda i, view: ONE)
+    served(tmp_path, builder, tasks, engine, views=32)
+    assert max(len({p.adapter for p in batch}) for batch in engine.in_flight) <= ADAPTERS
+    assert max(max(Counter(p.adapter for p in batch).values(), default=0) for batch in engine.in_flight) == SHARE
+    assert all(len(batch) == IN_FLIGHT for batch in engine.in_flight[:11 * 32])
+    assert len(engine.sent) == 12 * 32
+
+
+def test_tasks_without_adapters_fill_the_batch_however_few_predictions_each_has(tmp_path, builder, task):
+    engine = Engine(builder, lambda i, view: ONE)
+    served(tmp_path, builder, small_tasks(40, task), engine, views=1)
+    assert len(engine.in_flight[0]) == IN_FLIGHT and len(engine.sent) == 40

@@ -1,4 +1,4 @@
-"""The command line, generated from the settings: `python -m arc_kernel solve | score | report | precision | prepare | notebook`.
+"""The command line, generated from the settings: `python -m arc_kernel solve | score | report | precision | bench | prepare | notebook`.
 
 Heavy libraries are imported inside the commands, so that --help answers at once.
 """
@@ -55,6 +55,14 @@ def _parser() -> argparse.ArgumentParser:
     precision.add_argument("--rescaled", default="", help="folder to write the rescaled model to")
     precision.add_argument("--bench", action="store_true", help="instead: seconds of training and inference in each dtype, here")
     precision.set_defaults(command=_precision)
+    bench = commands.add_parser("bench", help="seconds of training, answering and a whole run here, each beside what the device allows",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for name in ("model", "dtype", "backend"):
+        _setting(bench, name, types)
+    bench.add_argument("--out", type=Path, default=None, help="JSON file to write; default: runs/bench/<model>-<dtype>-<date>.json")
+    bench.add_argument("--against", type=Path, default=None, help="JSON of an earlier bench: print ratios to it")
+    bench.add_argument("--quick", action="store_true", help="shorter examples, smaller batches, fewer rounds: 2 minutes instead of 6 on 2 CPU cores")
+    bench.set_defaults(command=_bench)
     prepare = commands.add_parser("prepare", help="check a model folder; convert the embedded model")
     prepare.add_argument("--model", default="smollm2-135m", help="model folder, or smollm2-135m (embedded)")
     prepare.set_defaults(command=_prepare)
@@ -77,11 +85,17 @@ def _precision(tasks: str, headroom: float, out: Path, rescaled: str, bench: boo
 
     opened = checkup.open_checked(tasks=tasks, headroom=headroom, **model)
     if bench:
-        from .bench import bench_dtypes
+        from .dtype_bench import bench_dtypes
 
         bench_dtypes(opened, backend)
     else:
         checkup.check(opened, dtype, backend, out, rescaled)
+
+
+def _bench(**options) -> None:
+    from .bench import bench
+
+    bench(**options)
 
 
 def _solve(**options) -> None:

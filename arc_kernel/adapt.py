@@ -107,18 +107,18 @@ class TaskTrainer:
         self._start = None if start is None else [w.detach().clone() for w in self.weights]
 
     def train(self, task: Task, folder: Path, on_step: Callable[[int, float, int], None],
-              on_trouble: Callable[[str], None] = lambda text: None) -> dict:
+              on_trouble: Callable[[str], None] = lambda text: None, examples: Iterator[Example] | None = None) -> dict:
         """Fine-tune on `task` and save the adapter as `folder` by write-then-rename, with its range.json.
 
         `on_step(step, loss, tokens)` is called after each step with its mean loss per answer token (nats) and its tokens.
         Where a loss or gradient is not finite, the adapter goes back to its last good state and on at a lower learning
-        rate; `on_trouble` is told. Returns how often: `rollbacks`, and `skipped`, float16 steps lost to loss scaling.
+        rate; `on_trouble` is told. `examples` are trained on instead of the task's own, for benchmarks. Returns how often: `rollbacks`, and `skipped`, float16 steps lost to loss scaling.
         Raises CannotTrain where the task gives no example, FloatingPointError where ROLLBACKS did not help.
         """
         import torch
 
         rng = task_rng(self.recipe.seed, task.id, "adapt")
-        examples = leave_one_out(task, self.builder, self.recipe, rng)
+        examples = leave_one_out(task, self.builder, self.recipe, rng) if examples is None else examples
         self._reset(int(rng.integers(2**31)))
         optimizer = torch.optim.AdamW(self.weights, lr=self.recipe.lr, weight_decay=0.0, fused=True)
         scaler = torch.amp.GradScaler(self.device, init_scale=LOSS_SCALE, enabled=self.dtype == "float16")

@@ -1,148 +1,215 @@
-"""`precision --bench`: is float32, or bfloat16, slower here? Seconds of training and inference in each dtype, measured.
+"""The `bench` command: what this device can do, and how near to it training, prefill, decoding and a whole run come.
 
-Each figure as a ratio to the fastest dtype, beside the speed of a large matrix product in that dtype, which bounds it.
+Each part is measured in a fresh process (`bench_part`), several times and interleaved, so that a busy minute falls on all of
+them; every figure stands beside its bound, in a table and as JSON, and beside an earlier run where one is given.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
+import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Iterator
 
 from tqdm import tqdm
 
-from . import adapt
-from .checkpoint import free_memory, parameter_count
-from .dtypes import Model, Variant
-from .engine import EngineSettings, Prompt
+from .checkpoint import open_model, write_json
 from .errors import ArcKernelError
-from .generate import start_engine, vllm_installed
+from .generate import vllm_installed
 from .precision import verdict
-from .tasks import Task, cells
 
-DTYPES = ("bfloat16", "float16", "float32")
-SIDE, ROWS = 2048, 512  # of the matrix product: a prompt's rows through a layer
-REPEATS = 30  # of it
-STEPS = 4  # of training; the first is left out, it is slower
-PROMPTS, PROMPT_TOKENS = 8, 256
-NEW_TOKENS = 24
-SECONDS = 60.0  # that training, or inference, in one dtype may take, as far as can be foreseen
-TRAIN_FLOP = 4  # per weight and token: forward, and backward to the inputs of frozen weights
+FORMAT = 1  # of the JSON file
+BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}{postfix}]"
+MOVES = 0.5  # seconds between two moves of the progress bar
+# Parts in order: rounds at most (0: only what starting costs, a second time), and seconds within which further rounds begin.
+FULL = (("ceilings", 1, 15.0), ("train", 8, 90.0), ("infer", 8, 100.0), ("train", 0, 10.0), ("infer", 0, 20.0), ("solve", 2, 90.0))
+QUICK = (("ceilings", 1, 10.0), ("train", 8, 28.0), ("infer", 8, 32.0), ("solve", 1, 45.0))
 
 
-def bench_dtypes(model: Model, backend: str) -> list[dict]:
-    """Measure every dtype on this device, print the table, return its rows (`dtype`, `gemm` FLOP/s, `step` seconds,
-    `step_tokens`, `prefill` and `decode` tokens/s, `note`)."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+@dataclass(frozen=True)
+class Figure:
+    """Samples of one thing: seconds of each, and of each the share of its bound (`bounds`: least seconds at the speeds measured
+    beside it; empty: it has none), `by` what bounds it, and the tokens, FLOP and bytes in it. Peak memory has only `mib`."""
+
+    part: str
+    name: str
+    seconds: tuple[float, ...] = ()
+    bounds: tuple[float, ...] = ()
+    by: str = ""
+    tokens: float = 0
+    flop: float = 0
+    bytes: float = 0
+    mib: float = 0
+
+    @property
+    def best(self) -> float:
+        """The least seconds: what the machine does when nobody else is on it."""
+        return min(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """How far the median lies above the best: 0.1 is 10%."""
+        return statistics.median(self.seconds) / self.best - 1 if self.best else 0.0
+
+    @property
+    def share(self) -> float | None:
+        """The median share of the bound: 1 would be the device's own speed. None without a bound, or for no time at all."""
+        shares = [b / s for b, s in zip(self.bounds, self.seconds) if s]
+        return statistics.median(shares) if shares else None
+
+
+def bench(model: str, dtype: str, backend: str, out: Path | None, against: Path | None, quick: bool) -> Path:
+    """Measure, print the table and write the JSON; its path. Raises ArcKernelError before anything is measured."""
+    folder, earlier, begun = open_model(model), read(against) if against else None, time.perf_counter()
     backend = ("vllm" if vllm_installed() else "transformers") if backend == "auto" else backend
-    begun, rows = time.perf_counter(), []
-    with tqdm(total=3 * len(DTYPES), desc="bench", unit="part") as bar:
-        for dtype in DTYPES:
-            row = {"dtype": dtype, "note": "", "gemm": gemm(dtype, model.device)}
-            bar.update()
-            for part in (lambda: train(model, dtype, row["gemm"]), lambda: infer(model, dtype, backend, row["gemm"])):
-                bar.set_postfix_str(dtype)
-                try:
-                    row |= part()
-                except (ArcKernelError, RuntimeError) as error:
-                    row["note"] = str(error).splitlines()[0][:100]
-                free_memory()
-                bar.update()
-            rows.append(row)
-    print(table(rows))
-    if not verdict.native_bfloat16(model.device):
-        print("bfloat16 is emulated on this device: it costs what its row says and gains nothing")
-    print(f"{verdict.device_model(model.device)}, {backend}, {time.perf_counter() - begun:.0f} s")
-    return rows
+    device = verdict.device_name()
+    dtype = verdict.candidates(dtype, device)[0]
+    facts = {"format": FORMAT, "date": time.strftime("%Y-%m-%d %H:%M:%S"), "device": verdict.device_model(device), "cores": _cores(),
+             "load": os.getloadavg()[0], "model": folder.name, "versions": verdict.versions()}
+    asked = {"dtype": dtype, "backend": backend, "quick": quick}
+    facts |= asked
+    lines = list(_all_parts(QUICK if quick else FULL, asked | {"model": model}))
+    figures, notes = collect(lines), [f"{line['part']}: {line['note']}" for line in lines if "note" in line]
+    print(table(figures, earlier and earlier["figures"]))
+    for note in notes + (differences(facts, earlier) if earlier else []):
+        print(f"note: {note}")
+    seconds = time.perf_counter() - begun
+    print(f"{facts['device']}, {facts['cores']} cores, {dtype}, {backend}, load {facts['load']:.1f} at the start; {seconds:.0f} s in all")
+    out = out or Path("runs/bench") / f"{folder.name}-{dtype}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, facts | {"seconds": round(seconds, 1), "notes": notes, "figures": [_plain(f) for f in figures]})
+    print(f"figures: {out}")
+    return out
 
 
-def table(rows: list[dict]) -> str:
-    """The rows as text; in brackets the ratio to the fastest dtype (1.00; smaller is slower)."""
-    best = {k: max((r[k] for r in rows if r.get(k)), default=0.0) for k in ("gemm", "train", "prefill", "decode")}
+def collect(lines: list[dict]) -> list[Figure]:
+    """Samples of the same part and name as one figure, in the order in which each was first seen."""
+    found: dict[tuple[str, str], list[dict]] = {}
+    for line in lines:
+        if "name" in line:
+            found.setdefault((line["part"], line["name"]), []).append(line)
+    figures = []
+    for (part, name), samples in found.items():
+        last = samples[-1]
+        bounds = tuple(s["bound"] for s in samples) if all("bound" in s for s in samples) else ()
+        seconds, mib = tuple(s["seconds"] for s in samples if "seconds" in s), max(s.get("mib", 0) for s in samples)
+        work = {key: last[key] for key in ("by", "tokens", "flop", "bytes") if key in last}
+        figures.append(Figure(part, name, seconds, bounds, mib=mib, **work))
+    return figures
 
-    def cell(row: dict, key: str, unit: float) -> str:
-        return f"{row[key] / unit:12,.{1 if row[key] / unit < 10 else 0}f} ({row[key] / best[key]:.2f})" if row.get(key) else f"{'-':>19}"
 
-    lines = [f"{'dtype':10}{'GEMM, GFLOP/s':>19}{'TTT, tokens/s':>19}{'s a step':>10}{'prefill, tokens/s':>19}{'decode, tokens/s':>19}"]
-    for r in rows:
-        step = f"{r['step']:10.2f}" if r.get("step") else f"{'-':>10}"
-        lines.append(f"{r['dtype']:10}{cell(r, 'gemm', 1e9)}{cell(r, 'train', 1)}{step}{cell(r, 'prefill', 1)}{cell(r, 'decode', 1)}  {r['note']}")
+def table(figures: list[Figure], earlier: list[Figure] | None = None) -> str:
+    """The figures as text: best seconds, how far the median is above, rates at the best, bound and median share of it.
+
+    With an earlier run, the ratio of best seconds to it (below 1: faster now; ~ where the samples of both overlap) and its share.
+    """
+    before = {(f.part, f.name): f for f in earlier or ()}
+    head = f"{'':46}{'best, s':>11}{'median':>8}{'n':>3}{'tokens/s':>10}{'GFLOP/s':>9}{'GB/s':>7}{'bound, s':>11}{'of it':>6}  {'by':6}"
+    lines, part = [head + (f"{'x earlier':>11}{'then':>6}" if earlier is not None else "")], ""
+    for f in figures:
+        if f.part != part:
+            lines.append(f"[{f.part}]")
+            part = f.part
+        old = before.get((f.part, f.name))
+        lines.append((_row(f) + (_against(f, old) if old else "")).rstrip())
     return "\n".join(lines)
 
 
-def gemm(dtype: str, device: str) -> float:
-    """FLOP/s of a product [512, 2048] x [2048, 2048]; of a small one where that would take seconds."""
-    small = verdict.product_seconds(dtype, device, *verdict.PRODUCT["cpu"]) / (2 * verdict.PRODUCT["cpu"][0] * verdict.PRODUCT["cpu"][1] ** 2)
-    rows, side = (ROWS, SIDE) if small * 2 * ROWS * SIDE * SIDE < 0.1 else verdict.PRODUCT["cpu"]
-    return 2 * rows * side * side / verdict.product_seconds(dtype, device, rows, side, REPEATS)
+def _row(f: Figure) -> str:
+    if not f.seconds:
+        return f"{f.name:46}{f.mib:>11,.0f} MiB"
+
+    def rate(amount: float, unit: float, width: int) -> str:
+        speed = amount / f.best / unit if f.best else 0.0
+        return f"{speed:{width},.{1 if speed < 100 else 0}f}" if speed else " " * width
+
+    spread = f"{f.spread:+.0%}" if len(f.seconds) > 1 else "-"
+    bound = f"{min(f.bounds):11.4f}{f.share:6.0%}  {f.by:6}" if f.share is not None else f"{'-':>11}{'':14}"
+    rates = rate(f.tokens, 1, 10) + rate(f.flop, 1e9, 9) + rate(f.bytes, 1e9, 7)
+    return f"{f.name:46}{f.best:11.4f}{spread:>8}{len(f.seconds):3}{rates}{bound}"
 
 
-def train(model: Model, dtype: str, flops: float) -> dict:
-    """Seconds and tokens/s of a training step of the model's middling probe task; of its short one where that takes too long.
-
-    `flops` are those of a large product in this dtype; where they alone would make a step too long, none is taken.
-    """
-    floor = TRAIN_FLOP * parameter_count(model.folder) * len(model.builder.prompt_ids(model.tasks[0].train[:1], model.tasks[0].train[0].input)) / flops
-    if floor > SECONDS:
-        return {"note": f"no step measured: its matrix products alone take over {floor:.0f} s"}
-    variant = _variant(model, dtype)
-    trainer = adapt.TaskTrainer(variant.folder, model.builder, _recipe(model, 2), model.adapter, model.device, dtype, variant.rescale)
-    first = _steps(trainer, model.tasks[0])
-    if first["step"] * cells(_middling(model)) / cells(model.tasks[0]) * STEPS > SECONDS:
-        return first | {"note": f"a step of {first['step_tokens']:.0f} tokens"}
-    trainer.recipe = _recipe(model, STEPS)
-    return _steps(trainer, _middling(model))
+def _against(f: Figure, old: Figure) -> str:
+    if not f.seconds or not old.seconds:
+        return f"{f.mib / old.mib:>11.2f}" if f.mib and old.mib else ""
+    same = min(f.seconds) <= max(old.seconds) and min(old.seconds) <= max(f.seconds)
+    ratio = f"{'~' * same}{f.best / old.best:.2f}" if old.best else "-"
+    return f"{ratio:>11}" + (f"{old.share:6.0%}" if old.share is not None else "")
 
 
-def _recipe(model: Model, steps: int) -> adapt.Recipe:
-    return adapt.Recipe(steps, 1, 1e-4, 32, model.max_seq_len, False, 0)
-
-
-def _steps(trainer: adapt.TaskTrainer, task: Task) -> dict:
-    """Train a task; seconds, tokens and tokens/s of its steps, the first left out where there are more."""
-    marks = [(time.perf_counter(), 0)]
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer.train(task, Path(scratch) / "adapter", lambda step, loss, tokens: marks.append((time.perf_counter(), tokens)))
-    marks = marks[1:] if len(marks) > 2 else marks
-    seconds, tokens, steps = marks[-1][0] - marks[0][0], sum(t for _, t in marks[1:]), len(marks) - 1
-    return {"step": seconds / steps, "step_tokens": tokens / steps, "train": tokens / seconds}
-
-
-def infer(model: Model, dtype: str, backend: str, flops: float) -> dict:
-    """tokens/s of prefill and of decoding in a batch, through the engine a run would use; of one prompt where `flops` are few."""
-    variant = _variant(model, dtype)
-    prompts = PROMPTS if 3 * 2 * parameter_count(model.folder) * PROMPTS * PROMPT_TOKENS / flops < SECONDS else 1
-    engine = start_engine(backend, EngineSettings(variant.folder, dtype, 2048, model.builder.end_token, 0, variant.rescale), model.device)
+def read(path: Path) -> dict:
+    """An earlier run's JSON, its figures as `Figure`s; raises ArcKernelError naming the file."""
     try:
-        list(engine.answer(_prompts(model, 0)[:1], 2))
-        marks = [time.perf_counter()]
-        list(engine.answer(_prompts(model, 1)[:prompts], 1))
-        marks.append(time.perf_counter())
-        answers = list(engine.answer(_prompts(model, 2)[:prompts], NEW_TOKENS))
-        marks.append(time.perf_counter())
-    finally:
-        engine.close()
-    prefill, both = marks[1] - marks[0], marks[2] - marks[1]
-    new = sum(len(a.logprobs) for a in answers) - len(answers)
-    return {"prefill": prompts * PROMPT_TOKENS / prefill} | ({"decode": new / (both - prefill)} if both > prefill and new else {})
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        names = {f.name for f in dataclasses.fields(Figure)}
+        figures = [Figure(**{k: tuple(v) if isinstance(v, list) else v for k, v in f.items() if k in names}) for f in stored["figures"]]
+        return stored | {"figures": figures}
+    except FileNotFoundError:
+        raise ArcKernelError(f"{path}: no such file: give the --out of an earlier bench") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ArcKernelError(f"{path}: not the figures of a bench ({error}): give the --out of an earlier bench") from None
 
 
-def _variant(model: Model, dtype: str) -> Variant:
-    """The model as a run would load it in this dtype; as it is where float16 cannot hold it, for speed does not ask."""
-    try:
-        return model.variant(dtype)
-    except ArcKernelError:
-        return Variant(dtype, model.folder)
+def differences(facts: dict, earlier: dict) -> list[str]:
+    """What makes two runs hard to compare, a line each."""
+    return [f"{name} was {earlier.get(name)} in the earlier run" for name in ("device", "cores", "model", "dtype", "backend", "versions")
+            if earlier.get(name) != facts[name]]
 
 
-def _middling(model: Model) -> Task:
-    return model.tasks[len(model.tasks) // 2]
+def _plain(f: Figure) -> dict:
+    """A figure for JSON, with what the table derives from it."""
+    derived = {"best": f.best, "median": statistics.median(f.seconds), "share": f.share} if f.seconds else {}
+    return dataclasses.asdict(f) | derived
 
 
-def _prompts(model: Model, start: int) -> list[Prompt]:
-    """Prompts of PROMPT_TOKENS tokens of real grids, each with a first token of its own, so that no prefix is cached."""
-    builder, task = model.builder, _middling(model)
-    ids = builder.prompt_ids(task.train, task.train[0].input)
-    ids = (ids * (PROMPT_TOKENS // len(ids) + 1))[: PROMPT_TOKENS - 1]
-    return [Prompt((start, i), [1000 + start * PROMPTS + i, *ids]) for i in range(PROMPTS)]
+def _all_parts(plan: tuple[tuple[str, int, float], ...], asked: dict) -> Iterator[dict]:
+    """The lines of all parts; the bar counts seconds, as planned and as gone."""
+    total = sum(seconds for _, _, seconds in plan)
+    with tqdm(total=total, desc="bench", bar_format=BAR, mininterval=0.5 if sys.stderr.isatty() else 10.0) as bar:
+        ended = 0.0
+        for name, rounds, seconds in plan:
+            bar.set_postfix_str(name)
+            begun, line = time.perf_counter(), None
+            for line in _part(asked | {"part": name, "rounds": rounds, "seconds": seconds}):
+                if line is not None and line.get("name", "").startswith("memory "):
+                    asked = asked | {"bandwidth": max(asked.get("bandwidth", 0.0), line["bytes"] / line["seconds"])}
+                if line is None:
+                    bar.update(min(ended + seconds, ended + time.perf_counter() - begun) - bar.n)
+                else:
+                    yield line
+            if "bandwidth" not in asked:
+                raise ArcKernelError(f"bench: the device's speeds could not be measured ({line}): mend that first")
+            ended += seconds
+            bar.update(ended - bar.n)
+
+
+def _part(asked: dict) -> Iterator[dict | None]:
+    """The lines of one part as its process says them, None every MOVES seconds; a part that fails says so as a note."""
+    asked = asked | {"spawned": time.time()}
+    with tempfile.TemporaryFile("w+") as log, tempfile.TemporaryFile("w+") as talk:
+        process = subprocess.Popen([sys.executable, "-m", "arc_kernel.bench_part", json.dumps(asked)], stdout=talk, stderr=log,
+                                   env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"})
+        try:
+            while process.poll() is None:
+                time.sleep(MOVES)
+                yield None
+        finally:
+            process.kill()
+            process.wait()
+        talk.seek(0)
+        yield from map(json.loads, talk)
+        if process.returncode:
+            log.seek(0)
+            lines = [line.strip() for line in log if line.strip()] or ["no word"]
+            yield {"part": asked["part"], "note": f"ended with status {process.returncode}: {lines[-1][:200]}"}
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -15,7 +15,7 @@ from typing import Callable
 
 from .precision.rescale import Rescale, convert_adapter
 
-IN_FLIGHT = 32  # prompts decoded together: 4 tasks of 8 views
+IN_FLIGHT = 32  # prompts decoded together in a run: 4 tasks of 8 views
 ADAPTERS = 4  # in one batch: max_loras of every profile
 CHECK_EVERY = 8  # generated tokens between two looks at whether an answer is still viable
 
@@ -52,6 +52,7 @@ class EngineSettings:
 
     `rescale`: the model's weights are rescaled so; adapters are converted as they are loaded. `special`: ids of the
     tokenizer's special tokens, for the guard. `profile`: whose engine arguments vLLM is started with; auto: by the device.
+    `in_flight`: prompts decoded together.
     """
 
     model: Path
@@ -62,6 +63,7 @@ class EngineSettings:
     rescale: Rescale | None = None
     special: frozenset[int] = frozenset()
     profile: str = "auto"
+    in_flight: int = IN_FLIGHT
 
 
 Viable = Callable[[list[int]], bool]
@@ -81,11 +83,11 @@ def failed(token_ids: list[int], logprob: float, special: frozenset[int]) -> boo
 class ServedAdapters:
     """Adapter folders as an engine's weights want them: themselves, or converted for rescaled weights when first asked for.
 
-    Converted copies of the last IN_FLIGHT adapters are kept; more cannot have prompts in flight.
+    Converted copies of the last `in_flight` adapters are kept; more cannot have prompts in flight.
     """
 
-    def __init__(self, rescale: Rescale | None):
-        self._rescale, self._made = rescale, {}
+    def __init__(self, rescale: Rescale | None, in_flight: int):
+        self._rescale, self._in_flight, self._made = rescale, in_flight, {}
         self._scratch = tempfile.TemporaryDirectory(prefix="arc-kernel-") if rescale else None
 
     def folder(self, adapter: Path) -> Path:
@@ -97,7 +99,7 @@ class ServedAdapters:
             return self._made[adapter]
         self._made[adapter] = Path(tempfile.mkdtemp(dir=self._scratch.name)) / adapter.name
         convert_adapter(adapter, self._made[adapter], self._rescale)
-        while len(self._made) > IN_FLIGHT:
+        while len(self._made) > self._in_flight:
             shutil.rmtree(self._made.pop(next(iter(self._made))))
         return self._made[adapter]
 

@@ -22,7 +22,7 @@ class TransformersEngine:
     def __init__(self, settings: EngineSettings, device: str):
         self._model, self._device, self._end = load_model(settings.model, settings.dtype, device), device, settings.end_token
         self._max_seq_len, self._special, self._adapter = settings.max_seq_len, settings.special, None
-        self._adapters, self._merge, self._old = ServedAdapters(settings.rescale), settings.dtype == "float32", {}
+        self._adapters, self._merge, self._old = ServedAdapters(settings.rescale, settings.in_flight), settings.dtype == "float32", {}
 
     def answer(self, prompts: Iterable[Prompt | None], max_new_tokens: int, viable: Viable | None = None,
                wanted: Wanted | None = None) -> Iterator[Answer]:

@@ -12,7 +12,7 @@ from typing import Iterable, Iterator
 
 from . import cpu_lora, loopback
 from .checkpoint import free_memory
-from .engine import CHECK_EVERY, IN_FLIGHT, Answer, EngineSettings, Prompt, ServedAdapters, Viable, Wanted, failed
+from .engine import CHECK_EVERY, Answer, EngineSettings, Prompt, ServedAdapters, Viable, Wanted, failed
 from .errors import ArcKernelError
 from .kaggle import profiles
 
@@ -32,7 +32,7 @@ class VllmEngine:
         profile = profiles.matching(_capability(device)) if settings.profile == "auto" else profiles.load(settings.profile)
         asked = profile.engine
         args = dict(model=str(settings.model), dtype=settings.dtype, max_model_len=settings.max_seq_len,
-                    max_num_seqs=IN_FLIGHT, enable_prefix_caching=True, disable_log_stats=True, seed=0)
+                    max_num_seqs=settings.in_flight, enable_prefix_caching=True, disable_log_stats=True, seed=0)
         if settings.lora_rank:
             rank = next((r for r in LORA_RANKS if r >= settings.lora_rank), None)
             if rank is None:
@@ -53,10 +53,10 @@ class VllmEngine:
             self._llm = vllm.LLM(**args)
         except Exception as error:
             raise ArcKernelError(f"{settings.model}: vLLM does not start in {settings.dtype}: {_first_line(error)}") from error
-        self._end, self._special = settings.end_token, settings.special
+        self._end, self._special, self._in_flight = settings.end_token, settings.special, settings.in_flight
         self._numbers = itertools.count(1)
         self._requests: dict[Path, object] = {}
-        self._adapters = ServedAdapters(settings.rescale)
+        self._adapters = ServedAdapters(settings.rescale, settings.in_flight)
 
     def answer(self, prompts: Iterable[Prompt | None], max_new_tokens: int, viable: Viable | None = None,
                wanted: Wanted | None = None) -> Iterator[Answer]:
@@ -75,7 +75,7 @@ class VllmEngine:
             if unwanted:
                 engine.abort_request(unwanted)
                 running = {number: prompt for number, prompt in running.items() if number not in unwanted}
-            while not exhausted and len(running) < IN_FLIGHT:
+            while not exhausted and len(running) < self._in_flight:
                 prompt = next(source, StopIteration)
                 if prompt is StopIteration:
                     exhausted = True

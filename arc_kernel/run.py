@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from . import adapt, checkpoint, disk, generate, report, score, select
+from . import adapt, checkpoint, disk, generate, progress, report, score, select
 from .errors import ArcKernelError
 from .grids import GridEncoder
 from .job import Job
@@ -71,14 +71,14 @@ class Run:
         self._pool = Pool(self.devices, dataclasses.asdict(self.job), tasks, todo, self.out)
         steps, tokens = len(todo["adapt"]) * self.job.ttt_steps, defaultdict(int)
         done, finished = defaultdict(int), 0
-        with _bar(steps, "adapt", "step") as bar:
+        with progress.bar(steps, "adapt", "step") as bar:
             for message in self._events("adapt", self.job.adapt_until, math.inf):
                 task, event = message.get("task"), message["event"]
                 if event == "loss":
                     tokens[task], done[task] = message["tokens"], message["step"]
                 elif event in ("adapted", "adapt-failed"):
                     done[task], finished = self.job.ttt_steps, finished + 1
-                _move(bar, sum(done.values()), sum(tokens.values()), f"{finished}/{len(todo['adapt'])} tasks")
+                progress.move(bar, sum(done.values()), sum(tokens.values()), f"{finished}/{len(todo['adapt'])} tasks")
 
     def answer(self) -> None:
         """Answer every task that has no completions yet; submission.json is replaced as answers arrive."""
@@ -86,11 +86,8 @@ class Run:
             return
         expected = {i: self.challenges.outputs[i] * self.job.views for i in self._todo()["answer"]}
         done, tokens, finished, written, given_up = defaultdict(int), 0, 0, time.perf_counter(), False
-        with _bar(sum(expected.values()), "answer", "prediction") as bar:
-            budget = self.settings.time_budget
-            grace = GRACE_SHARE * budget
-            last = self._until(1.0) - max(FINISH_SHARE * budget, FINISH_SECONDS) - grace
-            for message in self._events("answer", last, grace):
+        with progress.bar(sum(expected.values()), "answer", "prediction") as bar:
+            for message in self._events("answer", self._last_call(), GRACE_SHARE * self.settings.time_budget):
                 if message["event"] == "completion":
                     done[message["task"]] += 1
                     tokens += message["tokens"]
@@ -98,12 +95,12 @@ class Run:
                     done[message["task"]] += message["predictions"]
                 elif message["event"] == "answered":
                     done[message["task"]], finished = expected[message["task"]], finished + 1
-                    self._read_candidates(message["task"])
+                    self.candidates[message["task"]] = self._read_candidates(message["task"])
                     if time.perf_counter() - written > SUBMISSION_SECONDS:
                         self._write_submission()
                         written = time.perf_counter()
                 given_up = given_up or bool(message.get("held"))
-                _move(bar, sum(done.values()), tokens, f"{finished}/{len(expected)} tasks")
+                progress.move(bar, sum(done.values()), tokens, f"{finished}/{len(expected)} tasks")
         if given_up:
             self.stop()
 
@@ -142,6 +139,11 @@ class Run:
         """The clock (`time.time`) at which this share of the time budget is over; infinite without one."""
         budget = self.settings.time_budget
         return time.time() - (time.perf_counter() - self.begun) + share * budget if budget else math.inf
+
+    def _last_call(self) -> float:
+        """The clock at which no more tasks are given out to be answered."""
+        budget = self.settings.time_budget
+        return self._until(1.0) - max(FINISH_SHARE * budget, FINISH_SECONDS) - GRACE_SHARE * budget
 
     def _events(self, stage: str, deadline: float, grace: float):
         try:
@@ -235,9 +237,9 @@ class Run:
                   max_seq_len=min(s.max_seq_len, checkpoint.context_length(model)), max_new_tokens=s.max_new_tokens,
                   views=s.views, early_stop=s.early_stop, seed=s.seed, ttt_steps=s.ttt_steps, ttt_batch=s.ttt_batch,
                   ttt_lr=s.ttt_lr or adapt.default_lr(checkpoint.parameter_count(model)), lora_rank=s.lora_rank,
-                  adapt_until=self._until(ADAPT_SHARE),
+                  adapt_until=self._until(ADAPT_SHARE), answer_until=self._last_call() + GRACE_SHARE / 2 * s.time_budget,
                   probe_tasks=tuple(map(task_to_json, probe.sample(self.challenges.tasks.values()))))
-        self._log("resolved", **{k: v for k, v in dataclasses.asdict(job).items() if k not in ("model", "out", "adapters", "adapter", "probe_tasks", "adapt_until")})
+        self._log("resolved", **{k: v for k, v in dataclasses.asdict(job).items() if k not in ("model", "out", "adapters", "adapter", "probe_tasks", "adapt_until", "answer_until")})
         return job
 
     def _todo(self) -> dict[str, list[str]]:
@@ -248,21 +250,21 @@ class Run:
             order = order[: self.devices]
         if not self.settings.time_budget:
             order.sort(key=cells, reverse=True)
-        answer = [t.id for t in order if t.id not in self.candidates]
+        answer = [t.id for t in order if not self._completions(t.id).is_file()]
         adapted = lambda i: (self.adapters / i / "adapter_model.safetensors").is_file()
         return {"adapt": [i for i in answer if self.settings.ttt_steps and not adapted(i)], "answer": answer}
 
     def _stored_candidates(self) -> dict[str, list]:
-        """Candidates of the tasks answered by an earlier start on this folder."""
-        return {i: select.all_candidates(task, select.read_completions(path), self.encoder)
-                for i, task in self.challenges.tasks.items() if (path := self._completions(i)).is_file()}
+        """Candidates of the tasks answered, in whole or in part, by an earlier start on this folder."""
+        return {i: found for i in self.challenges.tasks if (found := self._read_candidates(i)) is not None}
 
     def _completions(self, task_id: str) -> Path:
         return self.out / "completions" / f"{task_id}.jsonl"
 
-    def _read_candidates(self, task_id: str) -> None:
-        task = self.challenges.tasks[task_id]
-        self.candidates[task_id] = select.all_candidates(task, select.read_completions(self._completions(task_id)), self.encoder)
+    def _read_candidates(self, task_id: str) -> list | None:
+        path = self._completions(task_id)
+        path = path if path.is_file() else path.with_name(path.name + select.PARTIAL)
+        return select.all_candidates(self.challenges.tasks[task_id], select.read_completions(path), self.encoder) if path.is_file() else None
 
     def _write_submission(self) -> dict[tuple[str, int], Attempts]:
         attempts = self.attempts()
@@ -298,14 +300,3 @@ def stored_settings(out: Path) -> tuple[Settings, str]:
         raise ArcKernelError(f"{path}: no such file: give the output folder of a run") from None
     except (ValueError, KeyError, AttributeError) as error:
         raise ArcKernelError(f"{path}: not the settings of a run ({error}): give another --out") from None
-
-
-def _bar(total: int, name: str, unit: str):
-    return tqdm(total=total, desc=name, unit=unit, disable=not total, mininterval=0.5 if sys.stderr.isatty() else 10.0,
-                dynamic_ncols=True, smoothing=0.05)
-
-
-def _move(bar: tqdm, done: int, tokens: int, tasks: str) -> None:
-    """Bring a bar to `done` units, with tokens/s and tasks done behind it."""
-    bar.set_postfix_str(f"{tokens / max(1e-9, bar.format_dict['elapsed']):.0f} tok/s, {tasks}", refresh=False)
-    bar.update(done - bar.n)

@@ -22,6 +22,7 @@ from .tasks import Attempts, Challenges, Grid, Task, replacing
 from .views import View
 
 STATUSES = ("ok", "unparsable", "truncated", "nan")
+PARTIAL = ".part"  # added to the name of a completions file that the time budget cut short: votes count it, a next start answers anew
 
 
 @dataclass(frozen=True)

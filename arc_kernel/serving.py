@@ -6,6 +6,7 @@ only that, is answered again by the next one.
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections import Counter
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from .dtypes import Chooser, Model
 from .engine import ADAPTERS, IN_FLIGHT, Answer, Prompt
 from .job import Job
 from .prompts import PromptBuilder
-from .select import Completion, decided, status_of, write_completions
+from .select import PARTIAL, Completion, decided, status_of, write_completions
 from .tasks import Task
 from .views import shared_views
 
@@ -153,7 +154,7 @@ class Serving:
         def feed() -> Iterator[Prompt | None]:
             """Prompts of the oldest task with room in its share, of a new one where the batch may hold its adapter; else None."""
             exhausted = False
-            while not exhausted or any(w.waiting for w in open_works.values()):
+            while in_time() and (not exhausted or any(w.waiting for w in open_works.values())):
                 ready = next((w for w in open_works.values() if w.waiting and len(w.sent) < SHARE), None)
                 if ready:
                     yield ready.send()
@@ -167,7 +168,8 @@ class Serving:
                     open_works[work.task.id] = work
 
         viable = lambda ids: self.builder.encoder.may_begin(self.builder.text_of(ids))
-        wanted = lambda prompt: prompt.key[0] in open_works and prompt.key in open_works[prompt.key[0]].sent
+        in_time = lambda: time.time() < self.job.answer_until
+        wanted = lambda prompt: in_time() and prompt.key[0] in open_works and prompt.key in open_works[prompt.key[0]].sent
         for answer in engine.answer(feed(), self.max_new_tokens, viable, wanted):
             if not wanted(answer.prompt):  # it ended in the step that decided its vote
                 continue
@@ -187,7 +189,11 @@ class Serving:
                 else:
                     self._finish(work)
         self.lap(stage, **counts)
-        return unfinished
+        if in_time():
+            return unfinished
+        for work in [*open_works.values(), *unfinished, *works]:
+            self._break_off(work)
+        return []
 
     def _decide(self, work: Work, test_index: int) -> int:
         """Leave out of a task's work what can no longer change this test input's attempts; how many predictions that are."""
@@ -208,8 +214,18 @@ class Serving:
         return [Completion(work.task.id, i, view, text, ids, answer.logprob, status, len(answer.logprobs))
                 for i, view in work.needed(answer.prompt)]
 
-    def _finish(self, work: Work, error: str = "") -> None:
+    def _break_off(self, work: Work) -> None:
+        """Keep what there is of a task at the end of the time budget, beside the files of those that are finished."""
+        asked = len(work.done) + sum(len(work.needed(p)) for p in work.left())
+        work.done = [c for c in work.done if c.status != "nan"]
+        self.tell("note", task=work.task.id, text=f"task {work.task.id}: time budget: {len(work.done)} of {asked} predictions made")
+        self._finish(work, suffix=PARTIAL)
+
+    def _finish(self, work: Work, error: str = "", suffix: str = "") -> None:
         order = sorted(work.done, key=lambda c: (c.test_index, c.view, c.status != "nan"))
-        write_completions(self.out / "completions" / f"{work.task.id}.jsonl", order)
+        path = self.out / "completions" / f"{work.task.id}.jsonl"
+        write_completions(path.with_name(path.name + suffix), order)
+        if not suffix:
+            path.with_name(path.name + PARTIAL).unlink(missing_ok=True)
         counts = {s: sum(c.status == s for c in order) for s in {c.status for c in order}}
         self.tell("answered", task=work.task.id, tokens=sum(c.tokens for c in order), statuses=counts, **({"error": error} if error else {}))

@@ -73,8 +73,8 @@ def replay(folder: Path, seed: int) -> None:
     for early in (False, True):
         shared = {f.name for f in dataclasses.fields(Job)} & {f.name for f in dataclasses.fields(Settings)}
         with tempfile.TemporaryDirectory() as out:
-            job = Job(**{name: getattr(settings, name) for name in shared} | {"out": out, "early_stop": early},
-                      permute_background=settings.background == "permuted", adapt_until=math.inf, probe_tasks=())
+            job = Job(**{name: getattr(settings, name) for name in shared} | {"out": out, "adapters": "", "early_stop": early},
+                      permute_background=settings.background == "permuted", adapt_until=math.inf, answer_until=math.inf, probe_tasks=())
             serving = Serving(job, builder, SimpleNamespace(adapter=None), lambda event, **facts: None,
                               lambda stage, **facts: told.update({f"{name} {early}": n for name, n in facts.items()}))
             engines[early] = Stored(by_key)

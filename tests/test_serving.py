@@ -5,6 +5,7 @@ files are the real ones.
 """
 
 import dataclasses
+import itertools
 import math
 from collections import Counter
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from arc_kernel import report, select
+from arc_kernel import report, select, serving
 from arc_kernel.engine import ADAPTERS, IN_FLIGHT, Answer
 from arc_kernel.grids import GridEncoder
 from arc_kernel.job import Job
@@ -22,9 +23,9 @@ from arc_kernel.tasks import Pair, Task
 from arc_kernel.views import View
 
 ENCODER = GridEncoder.from_name("digits")
-JOB = Job(model="", adapter="", out="", profile="auto", backend="vllm", dtype="float32", ttt_dtype="auto", grid_encoder="digits", prompt="compact",
+JOB = Job(model="", adapter="", out="", adapters="", profile="auto", backend="vllm", dtype="float32", ttt_dtype="auto", grid_encoder="digits", prompt="compact",
           permute_background=False, max_seq_len=4096, max_new_tokens=100, views=8, early_stop=True, seed=0, ttt_steps=0, ttt_batch=1,
-          ttt_lr=1e-3, lora_rank=8, adapt_until=math.inf, probe_tasks=())
+          ttt_lr=1e-3, lora_rank=8, adapt_until=math.inf, answer_until=math.inf, probe_tasks=())
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +70,12 @@ class Engine:
 def served(tmp_path, builder, tasks, *engines, **changes):
     """The events told while these tasks are answered by these engines, one after the other."""
     told = []
-    serving = Serving(dataclasses.replace(JOB, out=str(tmp_path), **changes), builder, SimpleNamespace(adapter=None),
+    server = Serving(dataclasses.replace(JOB, out=str(tmp_path), adapters=str(tmp_path / "adapters"), **changes), builder, SimpleNamespace(adapter=None),
                       lambda event, **facts: told.append({"event": event, **facts}),
                       lambda stage, **facts: told.append({"event": "stage", "stage": stage, **facts}))
     variants = [SimpleNamespace(dtype=name) for name in ("float16", "float32")]
-    serving._chooser = SimpleNamespace(engines=lambda: ((e, v, set()) for e, v in zip(engines, variants)))
-    serving.answer(tasks)
+    server._chooser = SimpleNamespace(engines=lambda: ((e, v, set()) for e, v in zip(engines, variants)))
+    server.answer(tasks)
     return told
 
 
@@ -220,3 +221,24 @@ def test_tasks_without_adapters_fill_the_batch_however_few_predictions_each_has(
     engine = Engine(builder, lambda i, view: ONE)
     served(tmp_path, builder, small_tasks(40, task), engine, views=1)
     assert len(engine.in_flight[0]) == IN_FLIGHT and len(engine.sent) == 40
+
+
+def test_time_budget_keeps_what_is_answered_of_a_task_and_leaves_no_task_without_a_word(tmp_path, builder, task, task_of_two, monkeypatch):
+    clock = itertools.count()  # one second a prediction
+    now = [0]
+    monkeypatch.setattr(serving, "time", SimpleNamespace(time=lambda: now[0]))
+
+    def slow(i, view):
+        now[0] = next(clock)
+        return ONE
+
+    told = served(tmp_path, builder, [task, task_of_two], Engine(builder, slow), answer_until=3, early_stop=False)
+    kept = select.read_completions(tmp_path / "completions" / f"{task.id}.jsonl.part")
+    assert len(kept) == 3 and not (tmp_path / "completions" / f"{task.id}.jsonl").exists()
+    assert [e["task"] for e in of(told, "answered")] == [task.id, task_of_two.id]
+    assert [e["text"].partition(": ")[2] for e in of(told, "note")] == [f"time budget: {n} predictions made" for n in ("3 of 8", "0 of 16")]
+    assert of(told, "stage")[0]["predictions"] == 3
+
+    now[0] = 0
+    again = served(tmp_path, builder, [task], Engine(builder, lambda i, view: ONE), answer_until=3, early_stop=False)
+    assert len(completions(tmp_path, task)) == 8 and not (tmp_path / "completions" / f"{task.id}.jsonl.part").exists() and not of(again, "note")

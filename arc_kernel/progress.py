@@ -1,0 +1,19 @@
+"""Progress bars with tokens/s, done tasks and ETA: every half second on a terminal, every ten seconds in a log."""
+
+from __future__ import annotations
+
+import sys
+
+from tqdm import tqdm
+
+
+def bar(total: int, name: str, unit: str) -> tqdm:
+    """A bar over `total` units; none where there is nothing to do."""
+    return tqdm(total=total, desc=name, unit=unit, disable=not total, mininterval=0.5 if sys.stderr.isatty() else 10.0,
+                dynamic_ncols=True, smoothing=0.05)
+
+
+def move(shown: tqdm, done: int, tokens: int, tasks: str) -> None:
+    """Bring a bar to `done` units, with tokens/s and tasks done behind it."""
+    shown.set_postfix_str(f"{tokens / max(1e-9, shown.format_dict['elapsed']):.0f} tok/s, {tasks}", refresh=False)
+    shown.update(done - shown.n)

@@ -31,6 +31,7 @@ class Job:
     ttt_steps: int
     ttt_batch: int
     ttt_lr: float
+    ttt_loss: str
     lora_rank: int
     adapt_until: float
     answer_until: float

@@ -96,7 +96,7 @@ class Worker:
         """Load the model in the first of these dtypes that may train it; False where there is none."""
         job, self._trainer = self.job, None  # the old model goes before the new one comes
         free_memory()
-        recipe = adapt.Recipe(job.ttt_steps, job.ttt_batch, job.ttt_lr, job.lora_rank, job.max_seq_len, job.permute_background, job.seed)
+        recipe = adapt.Recipe(job.ttt_steps, job.ttt_batch, job.ttt_lr, job.lora_rank, job.max_seq_len, job.permute_background, job.seed, job.ttt_loss == "all")
         for dtype in dtypes:
             try:
                 variant = self.model.variant(dtype)

@@ -103,6 +103,11 @@ def parameter_count(folder: Path) -> int:
     return total
 
 
+def full_parameter_count(folder: Path) -> int:
+    """Number of weights the model was made with: that of before where `prepare --vocabulary arc` took some out."""
+    return int(read_config(folder).get("full_parameters") or parameter_count(folder))
+
+
 def weight_tensors(folder: Path) -> Iterator[tuple]:
     """(name, torch tensor) of each weight of a model folder, one in memory at a time."""
     from safetensors import safe_open

@@ -58,7 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     prepare = commands.add_parser("prepare", help="check a model folder; convert the embedded model; drop tokens no prompt needs",
                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     prepare.add_argument("--model", default="smollm2-135m", help="model folder, or smollm2-135m (embedded)")
-    prepare.add_argument("--vocabulary", default="full", choices=("full", "arc"), help="arc: write the model with the tokens of ARC prompts only")
+    prepare.add_argument("--vocabulary", default="full", choices=("full", "arc"),
+                         help="arc: write the model with the tokens of ARC prompts only")
     prepare.add_argument("--out", default="", help="folder to write that model to")
     prepare.set_defaults(command=_prepare)
     notebook = commands.add_parser("notebook", help="write the .ipynb from the notebook's source")

@@ -85,7 +85,8 @@ def _builders(tokenizer) -> Iterator[PromptBuilder]:
 def _asked(tokenizer, builders: list[PromptBuilder]) -> set[int]:
     """The ids of everything the builders can put into a prompt or take as an answer: grids of each shape with each colour,
     the words around up to PAIRS pairs; the chat template with its own system message, too."""
-    grids = [np.resize(np.arange(COLOURS, dtype=np.int8), (r, c)) for r in range(1, MAX_SIDE + 1) for c in range(1, MAX_SIDE + 1)]
+    sides = range(1, MAX_SIDE + 1)
+    grids = [np.resize(np.arange(COLOURS, dtype=np.int8), (rows, columns)) for rows in sides for columns in sides]
     small, ids = Pair(grids[0], grids[0]), set()
     for builder in builders:
         ids.update(builder.prompt_ids((small,) * PAIRS, small.input), builder.answer_ids(small.output))
@@ -100,7 +101,8 @@ def _asked(tokenizer, builders: list[PromptBuilder]) -> set[int]:
 
 def _named_ids(source: Path) -> set[int]:
     """The token ids config.json and generation_config.json name (bos, eos, pad, ...)."""
-    return {i for _, config in _configs(source) for k, v in config.items() if k.endswith("_token_id") for i in (v if isinstance(v, list) else [v])}
+    named = [v for _, config in _configs(source) for k, v in config.items() if k.endswith("_token_id")]
+    return {i for v in named for i in (v if isinstance(v, list) else [v])}
 
 
 def _configs(source: Path) -> Iterator[tuple[str, dict]]:
@@ -201,8 +203,8 @@ def _refuse_other(target: Path, fresh: Path) -> None:
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     names = sorted(f.name for f in fresh.iterdir())
-    same = target.is_dir() and names == sorted(f.name for f in target.iterdir()) and filecmp.cmpfiles(target, fresh, names, shallow=False)[0] == names
-    if not same:
+    same_names = target.is_dir() and names == sorted(f.name for f in target.iterdir())
+    if not same_names or filecmp.cmpfiles(target, fresh, names, shallow=False)[0] != names:
         raise ArcKernelError(f"{target}: exists and holds something else: give another --out, or remove it")
 
 
@@ -226,7 +228,8 @@ def _compare(source: Path, builders: list[PromptBuilder], before, after, state: 
             text = old.text_of(ids)
             wanted = renumber(whole(before, text))
             if made != renumber(ids) or new.end_token != number[old.end_token] or (-1 not in wanted and whole(after, text) != wanted):
-                raise ArcKernelError(f"{source}: task {task.id}, {old.encoder.name}, {old.kind}: the shrunk tokenizer gives other tokens: {USE_FULL}")
+                where = f"{source}: task {task.id}, {old.encoder.name}, {old.kind}"
+                raise ArcKernelError(f"{where}: the shrunk tokenizer gives other tokens: {USE_FULL}")
 
 
 def _real_tasks() -> Iterator[Task]:

@@ -26,8 +26,10 @@ from arc_kernel.settings import PROMPTS
 from models import tiny_model
 
 needs_vllm = pytest.mark.skipif(not generate.vllm_installed(), reason="no vLLM wheel for this platform")
-CHATML = ("{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are Qwen, created by Alibaba Cloud.<|im_end|>\n{% endif %}{% for m in messages %}"
-          "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+CHATML = ("{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are Qwen, created by Alibaba Cloud.<|im_end|>\n{% endif %}"
+          "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
 @pytest.fixture(scope="module")
@@ -63,22 +65,24 @@ def qwen_model(folder, digits):
     words = rf"(?i:'s|'t)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,{digits}}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     backend = Tokenizer(models.BPE())
     backend.normalizer, backend.decoder = normalizers.NFC(), decoders.ByteLevel()
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(words), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)])
+    split, spell = pre_tokenizers.Split(Regex(words), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, spell])
     text = [Path(__file__).with_name("models.py").read_text(), QUESTION, "Input Output grid shape", *map(str, range(1000))]
-    backend.train_from_iterator(text, trainers.BpeTrainer(vocab_size=1500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(text, trainers.BpeTrainer(vocab_size=1500, initial_alphabet=alphabet, show_progress=False))
+    backend.add_special_tokens(list(ADDED))
     end, start = (backend.token_to_id(t) for t in ("<|endoftext|>", "<|im_start|>"))
     backend.post_processor = processors.TemplateProcessing("<|im_start|> $A", "<|im_start|> $A $B", [("<|im_start|>", start)])
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>").save_pretrained(folder)
     backend.model.save(str(folder))
     config = {"tokenizer_class": "Qwen2Tokenizer", "chat_template": CHATML, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
               "additional_special_tokens": ["<|im_start|>"], "errors": "replace",
-              "added_tokens_decoder": {str(end + i): {"content": t, "special": True} for i, t in enumerate(("<|endoftext|>", "<|im_start|>", "<|im_end|>"))}}
+              "added_tokens_decoder": {str(end + i): {"content": t, "special": True} for i, t in enumerate(ADDED)}}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "LICENSE").write_text("Apache License")
     torch.manual_seed(0)
-    made = Qwen2Config(vocab_size=end + 99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-                       bos_token_id=end, eos_token_id=end + 2, pad_token_id=end + 50, tie_word_embeddings=False)
+    made = Qwen2Config(vocab_size=end + 99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+                       num_key_value_heads=1, bos_token_id=end, eos_token_id=end + 2, pad_token_id=end + 50, tie_word_embeddings=False)
     model = Qwen2ForCausalLM(made)
     model.generation_config.eos_token_id = [end + 2, end]
     model.save_pretrained(folder)
@@ -219,7 +223,8 @@ def test_a_shrunk_model_is_rescaled_like_any_other(untied, arc_training, tmp_pat
 def test_vllm_answers_with_a_shrunk_model_and_an_adapter(untied, arc_training, tmp_path):
     task, arc = arc_training.tasks["d037b0a7"], untied[1]
     builder = builder_of(arc, "digits", "compact")
-    adapt.TaskTrainer(arc, builder, adapt.Recipe(3, 1, 1e-2, 8, 2048, False, 0), None, "cpu", "float32").train(task, tmp_path / "a", lambda *_: None)
+    recipe = adapt.Recipe(3, 1, 1e-2, 8, 2048, False, 0)
+    adapt.TaskTrainer(arc, builder, recipe, None, "cpu", "float32").train(task, tmp_path / "a", lambda *_: None)
     prompt = builder.prompt_ids(task.train, task.test[0].input)
     answers = {}
     for backend in ("transformers", "vllm"):

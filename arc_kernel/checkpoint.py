@@ -94,6 +94,11 @@ def parameter_count(folder: Path) -> int:
     return sum(map(math.prod, weight_shapes(folder).values()))
 
 
+def full_parameter_count(folder: Path) -> int:
+    """Number of weights the model was made with: that of before where `prepare --vocabulary arc` took some out."""
+    return int(read_config(folder).get("full_parameters") or parameter_count(folder))
+
+
 def weight_tensors(folder: Path) -> Iterator[tuple]:
     """(name, torch tensor) of each weight of a model folder, one in memory at a time."""
     from safetensors import safe_open
@@ -228,8 +233,8 @@ def _gguf_tokenizer(gguf: Path, converted, context: int):
 def make_portable(folder: Path) -> None:
     """Rewrite what transformers 5 saved so that 4.57 (and vLLM on it) reads the same model from it.
 
-    5.x keeps rope theta inside `rope_parameters`, where 4.57 does not look and silently takes 10,000; and it names a
-    tokenizer class 4.57 does not have.
+    5.x keeps rope theta inside `rope_parameters`, where 4.57 does not look and silently takes 10,000; it names a tokenizer
+    class 4.57 does not have; and it lists special tokens without a role under a name for which 4.57 wants a dict.
     """
     config = read_config(folder)
     rope = config.pop("rope_parameters", None)
@@ -240,6 +245,8 @@ def make_portable(folder: Path) -> None:
     write_json(folder / "config.json", config)
     path = folder / "tokenizer_config.json"
     tokenizer = json.loads(path.read_text())
+    if isinstance(tokenizer.get("extra_special_tokens"), list):
+        tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
     drop = ("backend", "is_local", "local_files_only")
     write_json(path, {k: v for k, v in tokenizer.items() if k not in drop} | {"tokenizer_class": "PreTrainedTokenizerFast"})
 

@@ -10,6 +10,7 @@ GridShapeEncoder(RowNumberEncoder(MinimalGridEncoder()))), written anew.
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ from .tasks import MAX_SIDE, Grid
 
 WRAPPERS = ("fenced", "shape", "rows")  # in the order in which a name may give them
 CELLS = {"digits": "", "spaced": " "}  # name of the cell part -> what stands between two cells
+ENCODERS = tuple("+".join([*itertools.compress(WRAPPERS, flags), cells])
+                 for flags in itertools.product((0, 1), repeat=len(WRAPPERS)) for cells in CELLS)  # the name of each encoder there is
 FENCE_OPEN, FENCE_CLOSE = "```grid", "```"
 
 

@@ -236,7 +236,7 @@ class Run:
                   grid_encoder=s.grid_encoder, prompt=s.prompt, permute_background=s.background == "permuted",
                   max_seq_len=min(s.max_seq_len, checkpoint.context_length(model)), max_new_tokens=s.max_new_tokens,
                   views=s.views, early_stop=s.early_stop, seed=s.seed, ttt_steps=s.ttt_steps, ttt_batch=s.ttt_batch,
-                  ttt_lr=s.ttt_lr or adapt.default_lr(checkpoint.parameter_count(model)), ttt_loss=s.ttt_loss, lora_rank=s.lora_rank,
+                  ttt_lr=s.ttt_lr or adapt.default_lr(checkpoint.full_parameter_count(model)), ttt_loss=s.ttt_loss, lora_rank=s.lora_rank,
                   adapt_until=self._until(ADAPT_SHARE), answer_until=self._last_call() + GRACE_SHARE / 2 * s.time_budget,
                   probe_tasks=tuple(map(task_to_json, probe.sample(self.challenges.tasks.values()))))
         self._log("resolved", **{k: v for k, v in dataclasses.asdict(job).items() if k not in ("model", "out", "adapters", "adapter", "probe_tasks", "adapt_until", "answer_until")})

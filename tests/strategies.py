@@ -1,17 +1,11 @@
 """What hypothesis draws in several test files: grids, small tasks, views; used by `python -m pytest tests`."""
 
-import itertools
-
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from arc_kernel.grids import CELLS, WRAPPERS
 from arc_kernel.tasks import Pair, Task
 from arc_kernel.views import View
-
-ENCODERS = ["+".join([*itertools.compress(WRAPPERS, flags), cells])
-            for flags in itertools.product((0, 1), repeat=len(WRAPPERS)) for cells in CELLS]
 
 
 def grids(side=30, colours=10):

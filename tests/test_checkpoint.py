@@ -44,6 +44,14 @@ def test_model_of_transformers_5_is_refused_where_4_would_misread_it(model_folde
     assert checkpoint.read_config(folder)["rope_theta"] == 100_000
 
 
+def test_special_tokens_without_a_role_read_the_same_on_transformers_4_and_5(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"extra_special_tokens": ["<file_sep>"]}))
+    checkpoint.make_portable(folder)
+    assert "<file_sep>" in checkpoint.load_tokenizer(folder).all_special_tokens
+
+
 def test_shard_named_by_the_index_and_missing_is_named(model_folder, tmp_path):
     folder = shutil.copytree(model_folder, tmp_path / "model")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00002-of-00002.safetensors"}}))

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from strategies import ENCODERS, grids
+from strategies import grids
 
 from arc_kernel.errors import ArcKernelError
-from arc_kernel.grids import GridEncoder, Unparsable
+from arc_kernel.grids import ENCODERS, GridEncoder, Unparsable
 
 TINY, WIDE = np.array([[7]], np.int8), np.arange(900, dtype=np.int8).reshape(30, 30) % 10
 ALPHABET = "0123456789 x\n`grid"

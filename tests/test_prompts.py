@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import ENCODERS, grids, small_tasks, views
+from strategies import grids, small_tasks, views
 
 from arc_kernel.checkpoint import load_tokenizer
 from arc_kernel.errors import ArcKernelError
-from arc_kernel.grids import GridEncoder
+from arc_kernel.grids import ENCODERS, GridEncoder
 from arc_kernel.prompts import IGNORED, QUESTION, SYSTEM, PromptBuilder
 from arc_kernel.settings import PROMPTS
 from arc_kernel.tasks import Pair, Task

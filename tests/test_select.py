@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import ENCODERS, grids, views
+from strategies import grids, views
 
 from arc_kernel import select
 from arc_kernel.errors import ArcKernelError
-from arc_kernel.grids import GridEncoder
+from arc_kernel.grids import ENCODERS, GridEncoder
 from arc_kernel.select import Candidate, Completion
 from arc_kernel.tasks import Challenges, Pair, Task
 

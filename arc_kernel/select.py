@@ -96,8 +96,8 @@ def decided(completions: list[Completion], outstanding: int, encoder: GridEncode
     The worst that can happen to a place is that all of them vote for one grid behind it, with logprob 0; so the rule is
     exact: the first two places must hold against every grid behind them and, with no votes yet, against one not seen so
     far (taken as smaller than any other where all else is equal). Below two candidates the unseen grid replaces the
-    fallback. The second place needs as many votes as there are outstanding answers and the first twice as many, so
-    nothing is decided before three quarters of all answers are there.
+    fallback. The second place needs more votes than there are outstanding answers, and the first as many votes more as
+    there are, so nothing is decided before three quarters of all answers are there.
     """
     if outstanding == 0:
         return True

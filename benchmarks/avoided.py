@@ -79,10 +79,12 @@ def replay(folder: Path, seed: int) -> None:
                               lambda stage, **facts: told.update({f"{name} {early}": n for name, n in facts.items()}))
             engines[early] = Stored(by_key)
             serving.serve(engines[early], [Work(t, _prompts(t, full[t.id], folder, seed)) for t in tasks], set(), "answer")
-            found = {t.id: select.all_candidates(t, select.read_completions(Path(out) / "completions" / f"{t.id}.jsonl"), encoder) for t in tasks}
+            read = lambda t: select.read_completions(Path(out) / "completions" / f"{t.id}.jsonl")
+            found = {t.id: select.all_candidates(t, read(t), encoder) for t in tasks}
         attempts[early] = [g.tolist() for pair in select.vote(challenges.select([t.id for t in tasks], 0), found).values() for g in pair]
     made, left_out = told["predictions False"], told["decided True"]
-    print(f"{len(tasks)} tasks, {made} predictions: {left_out} decided ({left_out / made:.1%}); the same submission: {attempts[True] == attempts[False]}")
+    print(f"{len(tasks)} tasks, {made} predictions: {left_out} decided ({left_out / made:.1%})")
+    print(f"the submission is {'the same' if attempts[True] == attempts[False] else 'NOT the same'}")
     for name in ("tokens", "steps"):
         whole, early = getattr(engines[False], name), getattr(engines[True], name)
         print(f"{name}: {whole} in full, {early} with early stop ({1 - early / whole:.1%} fewer)")
@@ -99,8 +101,9 @@ def _prompts(task, completions: list[select.Completion], folder: Path, seed: int
 def compare(options: argparse.Namespace) -> None:
     """Run the tasks twice and print both stage tables, what was avoided, and whether the submissions are the same bytes."""
     tasks = sorted(load_challenges(options.tasks).tasks.values(), key=lambda t: (cells(t), t.id))[: options.limit]
-    settings = Settings(tasks=options.tasks, task_ids=options.task_ids or ",".join(t.id for t in tasks), dtype="float32", views=options.views,
-                        ttt_steps=options.ttt_steps, ttt_lr=options.ttt_lr, max_seq_len=options.max_seq_len, seed=options.seed)
+    task_ids = options.task_ids or ",".join(t.id for t in tasks)
+    settings = Settings(tasks=options.tasks, task_ids=task_ids, dtype="float32", views=options.views, ttt_steps=options.ttt_steps,
+                        ttt_lr=options.ttt_lr, max_seq_len=options.max_seq_len, seed=options.seed)
     full, early = options.out / "full", options.out / "early"
     results = {}
     for folder in (full, early):

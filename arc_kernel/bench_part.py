@@ -188,7 +188,7 @@ class Part:
                     self.say(f"prefill {batch} x {tokens} tokens", seconds, tokens=batch * tokens, **bound)
                 seconds = measure.decode_seconds(engine, kept[batch], NEW_TOKENS)
                 if seconds is None:
-                    self.note(f"no decoding at batch {batch}: answers ended too early")
+                    self.note(f"a round without decoding at batch {batch}: answers closed early, or the machine was too busy to say")
                     continue
                 flop, size = ceilings.decode_work(self.shape, batch, tokens, measure.RANK, self.dtype)
                 compute, memory = flop / speed, size / self.asked["bandwidth"]

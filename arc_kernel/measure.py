@@ -8,6 +8,7 @@ LABELS positions: the length is exact, the tokens are real, and the loss is take
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import tempfile
 import time
@@ -64,6 +65,7 @@ def _labels(length: int) -> int:
     return min(LABELS, length - 1)
 
 
+@functools.cache
 def _stream(model: Model) -> np.ndarray:
     """Token ids of training examples of the model's probe tasks, one after the other: int64 [tokens]."""
     plan = adapt.Recipe(1, 1, 1e-4, RANK, 1 << 20, False, 0)
@@ -96,9 +98,12 @@ def timed_steps(trainer: adapt.TaskTrainer, task: Task, examples: Iterable[Examp
 
 
 def prompts(model: Model, count: int, tokens: int, series: int, adapter: Path | None) -> list[Prompt]:
-    """Prompts of `tokens` tokens of real grids; each of each series has a first token of its own, so that no prefix is cached."""
-    ids = np.resize(_stream(model), tokens - 1).tolist()
-    return [Prompt((series, i), [1000 + series * 64 + i, *ids], adapter) for i in range(count)]
+    """Prompts of `tokens` tokens of real grids; each of each series has a first token of its own, so that no prefix is cached.
+
+    They end at different places, nearly always inside a grid, so that answers go on instead of closing at once.
+    """
+    return [Prompt((series, i), [1000 + series * 64 + i, *example(model, tokens - 1, 64 * series + i).input_ids.tolist()], adapter)
+            for i in range(count)]
 
 
 def answer_seconds(engine, asked: list[Prompt], new_tokens: int) -> tuple[float, int]:

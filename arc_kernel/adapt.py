@@ -112,8 +112,9 @@ class TaskTrainer:
 
         `on_step(step, loss, tokens)` is called after each step with its mean loss per answer token (nats) and its tokens.
         Where a loss or gradient is not finite, the adapter goes back to its last good state and on at a lower learning
-        rate; `on_trouble` is told. `examples` are trained on instead of the task's own, for benchmarks. Returns how often: `rollbacks`, and `skipped`, float16 steps lost to loss scaling.
-        Raises CannotTrain where the task gives no example, FloatingPointError where ROLLBACKS did not help.
+        rate; `on_trouble` is told. `examples` are trained on instead of the task's own, for benchmarks. Returns how often:
+        `rollbacks`, and `skipped`, float16 steps lost to loss scaling. Raises CannotTrain where the task gives no
+        example, FloatingPointError where ROLLBACKS did not help.
         """
         import torch
 

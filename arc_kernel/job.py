@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Job:
     """The settings of a worker; `probe_tasks` (as `tasks.task_to_json` gives them) are what precision is judged on.
 
-    `adapters` is the folder of the tasks' adapters. `adapt_until` and `answer_until` are the clock (`time.time`) at which training and answering end; infinite without a time budget.
+    `adapters` is the folder of the tasks' adapters. `adapt_until` and `answer_until` are the clock (`time.time`) at which
+    training and answering end; infinite without a time budget.
     """
 
     model: str

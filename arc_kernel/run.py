@@ -33,6 +33,7 @@ from .tasks import Attempts, cells, load_challenges, replacing, task_to_json, wr
 ADAPT_SHARE = 0.6  # of the time budget; the rest is for engine and answers, which took 0.28 of a run's seconds on a CPU (README)
 FINISH_SHARE, FINISH_SECONDS = 0.02, 20.0  # of the budget, at least seconds, kept for votes, score and report
 GRACE_SHARE = 0.05  # of the budget, for what workers hold when no more tasks are given out
+UNTOLD = ("model", "adapter", "out", "adapters", "adapt_until", "answer_until", "probe_tasks")  # in the log: this machine's own, or long
 SUBMISSION_SECONDS = 10.0  # at most so often is submission.json written again while answers arrive
 
 
@@ -232,14 +233,15 @@ class Run:
             backend = "vllm" if generate.vllm_installed() else "transformers"
         elif backend == "vllm" and not generate.vllm_installed():
             raise ArcKernelError("settings: backend is vllm, which is not installed: use backend=transformers")
-        job = Job(model=str(model.resolve()), adapter=s.adapter, out=str(self.out.resolve()), adapters=str(self.adapters.resolve()), profile=s.profile, backend=backend, dtype=s.dtype, ttt_dtype=s.ttt_dtype,
-                  grid_encoder=s.grid_encoder, prompt=s.prompt, permute_background=s.background == "permuted",
-                  max_seq_len=min(s.max_seq_len, checkpoint.context_length(model)), max_new_tokens=s.max_new_tokens,
-                  views=s.views, early_stop=s.early_stop, seed=s.seed, ttt_steps=s.ttt_steps, ttt_batch=s.ttt_batch,
-                  ttt_lr=s.ttt_lr or adapt.default_lr(checkpoint.full_parameter_count(model)), ttt_loss=s.ttt_loss, lora_rank=s.lora_rank,
-                  adapt_until=self._until(ADAPT_SHARE), answer_until=self._last_call() + GRACE_SHARE / 2 * s.time_budget,
-                  probe_tasks=tuple(map(task_to_json, probe.sample(self.challenges.tasks.values()))))
-        self._log("resolved", **{k: v for k, v in dataclasses.asdict(job).items() if k not in ("model", "out", "adapters", "adapter", "probe_tasks", "adapt_until", "answer_until")})
+        shared = {f.name for f in dataclasses.fields(Job)} & {f.name for f in dataclasses.fields(Settings)}
+        resolved = {
+            "model": str(model.resolve()), "out": str(self.out.resolve()), "adapters": str(self.adapters.resolve()), "backend": backend,
+            "permute_background": s.background == "permuted", "max_seq_len": min(s.max_seq_len, checkpoint.context_length(model)),
+            "ttt_lr": s.ttt_lr or adapt.default_lr(checkpoint.full_parameter_count(model)),
+            "adapt_until": self._until(ADAPT_SHARE), "answer_until": self._last_call() + GRACE_SHARE / 2 * s.time_budget,
+            "probe_tasks": tuple(map(task_to_json, probe.sample(self.challenges.tasks.values())))}
+        job = Job(**{name: getattr(s, name) for name in shared} | resolved)
+        self._log("resolved", **{k: v for k, v in dataclasses.asdict(job).items() if k not in UNTOLD})
         return job
 
     def _todo(self) -> dict[str, list[str]]:

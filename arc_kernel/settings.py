@@ -38,7 +38,7 @@ class Settings:
     out: str = _setting("runs/latest", "output folder; a killed run started again on it continues", resume=False)
     seed: int = _setting(0, "seed of views and training", low=0)
     scratch: str = _setting("", "folder for the adapters, which are not part of the result; empty: inside out", resume=False)
-    devices: int = _setting(0, "worker processes, one per GPU, or sharing the CPU's cores; 0: as many as GPUs, one on a CPU", low=0, high=64, resume=False)
+    devices: int = _setting(0, "worker processes, one per GPU, or sharing the CPU's cores; 0: one per GPU, or one", low=0, high=64, resume=False)
     profile: str = _setting("auto", "machine whose vLLM arguments are used (kaggle/profiles.toml); auto: by the device")
     backend: str = _setting("auto", "inference engine; auto: vllm where it is installed", choices=BACKENDS)
     dtype: str = _setting("auto", "inference dtype; auto: bfloat16 where native, else float16 where it is faster than float32", choices=DTYPES)

@@ -72,7 +72,8 @@ def faults(machine: Machine, profile: Profile, devices: int) -> list[str]:
     if profile.gpus and not machine.gpus:
         found.append(f"no GPU here, profile {profile.name} is for {profile.gpus}: {choose}")
     elif len(machine.gpus) < min(devices or profile.gpus, profile.gpus):
-        found.append(f"{len(machine.gpus)} GPU here ({machine.gpus[0].name}), {min(devices or profile.gpus, profile.gpus)} asked for: {choose}, or set devices={len(machine.gpus)}")
+        asked = min(devices or profile.gpus, profile.gpus)
+        found.append(f"{len(machine.gpus)} GPU here ({machine.gpus[0].name}), {asked} asked for: {choose}, or set devices={len(machine.gpus)}")
     for gpu in machine.gpus if profile.capability else ():
         if _number(gpu.capability) < _number(profile.capability):
             found.append(f"{gpu.name} has compute capability {gpu.capability}, the wheels of profile {profile.name} want {profile.capability}: {choose}")

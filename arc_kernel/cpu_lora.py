@@ -2,7 +2,8 @@
 
 vLLM's torch operators (vllm/lora/ops/torch_ops/lora_ops.py, read in 0.32) gather `weights[index of each token]`: at rank
 32 on SmolLM2-135M that is 20 MB of copies a token in bfloat16, and index -1 (no adapter) takes the last slot's weights.
-Here rows are grouped by adapter once per step. GPUs keep vLLM's own kernels.
+Here rows are grouped by adapter once per step. For the head it copies [vocabulary, rank] a token, 6 MB, also where no adapter
+has one: such adapters are passed over. GPUs keep vLLM's own kernels.
 """
 
 from __future__ import annotations
@@ -16,18 +17,19 @@ def install() -> bool:
         from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
     except ImportError:
         return False
-    names = list(inspect.signature(PunicaWrapperCPU.add_lora_linear).parameters)
-    if names[:7] != ["self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices"]:
+    names = lambda method: list(inspect.signature(method).parameters)
+    first = ["self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale"]
+    if names(PunicaWrapperCPU.add_lora_linear)[:7] != [*first, "output_slices"] or names(PunicaWrapperCPU.add_lora_logits)[:6] != first:
         return False
     if PunicaWrapperCPU.add_lora_linear is not _add_lora_linear:
         inherited = PunicaWrapperCPU.update_metadata
 
         def update_metadata(self, *args, **kwargs):
             inherited(self, *args, **kwargs)
-            self.arc_kernel_groups = _groups(self.token_lora_indices)
+            self.arc_kernel_groups, self.arc_kernel_heads = _groups(self.token_lora_indices), _groups(self.sampler_indices)
 
         PunicaWrapperCPU.update_metadata = update_metadata
-        PunicaWrapperCPU.add_lora_linear = _add_lora_linear
+        PunicaWrapperCPU.add_lora_linear, PunicaWrapperCPU.add_lora_logits = _add_lora_linear, _add_lora_logits
     return True
 
 
@@ -50,9 +52,21 @@ def _add_lora_linear(self, y, x, lora_a_stacked, lora_b_stacked, scale, output_s
     for slot, rows in self.arc_kernel_groups:
         some, start = x[rows], 0
         for a, b, size in zip(lora_a_stacked, lora_b_stacked, output_slices):
-            h, part = some @ a[slot, 0].T, y[:, start:start + size]
-            if isinstance(rows, slice):
-                part[rows].addmm_(h, b[slot, 0].T, alpha=scale)
-            else:
-                part[rows] = part[rows].addmm_(h, b[slot, 0].T, alpha=scale)
+            _add(y[:, start:start + size], rows, some @ a[slot, 0].T, b[slot, 0], scale)
             start += size
+
+
+def _add_lora_logits(self, y, x, lora_a_stacked, lora_b_stacked, scale, **_):
+    """Logits y [prompts, vocabulary] += scale * x [prompts, hidden] @ A.T @ B.T, where an adapter has a head: its A is not zero."""
+    y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
+    for slot, rows in self.arc_kernel_heads:
+        if lora_a_stacked[slot].any():
+            _add(y, rows, x[rows] @ lora_a_stacked[slot, 0].T, lora_b_stacked[slot, 0], scale)
+
+
+def _add(y, rows, h, b, scale) -> None:
+    """Rows of y [tokens, out] += scale * h [rows, rank] @ b.T."""
+    if isinstance(rows, slice):
+        y[rows].addmm_(h, b.T, alpha=scale)
+    else:
+        y[rows] = y[rows].addmm_(h, b.T, alpha=scale)

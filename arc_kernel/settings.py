@@ -50,7 +50,7 @@ class Settings:
     ttt_steps: int = _setting(320, "test-time training steps per task; 0: no adapters", low=0)
     ttt_lr: float = _setting(0.0, "peak learning rate; 0: derived from the model's size", low=0.0, high=1.0)
     ttt_batch: int = _setting(1, "examples per training step", low=1)
-    ttt_loss: str = _setting("last", "outputs of an example that are learnt: the last pair's, or all but the first pair's", choices=LOSSES)
+    ttt_loss: str = _setting("all", "outputs of an example that are learnt: the last pair's, or all but the first pair's", choices=LOSSES)
     lora_rank: int = _setting(32, "rank of a task's LoRA (ignored with `adapter`)", low=1, high=512)
     views: int = _setting(8, "predictions per test input", low=1)
     early_stop: bool = _setting(True, "ask for no more predictions of a test input once none can change its attempts", resume=False)

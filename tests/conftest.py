@@ -5,7 +5,11 @@ import os
 import hypothesis
 import pytest
 
-from arc_kernel import checkpoint, loopback, tasks
+from arc_kernel import checkpoint, loopback, pool, tasks
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each, before torch counts them: two with all threads slow each other down
+    number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    os.sched_setaffinity(0, {pool.cores()[number % len(pool.cores())]})
 
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=30)
 hypothesis.settings.load_profile("repeatable")

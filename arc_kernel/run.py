@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from . import adapt, checkpoint, disk, generate, progress, report, score, select
+from . import adapt, adapter_fit, checkpoint, disk, generate, progress, report, score, select
 from .errors import ArcKernelError
 from .grids import GridEncoder
 from .job import Job
@@ -226,7 +226,7 @@ class Run:
         s = self.settings
         model = checkpoint.open_model(s.model)
         if s.adapter:
-            checkpoint.check_adapter(Path(s.adapter))
+            adapter_fit.check_fit(Path(s.adapter), model)
         if s.profile != "auto":
             profiles.load(s.profile)
         gpus = gpu_count()

@@ -28,7 +28,8 @@ def add_commands(commands) -> None:
     merge.add_argument("--dtype", default="auto", choices=DTYPES, help="dtype of the weights written; auto: as each is in the model")
     merge.set_defaults(command=_merge)
     combine = commands.add_parser("combine", help="one submission from several", **shown)
-    combine.add_argument("sources", nargs="+", metavar="A", help="submission.json, or output folder of solve, in order of trust")
+    combine.add_argument("sources", nargs="+", metavar="A", help="submission.json, or output folder of solve (which tells answers "
+                         "from fallbacks), in order of trust")
     combine.add_argument("--out", type=Path, required=True, help="submission.json to write")
     combine.add_argument("--rule", required=True, choices=("first", "fill", "vote"), help="first: the first attempt of each; "
                          "fill: the first's attempts, others where they are empty; vote: over the completions of all (folders)")
@@ -46,13 +47,16 @@ def _evaluate(runs: list[Path], json: Path | None, out: Path | None, tasks: str,
     read = [read_run(path, tasks, solutions) for path in runs]
     result = evaluate(read, resamples, seed)
     print(table(result))
-    if json:
-        write_json(json, result)
-    if out:
-        from .evaluate_page import write_page
+    try:
+        if json:
+            write_json(json, result)
+        if out:
+            from .evaluate_page import write_page
 
-        write_page(out, read, result)
-        print(f"\npage: {out}")
+            write_page(out, read, result)
+            print(f"\npage: {out}")
+    except OSError as error:
+        raise ArcKernelError(f"{error.filename}: cannot be written ({error.strerror}): give another place") from None
 
 
 def _merge(model: str, adapter: Path, out: Path, dtype: str) -> None:

@@ -118,7 +118,7 @@ def _file(path: Path) -> Source:
 
 def _folder(run: RunFolder) -> Source:
     """The two best candidates of each output of a run; what else `solve` submits answers nothing."""
-    return _from_groups(run.path, [run], {(i, k): run.groups.get((i, k), []) for i, n in run.challenges.outputs.items() for k in range(n)})
+    return _from_groups(run.path, [run], {(i, k): run.groups(i, k) for i, n in run.challenges.outputs.items() for k in range(n)})
 
 
 def _voted(runs: list[RunFolder]) -> Source:
@@ -127,7 +127,7 @@ def _voted(runs: list[RunFolder]) -> Source:
     for run in runs:
         for i, n in run.challenges.outputs.items():
             for k in range(n):
-                found.setdefault((i, k), []).extend(run.groups.get((i, k), []))
+                found.setdefault((i, k), []).extend(run.groups(i, k))
     return _from_groups(Path(), runs, {where: _together(groups) for where, groups in found.items()})
 
 

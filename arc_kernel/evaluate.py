@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from . import progress
 from .bootstrap import Bootstrap, Interval
 from .errors import ArcKernelError
 from .fewer import CURVE, sizes, with_fewer
@@ -69,26 +70,26 @@ def evaluate(runs: list[RunFolder], resamples: int, seed: int) -> dict:
     """
     names, ids = run_names(runs), shared_tasks(runs)
     number = {i: n for n, i in enumerate(ids)}
-    rows = [{i: found[i] for i in ids} for found in map(_rows, runs)]
-    outputs = [(i, k) for i in ids for k in rows[0][i]]
+    outputs = [(i, k) for i in ids for k, p in enumerate(runs[0].challenges.tasks[i].test) if p.output is not None]
+    with progress.bar(len(runs) * len(outputs), "evaluate", "output") as bar:
+        curves = [_curve(run, outputs, bar) for run in runs]
+    rows = [output_rows(run.challenges, attempts_of(run), run.candidates) for run in runs]
     task = np.array([number[i] for i, _ in outputs])
     bootstrap = Bootstrap(len(ids), resamples, seed)
     sample = lambda values: Sample(np.array(values, float), task, len(ids))
-    figures = [{f: sample([of[i][k][f] for i, k in outputs]) for f in SHOWN} for of in rows]
+    figures = [{f: sample([of[i][k][f] for i, k in outputs]) for f in FIGURES} for of in rows]
+    figures = [{"pass_1": sample([e["pass_n"] for e in expected[1]])} | own for own, expected in zip(figures, curves)]
     inputs = np.array([runs[0].challenges.tasks[i].test[k].input.size for i, k in outputs])
     bounds = [(low + 1, high, (inputs > low) & (inputs <= high)) for low, high in zip((0, *SIZES), SIZES)]
     intervals = lambda of, among=None: {a: {f: _json(s.interval(bootstrap, a, among)) for f, s in of.items()} for a in AVERAGES}
     notes = _notes(runs, names, ids, outputs)
     result = {"tasks": len(ids), "outputs": len(outputs), "resamples": resamples, "seed": seed, "notes": notes, "runs": []}
-    for run, name, own in zip(runs, names, figures):
-        curve = []
-        for k in sizes(max(1, *(len(run.answers(i, n)) for i, n in outputs))):
-            expected = [_expected(run, i, n, k) for i, n in outputs]
-            curve.append({"predictions": k} | intervals({f: sample([e[f] for e in expected]) for f in CURVE}))
+    for run, name, own, expected in zip(runs, names, figures, curves):
+        curve = [{"predictions": k} | intervals({f: sample([e[f] for e in of]) for f in CURVE}) for k, of in expected.items()]
         by_size = [{"cells": f"{low}-{high}", "outputs": int(among.sum())} | intervals(own, among)["per_output"]
                    for low, high, among in bounds if among.any()]
-        result["runs"].append({"run": name, "folder": str(run.path), "model": Path(run.settings.model).name, "ttt_steps": run.settings.ttt_steps,
-                               "views": run.settings.views} | intervals(own) | {"by_predictions": curve, "by_size": by_size})
+        told = {"model": Path(run.settings.model).name, "ttt_steps": run.settings.ttt_steps, "views": run.settings.views}
+        result["runs"].append({"run": name, "folder": str(run.path)} | told | intervals(own) | {"by_predictions": curve, "by_size": by_size})
     result["differences"] = [{"run": name, "minus": names[0]} | intervals({f: own[f].minus(figures[0][f]) for f in SHOWN})
                              for name, own in zip(names[1:], figures[1:])]
     return result | {"published": {"on": PUBLISHED_ON, "rows": list(PUBLISHED)}}
@@ -126,20 +127,16 @@ def attempts_of(run: RunFolder) -> dict[tuple[str, int], Attempts]:
     return vote(run.challenges, run.candidates)
 
 
-def _rows(run: RunFolder) -> dict[str, dict[int, dict[str, float]]]:
-    """The figures of each output of a run, pass_1 among them."""
-    rows = output_rows(run.challenges, attempts_of(run), run.candidates)
-    for i, of in rows.items():
-        for k, row in of.items():
-            row["pass_1"] = _expected(run, i, k, 1)["pass_n"]
-    return rows
-
-
-def _expected(run: RunFolder, task_id: str, test_index: int, predictions: int) -> dict[str, float]:
-    """The curve's figures of one output at so many predictions."""
-    where = task_id, test_index
-    truth = run.challenges.tasks[task_id].test[test_index].output
-    return with_fewer(run.groups.get(where, []), len(run.answers(*where)), truth, predictions, where)
+def _curve(run: RunFolder, outputs: list[tuple[str, int]], bar) -> dict[int, list[dict[str, float]]]:
+    """By number of predictions, up to the most made of any output: the curve's figures of each output."""
+    made = {where: len(run.answers(*where)) for where in outputs}
+    curve: dict[int, list[dict[str, float]]] = {k: [] for k in sizes(max(1, *made.values()))}
+    for i, n in outputs:
+        truth, found = run.challenges.tasks[i].test[n].output, run.groups(i, n)
+        for k, of in curve.items():
+            of.append(with_fewer(found, made[i, n], truth, k, (i, n)))
+        bar.update()
+    return curve
 
 
 def _notes(runs: list[RunFolder], names: list[str], ids: list[str], outputs: list[tuple[str, int]]) -> list[str]:

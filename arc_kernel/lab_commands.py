@@ -54,9 +54,10 @@ def _evaluate(runs: list[Path], json: Path | None, out: Path | None, tasks: str,
             from .evaluate_page import write_page
 
             write_page(out, read, result)
-            print(f"\npage: {out}")
     except OSError as error:
         raise ArcKernelError(f"{error.filename}: cannot be written ({error.strerror}): give another place") from None
+    if out:
+        print(f"\npage: {out}")
 
 
 def _merge(model: str, adapter: Path, out: Path, dtype: str) -> None:

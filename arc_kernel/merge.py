@@ -86,8 +86,8 @@ def _write(model: Path, adapter: Path, changed: set[str], dtype: str, out: Path,
     same = (written.argmax(-1) == wanted.argmax(-1)).float().mean().item()
     kinds = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}))
     largest, moved = ((of - wanted).abs().max().item() for of in (written, plain))
-    return (f"{out}: {len(changed)} of {len(tensors)} weights merged, written in {kinds}; on a prompt of {len(ids)} tokens logits are off by "
-            f"{largest:.2g} or less ({exact:.1g} before the cast; the adapter moves them by {moved:.2g}), {same:.1%} of next tokens agree")
+    return (f"{out}: {len(changed)} of {len(tensors)} weights merged, written in {kinds}; on a prompt of {len(ids)} tokens logits are off "
+            f"by {largest:.2g} or less ({exact:.1g} before the cast; the adapter moves them by {moved:.2g}), {same:.1%} of tokens agree")
 
 
 def _difference(found, wanted, where: str) -> float:

@@ -111,10 +111,15 @@ def weight_tensors(folder: Path) -> Iterator[tuple]:
 
 def weight_shapes(folder: Path) -> dict[str, list[int]]:
     """The shape of each of a model folder's weights by name, from the headers."""
+    return tensor_shapes(folder, WEIGHTS)
+
+
+def tensor_shapes(folder: Path, pattern: str) -> dict[str, list[int]]:
+    """The shape of each tensor in a folder's safetensors that match, from the headers."""
     from safetensors import safe_open
 
     shapes = {}
-    for file in sorted(folder.glob(WEIGHTS)):
+    for file in sorted(folder.glob(pattern)):
         with safe_open(file, framework="np") as tensors:
             shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
     return shapes

@@ -150,7 +150,7 @@ def losses_html(curves: dict[str, list[float]]) -> str:
     axes.set(xlabel="step", ylabel="loss, nats per token", yscale="log")
     if len(curves) <= 10:
         axes.legend(fontsize=7, ncols=2)
-    return _svg(figure)
+    return svg(figure)
 
 
 def headroom_html(peaks: dict[str, list[float]], rescale: Rescale | None) -> str:
@@ -168,7 +168,7 @@ def headroom_html(peaks: dict[str, list[float]], rescale: Rescale | None) -> str
         axes.set(title=title, xlabel="layer")
     panels[0].set_ylabel("headroom in float16, bits")
     panels[-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return _svg(figure)
+    return svg(figure)
 
 
 def precision_html(verdict: dict | None) -> str:
@@ -224,7 +224,8 @@ def write_report(out: Path, settings: Settings, challenges: Challenges, found: d
     return path
 
 
-def _svg(figure) -> str:
+def svg(figure) -> str:
+    """A matplotlib figure as inline SVG, the same bytes for the same figure."""
     data = io.StringIO()
     figure.savefig(data, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return data.getvalue()[data.getvalue().index("<svg"):]

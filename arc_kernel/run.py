@@ -8,7 +8,6 @@ only what is missing.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from . import adapt, checkpoint, disk, generate, progress, report, score, select
+from . import adapt, adapter_fit, checkpoint, disk, generate, progress, report, score, select
 from .errors import ArcKernelError
 from .grids import GridEncoder
 from .job import Job
@@ -27,6 +26,7 @@ from .kaggle import profiles
 from .pool import Pool, gpu_count
 from .precision import probe
 from .precision.verdict import Precision
+from .run_folder import completions_file, stored_settings, tasks_digest
 from .settings import Settings
 from .tasks import Attempts, cells, load_challenges, replacing, task_to_json, write_submission
 
@@ -214,10 +214,8 @@ class Run:
 
     def _identity(self, resume: bool = False) -> dict:
         """Settings and the tasks' digest; with `resume` only the settings that must be the same when a run is continued."""
-        tasks = {i: task_to_json(t) for i, t in self.challenges.tasks.items()}
-        digest = hashlib.sha256(json.dumps([tasks, self.challenges.outputs], sort_keys=True).encode()).hexdigest()
         names = [f.name for f in dataclasses.fields(self.settings) if f.metadata["resume"] or not resume]
-        return {name: getattr(self.settings, name) for name in names} | {"tasks_sha256": digest}
+        return {name: getattr(self.settings, name) for name in names} | {"tasks_sha256": tasks_digest(self.challenges)}
 
     def _write_json(self, name: str, value: dict) -> None:
         with replacing(self.out / name) as file:
@@ -228,7 +226,7 @@ class Run:
         s = self.settings
         model = checkpoint.open_model(s.model)
         if s.adapter:
-            checkpoint.check_adapter(Path(s.adapter))
+            adapter_fit.check_fit(Path(s.adapter), model)
         if s.profile != "auto":
             profiles.load(s.profile)
         gpus = gpu_count()
@@ -272,9 +270,8 @@ class Run:
         return self.out / "completions" / f"{task_id}.jsonl"
 
     def _read_candidates(self, task_id: str) -> list | None:
-        path = self._completions(task_id)
-        path = path if path.is_file() else path.with_name(path.name + select.PARTIAL)
-        return select.all_candidates(self.challenges.tasks[task_id], select.read_completions(path), self.encoder) if path.is_file() else None
+        path = completions_file(self.out, task_id)
+        return None if path is None else select.all_candidates(self.challenges.tasks[task_id], select.read_completions(path), self.encoder)
 
     def _write_submission(self) -> dict[tuple[str, int], Attempts]:
         attempts = self.attempts()
@@ -298,15 +295,3 @@ def write_report_again(out: Path) -> Path:
     settings = dataclasses.replace(stored_settings(out)[0], out=str(out))
     run = Run(settings)
     return run.finish()["report"]
-
-
-def stored_settings(out: Path) -> tuple[Settings, str]:
-    """Settings and task digest of settings.json in a run folder; raises ArcKernelError naming the file."""
-    path = out / "settings.json"
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        return Settings.from_parameters({k: v for k, v in stored.items() if k != "tasks_sha256"}), stored["tasks_sha256"]
-    except FileNotFoundError:
-        raise ArcKernelError(f"{path}: no such file: give the output folder of a run") from None
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ArcKernelError(f"{path}: not the settings of a run ({error}): give another --out") from None

@@ -32,12 +32,7 @@ def score(challenges: Challenges, attempts: dict[tuple[str, int], Attempts],
     Without candidates (`found`), as for a submission from elsewhere, pass_n, vote_1, vote_2 and unanswered are left out.
     A task or output that the submission lacks counts as wrong.
     """
-    rows: dict[str, list[dict[str, float]]] = defaultdict(list)
-    for task_id, task in challenges.tasks.items():
-        for i, pair in enumerate(task.test):
-            if pair.output is not None:
-                best = (found.get(task_id) or [[]] * len(task.test))[i] if found is not None else None
-                rows[task_id].append(_row(pair.output, attempts.get((task_id, i)), best))
+    rows = {task_id: list(of.values()) for task_id, of in output_rows(challenges, attempts, found).items()}
     if not rows:
         return None
     outputs = [row for task in rows.values() for row in task]
@@ -47,6 +42,18 @@ def score(challenges: Challenges, attempts: dict[tuple[str, int], Attempts],
               "solved_outputs": int(sum(r["accuracy"] for r in outputs)),
               "solved_tasks": sum(r["accuracy"] == 1 for r in per_task)}
     return {"counts": counts, "per_output": mean(outputs), "per_task": mean(per_task)}
+
+
+def output_rows(challenges: Challenges, attempts: dict[tuple[str, int], Attempts],
+                found: dict[str, list[list[Candidate]]] | None = None) -> dict[str, dict[int, dict[str, float]]]:
+    """The figures of each test output whose solution is known: task id -> test index -> figure -> 0 to 1; see `score`."""
+    rows: dict[str, dict[int, dict[str, float]]] = defaultdict(dict)
+    for task_id, task in challenges.tasks.items():
+        for i, pair in enumerate(task.test):
+            if pair.output is not None:
+                best = (found.get(task_id) or [[]] * len(task.test))[i] if found is not None else None
+                rows[task_id][i] = _row(pair.output, attempts.get((task_id, i)), best)
+    return dict(rows)
 
 
 def score_submission(challenges: Challenges, attempts: dict[tuple[str, int], Attempts]) -> dict:

@@ -63,8 +63,11 @@ def status_of(ended: str, text: str, encoder: GridEncoder) -> str:
         return "unparsable"
 
 
-def _groups(completions: list[Completion], encoder: GridEncoder) -> list[tuple[Grid, list[float], list[str]]]:
-    """Distinct undone grids of answers that ended well, each with logprob per token and view of its votes."""
+Group = tuple[Grid, list[float], list[str]]
+
+
+def groups(completions: list[Completion], encoder: GridEncoder) -> list[Group]:
+    """Distinct undone grids of answers that ended well, each with logprob per token (nats) and view of its votes."""
     seen: dict = {}
     for c in completions:
         if c.status == "ok":
@@ -76,7 +79,7 @@ def _groups(completions: list[Completion], encoder: GridEncoder) -> list[tuple[G
     return list(seen.values())
 
 
-def _place(grid: Grid, votes: int, total: float) -> tuple:
+def place(grid: Grid, votes: int, total: float) -> tuple:
     """Candidates are sorted by this: votes, mean of the `total` logprob, then shape and bytes, so that no two are equal.
 
     Totals are from `math.fsum`, which does not depend on the order of answers and never grows by a logprob below 0.
@@ -86,8 +89,13 @@ def _place(grid: Grid, votes: int, total: float) -> tuple:
 
 def candidates(completions: list[Completion], encoder: GridEncoder) -> list[Candidate]:
     """Distinct undone grids of one test input's completions, best first: votes, then mean logprob per token."""
-    groups = sorted(_groups(completions, encoder), key=lambda g: _place(g[0], len(g[1]), math.fsum(g[1])))
-    return [Candidate(grid, len(logprobs), math.fsum(logprobs) / len(logprobs), tuple(views)) for grid, logprobs, views in groups]
+    return ranked(groups(completions, encoder))
+
+
+def ranked(found: list[Group]) -> list[Candidate]:
+    """Candidates of groups, best first; `candidates` of one run's completions, or of several runs' groups put together."""
+    order = sorted(found, key=lambda g: place(g[0], len(g[1]), math.fsum(g[1])))
+    return [Candidate(grid, len(logprobs), math.fsum(logprobs) / len(logprobs), tuple(views)) for grid, logprobs, views in order]
 
 
 def decided(completions: list[Completion], outstanding: int, encoder: GridEncoder) -> bool:
@@ -103,12 +111,12 @@ def decided(completions: list[Completion], outstanding: int, encoder: GridEncode
         return True
     if 3 * outstanding > len(completions):
         return False
-    votes = [(grid, len(logprobs), math.fsum(logprobs)) for grid, logprobs, _ in _groups(completions, encoder)]
-    votes.sort(key=lambda v: _place(*v))
+    votes = [(grid, len(logprobs), math.fsum(logprobs)) for grid, logprobs, _ in groups(completions, encoder)]
+    votes.sort(key=lambda v: place(*v))
     if len(votes) < 2:
         return False
-    first, second = (_place(*v) for v in votes[:2])
-    best = [_place(grid, count + outstanding, total) for grid, count, total in votes]
+    first, second = (place(*v) for v in votes[:2])
+    best = [place(grid, count + outstanding, total) for grid, count, total in votes]
     unseen = (-outstanding, 0.0, (), b"")
     return first < best[1] and all(second < other for other in [*best[2:], unseen])
 

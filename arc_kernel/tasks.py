@@ -224,18 +224,22 @@ def replacing(path: Path, mode: str = "w"):
 
 
 Attempts = tuple[Grid, Grid]
+ATTEMPTS = ("attempt_1", "attempt_2")  # their names in Kaggle's submission.json
 
 
 def write_submission(path: Path, outputs: dict[str, int], attempts: dict[tuple[str, int], Attempts]) -> None:
     """Write Kaggle's submission.json for every task and test input of `outputs`; `attempts` must hold each of them."""
-    rows = {task_id: [dict(zip(("attempt_1", "attempt_2"), (g.tolist() for g in attempts[task_id, i]))) for i in range(count)]
+    rows = {task_id: [dict(zip(ATTEMPTS, (g.tolist() for g in attempts[task_id, i]))) for i in range(count)]
             for task_id, count in outputs.items()}
     with replacing(path) as file:
         json.dump(rows, file)
 
 
-def read_submission(path: Path) -> dict[tuple[str, int], Attempts]:
-    """Both attempts by (task id, test index); raises ArcKernelError naming file, task and attempt."""
+def read_submission(path: Path, empty_allowed: bool = False) -> dict[tuple[str, int], Attempts]:
+    """Both attempts by (task id, test index); raises ArcKernelError naming file, task and attempt.
+
+    With `empty_allowed`, an attempt that is missing or no grid (null, [], rows of unequal length, ...) is read as None.
+    """
     raw, attempts = _read_json(Path(path)), {}
     if not isinstance(raw, dict):
         raise ArcKernelError(f"{path}: {_show(raw)} at the top: give an object {{id: [attempts, ...]}}")
@@ -244,10 +248,20 @@ def read_submission(path: Path) -> dict[tuple[str, int], Attempts]:
             raise ArcKernelError(f"{path}: task {task_id}: {_show(rows)}: give a list with both attempts per test input")
         for i, row in enumerate(rows):
             where = f"{path}: task {task_id}, test output {i + 1}"
-            if not isinstance(row, dict) or not {"attempt_1", "attempt_2"} <= set(row):
+            if empty_allowed:
+                attempts[task_id, i] = tuple(_grid_or_none(row.get(k) if isinstance(row, dict) else None) for k in ATTEMPTS)
+                continue
+            if not isinstance(row, dict) or not set(ATTEMPTS) <= set(row):
                 raise ArcKernelError(f"{where}: {_show(row)}: give attempt_1 and attempt_2")
-            attempts[task_id, i] = tuple(check_grid(row[k], f"{where}: {k}") for k in ("attempt_1", "attempt_2"))
+            attempts[task_id, i] = tuple(check_grid(row[k], f"{where}: {k}") for k in ATTEMPTS)
     return attempts
+
+
+def _grid_or_none(value) -> Grid | None:
+    try:
+        return check_grid(value, "")
+    except ArcKernelError:
+        return None
 
 
 def _show(value) -> str:

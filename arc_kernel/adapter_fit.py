@@ -1,0 +1,66 @@
+"""Whether a LoRA fits a model, from names and shapes in the headers: nothing is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from .checkpoint import check_adapter, tensor_shapes, weight_shapes
+from .errors import ArcKernelError
+
+PREFIX = "base_model.model."  # of names in what peft saves
+A, B = ".lora_A.weight", ".lora_B.weight"  # [rank, in] and [out, rank] of a linear layer [out, in]
+HEAD, EMBEDDINGS = "lm_head", "model.embed_tokens.weight"
+OTHER_BASE = "the adapter is for another base: give the model it was trained on"
+
+
+def check_fit(adapter: Path, model: Path) -> tuple[dict[str, int], list[str]]:
+    """The rank of each module a LoRA changes, and the names of tensors in it that are no LoRA matrix of a linear layer.
+
+    Raises ArcKernelError naming adapter, tensor and both shapes where a matrix does not fit the model's weight, where the
+    ranks of a module's two differ, and where a module is in one of the folders only.
+    """
+    check_adapter(adapter)
+    config, shapes, base = _read_config(adapter), tensor_shapes(adapter, "adapter_model.safetensors"), weight_shapes(model)
+    if EMBEDDINGS in base:
+        base.setdefault(f"{HEAD}.weight", base[EMBEDDINGS])  # tied, and not stored
+    modules = dict.fromkeys(name.removesuffix(part) for name in shapes for part in (A, B) if name.endswith(part))
+    others = [name for name in shapes if not name.endswith((A, B))]
+    ranks = {}
+    for module in modules:
+        weight = f"{module.removeprefix(PREFIX)}.weight"
+        for name in (module + A, module + B):
+            if name not in shapes:
+                raise ArcKernelError(f"{adapter}: no tensor {name}: copy the adapter again")
+        if len(base.get(weight, ())) != 2:
+            raise ArcKernelError(f"{adapter}: changes {weight}, which is no matrix of {model}: {OTHER_BASE}")
+        (out, into), a, b = base[weight], shapes[module + A], shapes[module + B]
+        for name, shape, wanted in ((module + A, a, [*a[:1], into]), (module + B, b, [out, *b[1:2]])):
+            if shape != wanted:
+                raise ArcKernelError(f"{adapter}: {name} is {shape}, beside {weight} {base[weight]} of {model}: {OTHER_BASE}")
+        rank = a[0] if config.get("rank_pattern") else config.get("r")
+        if not a[0] == b[1] == rank:
+            raise ArcKernelError(f"{adapter}: {module + A} is {a}, {module + B} {b}, adapter_config.json says rank {rank}: copy it again")
+        ranks[module.removeprefix(PREFIX)] = rank
+    left = [] if config.get("layers_to_transform") or config.get("exclude_modules") else _left_out(config, ranks, base)
+    if left:
+        raise ArcKernelError(f"{adapter}: changes {len(ranks)} modules, but not {left[0]} of {model} ({len(left)} such): {OTHER_BASE}")
+    return ranks, others
+
+
+def _left_out(config: dict, ranks: dict[str, int], base: dict[str, list[int]]) -> list[str]:
+    """Modules of the base that are targets by name, of which the adapter has no matrices."""
+    targets = config.get("target_modules")
+    named = tuple(f".{t}.weight" for t in targets) if isinstance(targets, list) else ()
+    return [w.removesuffix(".weight") for w in base if f".{w}".endswith(named or (" ",)) and w.removesuffix(".weight") not in ranks]
+
+
+def _read_config(adapter: Path) -> dict:
+    path = adapter / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArcKernelError(f"{path}: not JSON: {error}") from None
+    if config.get("peft_type") != "LORA":
+        raise ArcKernelError(f"{path}: peft_type is {config.get('peft_type')}: give a LoRA")
+    return config

@@ -1,0 +1,88 @@
+"""A run's output folder read back: its settings, tasks and completions. Knows files; loads no model and changes nothing."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .errors import ArcKernelError
+from .grids import GridEncoder
+from .select import PARTIAL, Candidate, Completion, Group, groups, ranked, read_completions
+from .settings import Settings
+from .tasks import Challenges, load_challenges, task_to_json
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run as it lies in `path`; `completions` has the tasks that were answered, in whole or in part."""
+
+    path: Path
+    settings: Settings
+    challenges: Challenges
+    completions: dict[str, list[Completion]]
+    _groups: dict[tuple[str, int], list[Group]] = field(default_factory=dict, compare=False)
+
+    @functools.cached_property
+    def encoder(self) -> GridEncoder:
+        """The encoder in which this run's completions are written."""
+        return GridEncoder.from_name(self.settings.grid_encoder)
+
+    def answers(self, task_id: str, test_index: int) -> list[Completion]:
+        """The completions of one test input, however they ended."""
+        return [c for c in self.completions.get(task_id, ()) if c.test_index == test_index]
+
+    def groups(self, task_id: str, test_index: int) -> list[Group]:
+        """Distinct grids of one test input's completions with what voted for them; read once."""
+        where = task_id, test_index
+        if where not in self._groups:
+            self._groups[where] = groups(self.answers(*where), self.encoder)
+        return self._groups[where]
+
+    @functools.cached_property
+    def candidates(self) -> dict[str, list[list[Candidate]]]:
+        """Candidates of each test input of the tasks that were answered, best first."""
+        return {i: [ranked(self.groups(i, k)) for k in range(self.challenges.outputs[i])] for i in self.completions}
+
+
+def read_run(path: Path, tasks: str = "", solutions: str = "") -> RunFolder:
+    """Read a run's folder; `tasks` are given where those its settings name are not on this machine.
+
+    Raises ArcKernelError in one line where it holds no run, no completions, or answers to other tasks.
+    """
+    settings, digest = stored_settings(path)
+    ids = [i.strip() for i in settings.task_ids.split(",") if i.strip()]
+    challenges = load_challenges(tasks or settings.tasks, solutions or settings.solutions).select(ids, settings.limit)
+    if tasks_digest(challenges) != digest:
+        raise ArcKernelError(f"{path}: answers other tasks than {challenges.source} holds: give the run's own with --tasks")
+    files = {i: completions_file(path, i) for i in challenges.tasks}
+    completions = {i: read_completions(file) for i, file in files.items() if file is not None}
+    if not completions:
+        raise ArcKernelError(f"{path / 'completions'}: no completions: start solve again on this folder, or give another run")
+    return RunFolder(path, settings, challenges, completions)
+
+
+def completions_file(path: Path, task_id: str) -> Path | None:
+    """The completions of a task in a run's folder, else what the time budget left of them, else None."""
+    whole = path / "completions" / f"{task_id}.jsonl"
+    return next((p for p in (whole, whole.with_name(whole.name + PARTIAL)) if p.is_file()), None)
+
+
+def stored_settings(out: Path) -> tuple[Settings, str]:
+    """Settings and task digest of settings.json in a run folder; raises ArcKernelError naming the file."""
+    path = out / "settings.json"
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return Settings.from_parameters({k: v for k, v in stored.items() if k != "tasks_sha256"}), stored["tasks_sha256"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise ArcKernelError(f"{path}: no such file: give the output folder of a run") from None
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ArcKernelError(f"{path}: not the settings of a run ({error}): give another --out") from None
+
+
+def tasks_digest(challenges: Challenges) -> str:
+    """The sha256 of tasks as a run sees them: without test outputs."""
+    tasks = {i: task_to_json(t) for i, t in challenges.tasks.items()}
+    return hashlib.sha256(json.dumps([tasks, challenges.outputs], sort_keys=True).encode()).hexdigest()

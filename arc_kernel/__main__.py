@@ -1,4 +1,5 @@
-"""The command line, generated from the settings: `python -m arc_kernel solve | score | report | precision | bench | prepare | notebook`.
+"""The command line, generated from the settings: `python -m arc_kernel solve | score | report | precision | bench | prepare | notebook |
+finetune`.
 
 Heavy libraries are imported inside the commands, so that --help answers at once.
 """
@@ -12,6 +13,7 @@ import typing
 from pathlib import Path
 
 from .errors import ArcKernelError
+from .finetune import command as finetune_command
 from .settings import Settings
 
 
@@ -74,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     notebook.add_argument("--source", type=Path, default="notebooks/submission.py", help="jupytext percent script")
     notebook.add_argument("--target", type=Path, default="notebooks/submission.ipynb", help="notebook to write")
     notebook.set_defaults(command=_notebook)
+    finetune_command.add_commands(commands)
     return parser
 
 

@@ -28,6 +28,7 @@ KINDS = ("output", "inputs", "outputs")  # output from examples; a new input fro
 LINES = (".jsonl", ".jsonl.gz")
 # Context pairs of an example drawn from many: as often as ARC-AGI-1's 400 training tasks have 2, 3, 4 and 5 (or more).
 CONTEXT = {2: 56, 3: 237, 4: 78, 5: 29}
+CONTEXT_SHARES = np.array(list(CONTEXT.values())) / sum(CONTEXT.values())
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,20 @@ class Source:
     groups: tuple[Group, ...] = ()
     tokens: int = 0
 
-    def draw(self, rng: np.random.Generator) -> tuple[Pair, ...]:
-        """Pairs of one example in random order, the last of them the target."""
+    def draw(self, rng: np.random.Generator, cells: int = 0) -> tuple[Pair, ...]:
+        """Pairs of one example in random order, the last of them the target.
+
+        With `cells`, n pairs of a pool have a n-th of them each or less, so that small examples are found where few pairs are
+        small; () where the pool that was drawn has fewer than two such pairs.
+        """
         group = self.groups[rng.integers(len(self.groups))]
         pairs = group.variations[rng.integers(len(group.variations))]
-        count = len(pairs)
-        if not group.whole:
-            weights = np.array(list(CONTEXT.values()), float)
-            count = min(count, 1 + int(rng.choice(list(CONTEXT), p=weights / weights.sum())))
-        return tuple(pairs[i] for i in rng.permutation(len(pairs))[:count])
+        if group.whole:
+            return tuple(pairs[i] for i in rng.permutation(len(pairs)))
+        count = 1 + int(rng.choice(list(CONTEXT), p=CONTEXT_SHARES))
+        if cells:
+            pairs = [p for p in pairs if (p.input.size + p.output.size) * count <= cells]
+        return tuple(pairs[i] for i in rng.permutation(len(pairs))[:count]) if len(pairs) > 1 else ()
 
     def without(self, ids: set[str]) -> "Source":
         """The same source without the groups of these ids; raises ArcKernelError where none is left."""

@@ -80,9 +80,13 @@ def hold_out(sources: list[Source], count: int, seed: int, builder: PromptBuilde
     rng, tasks = np.random.default_rng((seed, len(pools))), []
     for i in rng.permutation(len(pools)) if count else ():
         group = pools[sorted(pools)[i]]
-        pairs = [group.variations[0][k] for k in rng.permutation(len(group.variations[0]))[: 1 + int(rng.integers(min(CONTEXT), max(CONTEXT)))]]
+        shown = 1 + int(rng.integers(min(CONTEXT), max(CONTEXT)))
+        small = [p for p in group.variations[0] if (p.input.size + p.output.size) * shown <= longest]
+        pairs = [small[k] for k in rng.permutation(len(small))[:shown]]
+        if len(pairs) <= min(CONTEXT):
+            continue
         answer = max(len(builder.answer_ids(pairs[-1].output)), len(builder.answer_ids(pairs[-1].output.T)))
-        if len(pairs) > min(CONTEXT) and builder.fit(tuple(pairs[:-1]), pairs[-1].input, answer, longest) == tuple(range(len(pairs) - 1)):
+        if builder.fit(tuple(pairs[:-1]), pairs[-1].input, answer, longest) == tuple(range(len(pairs) - 1)):
             tasks.append(Task(group.id, tuple(pairs[:-1]), (pairs[-1],)))
         if len(tasks) == count:
             return tuple(tasks)

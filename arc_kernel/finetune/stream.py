@@ -58,22 +58,27 @@ class Stream:
         """
         rng, limit = np.random.default_rng((self.seed, index)), min(filter(None, (limit, self.limit)), default=0)
         for _ in range(DRAWS):
-            drawn = self._draw(rng)
-            if len(drawn.example.input_ids) <= min(self.longest, limit or self.longest):
+            drawn = self._draw(rng, limit)
+            if drawn is not None and len(drawn.example.input_ids) <= min(self.longest, limit or self.longest):
                 return drawn
         raise ArcKernelError(f"finetune: example {index}: none of {DRAWS} drawn examples has {limit or self.longest} tokens or fewer: "
                              f"raise max_seq_len or max_tokens, or give data with smaller grids")
 
     def lengths(self, count: int = SAMPLE) -> np.ndarray:
-        """Tokens, int64 [count], of the first draw at each index, as long as the data makes them."""
-        return np.array([self._draw(np.random.default_rng((self.seed, index)), fit=False).tokens for index in range(count)])
+        """Tokens, int64 [count], of the first draw of each of `count` examples, as long as the data makes them."""
+        rngs = (np.random.default_rng((self.seed, index)) for index in range(count))
+        drawn = [next(filter(None, (self._draw(rng, self.limit, fit=False) for _ in range(DRAWS))), None) for rng in rngs]
+        return np.array([d.tokens for d in drawn if d is not None])
 
-    def _draw(self, rng: np.random.Generator, fit: bool = True) -> Drawn:
+    def _draw(self, rng: np.random.Generator, limit: int, fit: bool = True) -> Drawn | None:
+        """One try at an example; None where a pool has no pairs small enough for `limit` tokens: a cell is a token or more."""
         source = self.sources[rng.choice(len(self.sources), p=self._weights)]
         if source.kind == "recall":
             example = recall.example(self.builder, source.tokens, rng)
             return Drawn(example, "recall", source.name, len(example.input_ids), 0, "")
-        pairs, composed = source.draw(rng), None
+        pairs, composed = source.draw(rng, limit), None
+        if not pairs:
+            return None
         if rng.random() < self.compose:
             pairs, composed = compose(pairs, rng, SIDES[source.kind])
         view = random_view(len(pairs) - 1, rng, self.permute_background)
@@ -103,6 +108,8 @@ def growing_limit(lengths: np.ndarray, step: int, steps: int, share: float) -> i
 
 def check_lengths(lengths: np.ndarray, longest: int, allowed: float) -> str:
     """One line with the percentiles of sampled lengths; raises ArcKernelError where more than `allowed` of them pass `longest`."""
+    if not len(lengths):
+        raise ArcKernelError(f"finetune: no pool has two pairs small enough for {longest} tokens: raise max_tokens")
     share = float((lengths > longest).mean())
     line = (f"tokens of {len(lengths)} examples: " + ", ".join(f"{p}% {int(np.percentile(lengths, p))}" for p in PERCENTILES)
             + f"; {share:.1%} are longer than {longest}")

@@ -118,7 +118,7 @@ class Run:
         torch.manual_seed(s.seed)
         learner = Learner(folder, s.lora_rank, Path(s.adapter) if s.adapter else None, dtype, s.gradient_checkpointing)
         trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
-        self.peak = ceilings.gemm(dtype, device)
+        self.peak = ceilings.gemm(dtype, device, repeats=3)
         self._say("start", text=f"{trained / 1e6:.1f}M weights trained in {dtype} on {verdict.device_model(device)}, "
                                 f"products at {self.peak / 1e9:.0f} GFLOP/s", dtype=dtype, trained=trained, peak=self.peak)
         with progress.bar(s.steps if MAIN else 0, "finetune", "step") as self._bar:
@@ -219,4 +219,9 @@ def stored_settings(out: Path) -> FinetuneSettings:
 
 def finetune(settings: FinetuneSettings, prepared: Prepared | None = None) -> dict:
     """The whole run; returns what `Run.train` returns. Raises ArcKernelError in one line."""
-    return Run(settings, prepared or prepare(settings)).train()
+    from safetensors import SafetensorError
+
+    try:
+        return Run(settings, prepared or prepare(settings)).train()
+    except (OSError, SafetensorError) as error:
+        raise ArcKernelError(f"{settings.out}: cannot be written ({error}): free some disk and start again: it goes on from its last checkpoint") from None

@@ -169,7 +169,7 @@ def arguments(s: FinetuneSettings, out: Path, dtype: str, device: str) -> Traini
         warmup_steps=round(s.warmup * s.steps), weight_decay=s.weight_decay, max_grad_norm=s.clip, optim="adamw_torch_fused", seed=s.seed,
         bf16=dtype == "bfloat16", fp16=dtype == "float16", use_cpu=device == "cpu", save_strategy="steps", save_steps=s.save_every,
         logging_strategy="steps", logging_steps=1, logging_nan_inf_filter=False, disable_tqdm=True, report_to="none", log_level="error",
-        ddp_find_unused_parameters=False, ddp_broadcast_buffers=False)
+        ddp_find_unused_parameters=False)
     made._n_gpu = min(made.n_gpu, 1)  # without torchrun one GPU is used; Trainer would take all with DataParallel
     return made
 

@@ -197,6 +197,22 @@ def test_a_study_ends_in_one_page_with_each_rate_and_the_best_of_them(settings):
     assert len(set(first)) == 1  # the same data, from the same start
 
 
+def test_a_study_goes_on_after_a_rate_whose_gradients_are_not_finite(settings, monkeypatch, capsys):
+    whole = train.StepTrainer.training_step
+
+    def broken(self, *inputs):
+        loss = whole(self, *inputs)
+        if self.args.learning_rate == 1e-2:
+            next(p for p in self.model.parameters() if p.grad is not None).grad.fill_(float("inf"))
+        return loss
+
+    monkeypatch.setattr(train.StepTrainer, "training_step", broken)
+    study.study(dataclasses.replace(settings, steps=5, batch=1), [1e-2, 1e-3])
+    rows = json.loads((settings.out_path / "study.json").read_text())
+    assert [(r["lr"], r["diverged"]) for r in rows] == [(1e-2, True), (1e-3, False)]
+    assert "lr 0.01: finetune: step 3: gradients are not finite" in capsys.readouterr().err
+
+
 def test_a_run_whose_loss_rises_again_or_is_nan_has_diverged():
     made = lambda losses: [{"event": "step", "step": i, "loss": v, "gradient": 1.0, "tokens": 10, "seconds": 1.0, "peak_share": 0.5, "skipped": False, "kinds": {}}
                            for i, v in enumerate(losses, 1)]

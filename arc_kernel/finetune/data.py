@@ -162,7 +162,8 @@ def _group(value, name: str, where: str) -> Group:
     variations = tuple(tuple(_pair(p, f"{where}, task {name}, pair {i}") for i, p in enumerate(row, 1)) for row in rows)
     short = next((len(v) for v in variations if len(v) < 2), None)
     if short is not None or not variations:
-        raise ArcKernelError(f"{where}: task {name} has {short or 0} pair: an example needs one to show and one to ask for: give 2 or more, or drop it")
+        raise ArcKernelError(f"{where}: task {name} has {short or 0} pair: an example needs one to show and one to ask for: "
+                             f"give 2 or more, or drop it")
     return Group(name, variations, form == "variations")
 
 
@@ -178,7 +179,8 @@ def _grid(value, where: str) -> Grid:
     """`tasks.check_grid`, ten times faster on a grid without fault: pools have tens of thousands."""
     try:
         grid = np.array(value)
-        if grid.ndim == 2 and grid.dtype == np.int64 and 0 < min(grid.shape) and max(grid.shape) <= MAX_SIDE and 0 <= grid.min() and grid.max() < COLOURS:
+        fits = grid.ndim == 2 and grid.dtype == np.int64 and 0 < min(grid.shape) and max(grid.shape) <= MAX_SIDE
+        if fits and 0 <= grid.min() and grid.max() < COLOURS:
             return grid.astype(np.int8)
     except (ValueError, TypeError):
         pass

@@ -82,7 +82,7 @@ class Learner(torch.nn.Module):
         try:
             weights = load_file(file)
         except (OSError, SafetensorError) as error:
-            raise ArcKernelError(f"{file}: cannot be read ({error}): delete {folder} to go on from the checkpoint before it") from None
+            raise ArcKernelError(f"{file}: cannot be read ({error}): delete {folder} to go on from the one before it") from None
         if self.result == ADAPTER:
             from peft import set_peft_model_state_dict
 
@@ -92,7 +92,7 @@ class Learner(torch.nn.Module):
             wrong = sorted(set(weights) ^ {name for name, _ in self.network.named_parameters()})
             self.network.load_state_dict(weights, strict=False)
         if wrong:
-            raise ArcKernelError(f"{file}: not of this run ({', '.join(wrong[:3])}): delete {folder} to go on from the checkpoint before it")
+            raise ArcKernelError(f"{file}: not of this run ({', '.join(wrong[:3])}): delete {folder} to go on from the one before it")
 
 
 def check_adapter_fits(adapter: Path, model: Path) -> None:
@@ -110,7 +110,8 @@ def check_adapter_fits(adapter: Path, model: Path) -> None:
             if weight is None:
                 raise ArcKernelError(f"{adapter}: made for another model: {model} has no {layer}: give the model it was trained on")
             if rank and sides[1 - side] != rank:
-                raise ArcKernelError(f"{adapter}: {name} has rank {sides[1 - side]}, adapter_config.json says {rank}: copy the adapter again")
+                raise ArcKernelError(f"{adapter}: {name} has rank {sides[1 - side]}, adapter_config.json says {rank}: "
+                                     f"copy the adapter again")
             if weight[side] != sides[side]:
                 raise ArcKernelError(f"{adapter}: made for another model: {name} is {sides}, {layer} in {model} is {weight}: "
                                      f"give the model it was trained on")

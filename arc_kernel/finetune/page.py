@@ -17,6 +17,10 @@ from .settings import FinetuneSettings
 LAST = 0.1  # share of a run's steps over which figures at its end are means: single steps jump with their examples
 DIVERGED = 1.2  # times the lowest mean loss on the way that the last one is, or not finite
 
+PANELS = (("gradient", "gradient norm before clipping", "log"), ("lr", "learning rate", "linear"),
+          ("tokens_per_second", "tokens/s", "linear"), ("peak_share", "share of the machine's product peak", "linear"),
+          ("largest", "largest activation", "log"))
+
 
 def steps(events: list[dict]) -> list[dict]:
     """The events of steps by number; of a step done again after a kill the last."""
@@ -25,10 +29,10 @@ def steps(events: list[dict]) -> list[dict]:
 
 def figures(events: list[dict]) -> dict:
     """Loss of the first and last tenth, the largest gradient norm, tokens/s, share of peak, tokens, skipped steps, `diverged`."""
-    rows = steps(events)
+    rows, gave_up = steps(events), any(e["event"] == "diverged" for e in events)
     if not rows:
-        return {"loss": None, "first_loss": None, "gradient": None, "tokens_per_second": 0.0, "peak_share": 0.0, "tokens": 0, "skipped": 0,
-                "diverged": False}
+        return {"loss": None, "first_loss": None, "gradient": None, "tokens": 0, "tokens_per_second": 0.0, "skipped": 0, "peak_share": 0.0,
+                "diverged": gave_up}
     count = max(1, round(LAST * len(rows)))
     means = [float(np.mean([r["loss"] for r in rows[max(0, i + 1 - count): i + 1]])) for i in range(count - 1, len(rows))]
     seconds = sum(r["seconds"] for r in rows)
@@ -36,7 +40,7 @@ def figures(events: list[dict]) -> dict:
     return {"loss": last, "first_loss": means[0], "gradient": max(gradients, default=None), "tokens": sum(r["tokens"] for r in rows),
             "tokens_per_second": sum(r["tokens"] for r in rows) / seconds, "skipped": sum(bool(r["skipped"]) for r in rows),
             "peak_share": sum(r["peak_share"] * r["seconds"] for r in rows) / seconds,
-            "diverged": not math.isfinite(last) or last > DIVERGED * min(means)}
+            "diverged": gave_up or not math.isfinite(last) or last > DIVERGED * min(means)}
 
 
 def write_report(out: Path, settings: FinetuneSettings) -> Path:
@@ -58,17 +62,14 @@ def dynamics(rows: list[dict]) -> str:
 
     figure = Figure(figsize=(11, 8), layout="constrained")
     panels = figure.subplots(3, 2).ravel()
-    line = lambda axes, name, **style: axes.plot(*zip(*[(r["step"], r[name]) for r in rows if r.get(name) is not None] or [(0, math.nan)]), **style)
     for kind in sorted({k for r in rows for k in r["kinds"]}):
         found = [(r["step"], r["kinds"][kind]) for r in rows if kind in r["kinds"]]
         panels[0].plot([s for s, _ in found], report.smooth([v for _, v in found]), linewidth=1.2, label=kind)
     panels[0].set(title="loss, nats per answer token (mean over a tenth)", yscale="log")
     panels[0].legend(fontsize=7)
-    for axes, name, title, scale in ((panels[1], "gradient", "gradient norm before clipping", "log"), (panels[2], "lr", "learning rate", "linear"),
-                                     (panels[3], "tokens_per_second", "tokens/s", "linear"),
-                                     (panels[4], "peak_share", "share of the machine's product peak", "linear"),
-                                     (panels[5], "largest", "largest activation", "log")):
-        line(axes, name, linewidth=1, marker="." if name == "largest" else None)
+    for axes, (name, title, scale) in zip(panels[1:], PANELS):
+        found = [(r["step"], r[name]) for r in rows if r.get(name) is not None]
+        axes.plot([s for s, _ in found], [v for _, v in found], linewidth=1, marker="." if name == "largest" else None)
         axes.set(title=title, yscale=scale, xlabel="step")
     return report.svg(figure)
 

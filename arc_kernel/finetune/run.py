@@ -61,7 +61,8 @@ def prepare(s: FinetuneSettings) -> Prepared:
     if s.evaluation_tasks and any(source.groups for source in sources):
         found = overlap.find(load_challenges(s.evaluation_tasks).tasks.values(), sources)
         if found and not s.allow_overlap and not s.drop_overlap:
-            raise ArcKernelError(f"finetune: {overlap.text(found)}: leave them out with --drop-overlap, or train on them knowingly with --allow-overlap")
+            raise ArcKernelError(f"finetune: {overlap.text(found)}: leave them out with --drop-overlap, or train on them knowingly "
+                                 f"with --allow-overlap")
         if s.drop_overlap:
             sources = [source.without({f.group for f in found if f.source == source.name}) for source in sources]
         notes.append(overlap.text(found) + ", left out" * bool(found and s.drop_overlap))
@@ -111,7 +112,7 @@ class Run:
         import torch
 
         from .learner import Learner
-        from .train import train
+        from .train import Diverged, train
 
         s, folder, device = self.s, self.prepared.folder, verdict.device_name()
         dtype = training_dtype(s.dtype, device)
@@ -122,8 +123,12 @@ class Run:
         self._say("start", text=f"{trained / 1e6:.1f}M weights trained in {dtype} on {verdict.device_model(device)}, "
                                 f"products at {self.peak / 1e9:.0f} GFLOP/s", dtype=dtype, trained=trained, peak=self.peak)
         with progress.bar(s.steps if MAIN else 0, "finetune", "step") as self._bar:
-            reached = train(learner, self.prepared.stream, s, self.prepared.lengths, ceilings.shape_of(folder), dtype, device,
-                            self._step, self._callbacks())
+            try:
+                reached = train(learner, self.prepared.stream, s, self.prepared.lengths, ceilings.shape_of(folder), dtype, device,
+                                self._step, self._callbacks())
+            except Diverged as error:
+                self._log("diverged", text=str(error))
+                raise
         if not MAIN:
             return {}
         result = learner.save_result(self.out)
@@ -165,7 +170,8 @@ class Run:
             if path.is_file():
                 lines = self.s.differences(stored_settings(self.out))
                 if lines:
-                    raise ArcKernelError(f"{self.out}: holds a run with other settings ({'; '.join(lines)}): give another --out, or delete it")
+                    raise ArcKernelError(f"{self.out}: holds a run with other settings ({'; '.join(lines)}): "
+                                         f"give another --out, or delete it")
             with replacing(path) as file:
                 file.write(self.s.to_json())
             if self.prepared.held_out:
@@ -224,4 +230,5 @@ def finetune(settings: FinetuneSettings, prepared: Prepared | None = None) -> di
     try:
         return Run(settings, prepared or prepare(settings)).train()
     except (OSError, SafetensorError) as error:
-        raise ArcKernelError(f"{settings.out}: cannot be written ({error}): free some disk and start again: it goes on from its last checkpoint") from None
+        raise ArcKernelError(f"{settings.out}: cannot be written ({error}): free some disk and start again: it goes on from its "
+                             f"last checkpoint") from None

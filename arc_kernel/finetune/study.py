@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 from .. import report
@@ -15,16 +16,20 @@ def study(settings: FinetuneSettings, rates: list[float]) -> Path | None:
     """Run `settings` at each learning rate in `out`/lr-<rate> and write study.html and study.json; the page's path.
 
     A killed study started again goes on with the run it was in. The page is written after each run. Raises ArcKernelError as
-    `finetune` does, but a run whose gradients stay infinite ends that run only.
+    `finetune` does; where gradients stay infinite, that run alone ends.
     """
+    from .train import Diverged
+
     prepared, written = prepare(settings), None
-    for rate in rates:
-        finetune(dataclasses.replace(settings, lr=rate, out=str(_folder(settings, rate))), prepared)
+    folders = {rate: settings.out_path / f"lr-{rate:g}" for rate in rates}
+    for rate, folder in folders.items():
+        if any(e["event"] == "diverged" for e in report.read_events(folder)):
+            continue
+        try:
+            finetune(dataclasses.replace(settings, lr=rate, out=str(folder)), prepared)
+        except Diverged as error:
+            print(f"lr {rate:g}: {error}", file=sys.stderr)
         if MAIN:
-            done = {r: report.read_events(_folder(settings, r)) for r in rates if (_folder(settings, r) / "events.jsonl").is_file()}
-            written = page.write_study(settings.out_path, done)
+            written = page.write_study(settings.out_path, {r: report.read_events(f) for r, f in folders.items() if f.is_dir()})
     return written
 
-
-def _folder(settings: FinetuneSettings, rate: float) -> Path:
-    return settings.out_path / f"lr-{rate:g}"

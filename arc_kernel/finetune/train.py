@@ -36,7 +36,12 @@ from .stream import Stream, batches, growing_limit, padded
 KINDS = (*data.KINDS, "recall")
 CHECKPOINTS = "checkpoints"
 KEPT = 2  # checkpoints of a run
+WORKERS = 4  # processes that draw examples for a GPU, 5 to 10 ms each
 BROKEN = 3  # steps in a row without a finite gradient before the run ends, in other dtypes than float16
+
+
+class Diverged(ArcKernelError):
+    """Gradients stayed infinite: going on makes no sense."""
 
 
 class Steps(Dataset):
@@ -52,15 +57,17 @@ class Steps(Dataset):
         s = self.settings
         limit = growing_limit(self.lengths, step, s.steps, s.short_first)
         drawn = sorted((self.stream.draw(step * s.batch + i, limit) for i in range(s.batch)), key=lambda d: -len(d.example.input_ids))
-        passes = [(*map(torch.from_numpy, padded(group)), torch.tensor([KINDS.index(d.kind) for d in group])) for group in batches(drawn[self.rank::self.world], s.micro_tokens)]
+        passes = [(*map(torch.from_numpy, padded(group)), torch.tensor([KINDS.index(d.kind) for d in group]))
+                  for group in batches(drawn[self.rank::self.world], s.micro_tokens)]
         sizes = [(len(d.example.input_ids), int((d.example.labels != IGNORED).sum())) for d in drawn]
-        return {"passes": passes, "answers": sum(n for _, n in sizes), "tokens": sum(n for n, _ in sizes), "flop": sum(self._flop(*n) for n in sizes)}
+        return {"passes": passes, "answers": sum(n for _, n in sizes), "tokens": sum(n for n, _ in sizes),
+                "flop": sum(self._flop(*n) for n in sizes)}
 
     def _flop(self, tokens: int, labels: int) -> float:
         """FLOP of an example as `ceilings` counts them; in full training also those of the gradients to all weights."""
-        made = sum(train_flop(self.shape, tokens, labels, self.settings.lora_rank).values())
-        full = 0 if self.settings.lora_rank else 2.0 * self.shape.weights * tokens + 2.0 * self.shape.vocabulary * self.shape.hidden * labels
-        return made + full
+        shape, rank = self.shape, self.settings.lora_rank
+        to_weights = 0.0 if rank else 2.0 * shape.weights * tokens + 2.0 * shape.vocabulary * shape.hidden * labels
+        return sum(train_flop(shape, tokens, labels, rank).values()) + to_weights
 
 
 class StepTrainer(Trainer):
@@ -72,7 +79,8 @@ class StepTrainer(Trainer):
         self.facts, self.sample_every = {}, sample_every
 
     def get_train_dataloader(self) -> DataLoader:
-        workers = 2 if self.args.device.type == "cuda" else 0  # on a CPU they would take the model's cores
+        on_gpu = self.args.device.type == "cuda"  # on a CPU they would take the model's cores
+        workers = min(WORKERS, (os.cpu_count() or 1) - 1) if on_gpu else 0
         return DataLoader(self.train_dataset, batch_size=1, collate_fn=_only, num_workers=workers, persistent_workers=False)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -108,8 +116,8 @@ class StepTrainer(Trainer):
                     shutil.rmtree(old)
         except (OSError, RuntimeError, SafetensorError) as error:
             last = next(reversed(found_checkpoints(out)), None)
-            raise ArcKernelError(f"{out}: checkpoint of step {step} cannot be saved ({' '.join(str(error).split())[:200]}): free some disk and start "
-                                 f"again: it goes on from {last.name if last else 'the beginning'}") from None
+            raise ArcKernelError(f"{out}: checkpoint of step {step} cannot be saved ({' '.join(str(error).split())[:200]}): free some disk "
+                                 f"and start again: it goes on from {last.name if last else 'the beginning'}") from None
         finally:
             self.args.output_dir = str(out)
             if self.args.should_save:
@@ -124,7 +132,7 @@ class StepTrainer(Trainer):
 
 class Watch(TrainerCallback):
     """Guards each update and tells of each step. A step whose gradient is not finite changes no weight; several in a row end
-    the run with an ArcKernelError that names the last good checkpoint."""
+    the run with `Diverged`, which names the last good checkpoint."""
 
     def __init__(self, dtype: str, out: Path, on_step: Callable[[int, dict], None], time_budget: float):
         self.dtype, self.out, self.on_step, self.lr, self.skipped, self.broken = dtype, out, on_step, 0.0, False, 0
@@ -142,8 +150,8 @@ class Watch(TrainerCallback):
         self.broken = self.broken + 1 if self.skipped else 0
         if self.broken >= (SKIPS if self.dtype == "float16" else BROKEN):
             last = next(reversed(found_checkpoints(self.out)), None)
-            raise ArcKernelError(f"finetune: step {state.global_step + 1}: gradients are not finite {self.broken} steps in a row in {self.dtype}: the last good "
-                                 f"checkpoint is {last or 'none'}: lower the learning rate, or give another dtype")
+            raise Diverged(f"finetune: step {state.global_step + 1}: gradients are not finite {self.broken} steps in a row in {self.dtype}: "
+                           f"the last good checkpoint is {last or 'none'}: lower lr, or give another dtype")
         if self.skipped and self.dtype != "float16":  # float16's loss scaling skips, and lowers its scale, by itself
             for p in self.trainer.model.parameters():
                 p.grad = None
@@ -153,7 +161,8 @@ class Watch(TrainerCallback):
             return
         now, facts = time.perf_counter(), self.trainer.facts
         seconds, self.begun = now - self.begun, now
-        self.on_step(state.global_step, {"gradient": logs.get("grad_norm"), "lr": self.lr, "seconds": seconds, "skipped": self.skipped, **facts})
+        self.on_step(state.global_step, {"gradient": logs.get("grad_norm"), "lr": self.lr, "seconds": seconds, "skipped": self.skipped,
+                                         **facts})
         if now > self.ends and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
@@ -179,8 +188,8 @@ def train(learner: Learner, stream: Stream, settings: FinetuneSettings, lengths:
     """Train until the last step or the end of the time budget, from the last whole checkpoint where there is one; the step
     that was reached.
 
-    `on_step(step, facts)` is called in each process after each step. Raises ArcKernelError where gradients stay infinite or a
-    checkpoint cannot be saved.
+    `on_step(step, facts)` is called in each process after each step. Raises Diverged where gradients stay infinite, ArcKernelError
+    where a checkpoint cannot be saved.
     """
     out = settings.out_path / CHECKPOINTS
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -1,5 +1,4 @@
-"""The command line, generated from the settings: `python -m arc_kernel solve | score | report | precision | bench | prepare | notebook
-| evaluate | merge | combine`.
+"""The command line: `python -m arc_kernel COMMAND`. `solve` is generated from the settings, other commands stand beside what they do.
 
 Heavy libraries are imported inside the commands, so that --help answers at once.
 """
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from . import lab_commands
 from .errors import ArcKernelError
+from .finetune import command as finetune_command
 from .settings import Settings
 
 
@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     notebook.add_argument("--target", type=Path, default="notebooks/submission.ipynb", help="notebook to write")
     notebook.set_defaults(command=_notebook)
     lab_commands.add_commands(commands)
+    finetune_command.add_commands(commands)
     return parser
 
 

@@ -78,32 +78,18 @@ class TaskTrainer:
 
     def __init__(self, model: Path, builder: PromptBuilder, recipe: Recipe, start: Path | None, device: str, dtype: str,
                  rescale: Rescale | None = None):
-        import torch
-        from peft import LoraConfig, PeftModel, get_peft_model
-
         from . import lora_linear  # imports torch, which `run` can do without
 
         self.recipe, self.builder, self.device, self.dtype, self.rescale = recipe, builder, device, dtype, rescale
         base = load_model(model, dtype, device)
         base.config.use_cache = False
-        if start is None:
-            present = {name.rpartition(".")[2] for name, _ in base.named_modules()}
-            targets = [t for t in TARGET_MODULES if t in present]
-            if not targets:
-                raise ArcKernelError(f"{model}: none of {', '.join(TARGET_MODULES)} in this architecture: set ttt_steps=0")
-            config = LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules=targets, task_type="CAUSAL_LM")
-            self.model = get_peft_model(base, config)
-        else:
-            self.model = PeftModel.from_pretrained(base, start, is_trainable=True)
-        self.model.peft_config["default"].base_model_name_or_path = model.name  # a name, not a machine's path
+        self.model = with_lora(base, model, recipe.rank, start)
         if rescale is not None:
             for name, module in self.model.get_base_model().named_modules():
                 if hasattr(module, "lora_A"):
                     module.scaling["default"] *= 2.0 ** rescale.exponent(f"{name}.weight")
         lora_linear.install(self.model)
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
-        for weight in self.weights:  # fp32 master weights, whatever the base model computes in
-            weight.data = weight.data.to(torch.float32)
         self._start = None if start is None else [w.detach().clone() for w in self.weights]
 
     def train(self, task: Task, folder: Path, on_step: Callable[[int, float, int], None],
@@ -163,7 +149,7 @@ class TaskTrainer:
             on_step(step, sum(losses) / len(losses), tokens)
         if not all(torch.isfinite(w).all() for w in self.weights):
             raise FloatingPointError(f"adapter weights are not finite after training in {self.dtype}")
-        self._save(folder, {"peaks": self._peaks(task)})
+        save_adapter(self.model, folder, {"range.json": {"peaks": self._peaks(task)}})
         return facts
 
     def _keep(self, step: int, optimizer) -> tuple:
@@ -215,22 +201,48 @@ class TaskTrainer:
         for weight in self.weights:
             weight.grad = None
 
-    def _save(self, folder: Path, ranges: dict) -> None:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        try:
-            self.model.save_pretrained(fresh, save_embedding_layers=False)  # "auto" asks a hub
-            with contextlib.suppress(FileNotFoundError):
-                (fresh / "README.md").unlink()  # peft's empty model card
-            config = json.loads((fresh / "adapter_config.json").read_text())
-            config["target_modules"] = sorted(config["target_modules"])  # peft writes a set, in another order each time
-            (fresh / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
-            write_json(fresh / "range.json", ranges)
-            os.chmod(fresh, 0o755)
-            shutil.rmtree(folder, ignore_errors=True)
-            fresh.rename(folder)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+
+def with_lora(base, folder: Path, rank: int, start: Path | None):
+    """The model of `folder`, loaded as `base`, with a LoRA in fp32, whatever the model computes in: a fresh one of this
+    `rank`, or the one in `start`.
+
+    Raises ArcKernelError where none of the architecture's layers can be adapted.
+    """
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if start is None:
+        present = {name.rpartition(".")[2] for name, _ in base.named_modules()}
+        targets = [t for t in TARGET_MODULES if t in present]
+        if not targets:
+            raise ArcKernelError(f"{folder}: none of {', '.join(TARGET_MODULES)} in this architecture: set ttt_steps=0")
+        model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM"))
+    else:
+        model = PeftModel.from_pretrained(base, start, is_trainable=True)
+    model.peft_config["default"].base_model_name_or_path = folder.name  # a name, not a machine's path
+    for weight in (p for p in model.parameters() if p.requires_grad):
+        weight.data = weight.data.to(torch.float32)
+    return model
+
+
+def save_adapter(model, folder: Path, beside: dict[str, dict] | None = None) -> None:
+    """Write the LoRA of a peft model as `folder` by write-then-rename, with JSON files `beside` its weights."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        model.save_pretrained(fresh, save_embedding_layers=False)  # "auto" asks a hub
+        with contextlib.suppress(FileNotFoundError):
+            (fresh / "README.md").unlink()  # peft's empty model card
+        config = json.loads((fresh / "adapter_config.json").read_text())
+        config["target_modules"] = sorted(config["target_modules"])  # peft writes a set, in another order each time
+        (fresh / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
+        for name, facts in (beside or {}).items():
+            write_json(fresh / name, facts)
+        os.chmod(fresh, 0o755)
+        shutil.rmtree(folder, ignore_errors=True)
+        fresh.rename(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def leave_one_out(task: Task, builder: PromptBuilder, recipe: Recipe, rng: np.random.Generator) -> Iterator[Example]:

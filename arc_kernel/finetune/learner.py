@@ -1,0 +1,118 @@
+"""The model that is fine-tuned: opened in full or with a LoRA, its loss on a batch, its weights saved and loaded.
+
+Knows torch, peft and model folders; nothing of data or of the loop.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from .. import lora_linear
+from ..adapt import save_adapter, with_lora
+from ..answer_loss import answer_losses
+from ..checkpoint import TEXTS, check_adapter, load_model, read_config, weight_shapes, whole_folder
+from ..errors import ArcKernelError
+
+ADAPTER, MODEL = "adapter", "model"  # folders of the result in a run's folder, and of the weights in a checkpoint
+
+
+class Learner(torch.nn.Module):
+    """A causal language model and its loss, as one module, so that Trainer and DDP see a plain forward.
+
+    With a LoRA of `rank` above 0 (or the one in `start`) the base is frozen in `dtype`; with rank 0 all weights are float32.
+    Raises ArcKernelError where `start` was made for another model.
+    """
+
+    def __init__(self, folder: Path, rank: int, start: Path | None, dtype: str, gradient_checkpointing: bool = False):
+        super().__init__()
+        self.folder = folder
+        if start is not None:
+            check_adapter_fits(start, folder)
+        base = load_model(folder, dtype if rank else "float32", "cpu")
+        base.config.use_cache = False
+        self.network = with_lora(base, folder, rank, start) if rank else base
+        if gradient_checkpointing:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if rank:
+            lora_linear.install(self.network)
+        self.result = ADAPTER if rank else MODEL
+
+    @property
+    def base(self):
+        """The causal language model of transformers, with the LoRA's layers in it."""
+        return self.network.get_base_model() if self.result == ADAPTER else self.network
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor):
+        """`answer_losses` of a batch [B, T], padded on the right."""
+        return answer_losses(self.base, ids, labels)
+
+    def save(self, folder: Path) -> None:
+        """Write the weights, float32, as `folder`/adapter or `folder`/model."""
+        if self.result == ADAPTER:
+            save_adapter(self.network, folder / ADAPTER)
+        else:
+            (folder / MODEL).mkdir(parents=True, exist_ok=True)
+            save_file(dict(self.network.named_parameters()), folder / MODEL / "model.safetensors", metadata={"format": "pt"})
+
+    def save_result(self, out: Path) -> Path:
+        """Write what `solve` and vLLM load, by write-then-rename: `out`/adapter, or `out`/model in the dtype the model had."""
+        if self.result == ADAPTER:
+            self.save(out)
+            return out / ADAPTER
+        config = read_config(self.folder)
+        dtype = getattr(torch, str(config.get("torch_dtype") or config.get("dtype") or "float32"))
+        shutil.rmtree(out / MODEL, ignore_errors=True)
+        with whole_folder(out / MODEL) as fresh:
+            weights = {name: weight.detach().to(dtype) for name, weight in self.network.named_parameters()}
+            save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
+            for file in {f for pattern in TEXTS for f in self.folder.glob(pattern)}:
+                if file.name != "model.safetensors.index.json":
+                    shutil.copyfile(file, fresh / file.name)
+        return out / MODEL
+
+    def load(self, folder: Path) -> None:
+        """Put back what `save` wrote; raises ArcKernelError where it is not all there."""
+        file = folder / self.result / ("adapter_model.safetensors" if self.result == ADAPTER else "model.safetensors")
+        try:
+            weights = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise ArcKernelError(f"{file}: cannot be read ({error}): delete {folder} to go on from the one before it") from None
+        if self.result == ADAPTER:
+            from peft import set_peft_model_state_dict
+
+            left = set_peft_model_state_dict(self.network, weights)
+            wrong = [*left.unexpected_keys, *(k for k in left.missing_keys if "lora_" in k)]
+        else:
+            wrong = sorted(set(weights) ^ {name for name, _ in self.network.named_parameters()})
+            self.network.load_state_dict(weights, strict=False)
+        if wrong:
+            raise ArcKernelError(f"{file}: not of this run ({', '.join(wrong[:3])}): delete {folder} to go on from the one before it")
+
+
+def check_adapter_fits(adapter: Path, model: Path) -> None:
+    """Raise ArcKernelError unless each matrix of a LoRA has the sides of the weight it is for; reads headers only."""
+    check_adapter(adapter)
+    shapes, config = weight_shapes(model), json.loads((adapter / "adapter_config.json").read_text())
+    rank = None if config.get("rank_pattern") else config.get("r")
+    with safe_open(adapter / "adapter_model.safetensors", framework="np") as tensors:
+        for name in tensors.keys():
+            layer, _, part = name.removeprefix("base_model.model.").partition(".lora_")
+            side, sides = {"A": 1, "B": 0}.get(part[:1]), tensors.get_slice(name).get_shape()
+            weight = shapes.get(f"{layer}.weight") or (shapes.get("model.embed_tokens.weight") if layer == "lm_head" else None)
+            if side is None or len(sides) != 2:
+                continue
+            if weight is None:
+                raise ArcKernelError(f"{adapter}: made for another model: {model} has no {layer}: give the model it was trained on")
+            if rank and sides[1 - side] != rank:
+                raise ArcKernelError(f"{adapter}: {name} has rank {sides[1 - side]}, adapter_config.json says {rank}: "
+                                     f"copy the adapter again")
+            if weight[side] != sides[side]:
+                raise ArcKernelError(f"{adapter}: made for another model: {name} is {sides}, {layer} in {model} is {weight}: "
+                                     f"give the model it was trained on")
+

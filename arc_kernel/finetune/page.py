@@ -1,0 +1,105 @@
+"""Pictures of training: loss by prompt kind, gradient norm, learning rate, tokens/s, share of peak, largest activation; one page
+a run, and one for a study of learning rates. Knows run folders; nothing of models."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+from .. import report
+from ..tasks import replacing
+from .settings import FinetuneSettings
+
+LAST = 0.1  # share of a run's steps over which figures at its end are means: single steps jump with their examples
+DIVERGED = 1.2  # times the lowest mean loss on the way that the last one is, or not finite
+
+PANELS = (("gradient", "gradient norm before clipping", "log"), ("lr", "learning rate", "linear"),
+          ("tokens_per_second", "tokens/s", "linear"), ("peak_share", "share of the machine's product peak", "linear"),
+          ("largest", "largest activation", "log"))
+
+
+def steps(events: list[dict]) -> list[dict]:
+    """The events of steps by number; of a step done again after a kill the last."""
+    return [e for _, e in sorted({e["step"]: e for e in events if e["event"] == "step"}.items())]
+
+
+def figures(events: list[dict]) -> dict:
+    """Loss of the first and last tenth, the largest gradient norm, tokens/s, share of peak, tokens, skipped steps, `diverged`."""
+    rows, gave_up = steps(events), any(e["event"] == "diverged" for e in events)
+    if not rows:
+        return {"loss": None, "first_loss": None, "gradient": None, "tokens": 0, "tokens_per_second": 0.0, "skipped": 0, "peak_share": 0.0,
+                "diverged": gave_up}
+    count = max(1, round(LAST * len(rows)))
+    means = [float(np.mean([r["loss"] for r in rows[max(0, i + 1 - count): i + 1]])) for i in range(count - 1, len(rows))]
+    seconds = sum(r["seconds"] for r in rows)
+    last, gradients = means[-1], [r["gradient"] for r in rows if r["gradient"] is not None and math.isfinite(r["gradient"])]
+    return {"loss": last, "first_loss": means[0], "gradient": max(gradients, default=None), "tokens": sum(r["tokens"] for r in rows),
+            "tokens_per_second": sum(r["tokens"] for r in rows) / seconds, "skipped": sum(bool(r["skipped"]) for r in rows),
+            "peak_share": sum(r["peak_share"] * r["seconds"] for r in rows) / seconds,
+            "diverged": gave_up or not math.isfinite(last) or last > DIVERGED * min(means)}
+
+
+def write_report(out: Path, settings: FinetuneSettings) -> Path:
+    """Write `report.html` into a run folder from its events and return its path."""
+    events = report.read_events(out)
+    notes = [e for e in events if e.get("text")]
+    lines = "".join(f"<li>{html.escape(e['event'])}: {html.escape(e['text'])}</li>" for e in notes)
+    body = f"<h2>Figures</h2>{table([figures(events)])}<h2>Training</h2>{dynamics(steps(events))}<h2>What happened</h2><ul>{lines}</ul>"
+    with replacing(out / "report.html") as file:
+        file.write(report.page(f"Fine-tuning of {settings.model}", body + f"<h2>Settings</h2><pre>{html.escape(settings.to_json())}</pre>"))
+    return out / "report.html"
+
+
+def dynamics(rows: list[dict]) -> str:
+    """Six plots over the steps as one inline SVG."""
+    if not rows:
+        return "<p>No step was taken.</p>"
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    panels = figure.subplots(3, 2).ravel()
+    for kind in sorted({k for r in rows for k in r["kinds"]}):
+        found = [(r["step"], r["kinds"][kind]) for r in rows if kind in r["kinds"]]
+        panels[0].plot([s for s, _ in found], report.smooth([v for _, v in found]), linewidth=1.2, label=kind)
+    panels[0].set(title="loss, nats per answer token (mean over a tenth)", yscale="log")
+    panels[0].legend(fontsize=7)
+    for axes, (name, title, scale) in zip(panels[1:], PANELS):
+        found = [(r["step"], r[name]) for r in rows if r.get(name) is not None]
+        axes.plot([s for s, _ in found], [v for _, v in found], linewidth=1, marker="." if name == "largest" else None)
+        axes.set(title=title, yscale=scale, xlabel="step")
+    return report.svg(figure)
+
+
+def table(rows: list[dict]) -> str:
+    """Figures of runs as an HTML table, a run a row."""
+    names = list(rows[0])
+    show = lambda v: "" if v is None else f"{v:.4g}" if isinstance(v, float) else html.escape(str(v))
+    cells = "".join(f"<tr>{''.join(f'<td>{show(r[n])}</td>' for n in names)}</tr>" for r in rows)
+    return f"<table><tr>{''.join(f'<th>{n}</th>' for n in names)}</tr>{cells}</table>"
+
+
+def write_study(out: Path, runs: dict[float, list[dict]]) -> Path:
+    """Write study.html and study.json: runs that differ in the learning rate alone, by it, each given by its events."""
+    from matplotlib.figure import Figure
+
+    rows = [{"lr": lr} | figures(events) for lr, events in runs.items()]
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    loss, gradient = figure.subplots(1, 2)
+    for lr, events in runs.items():
+        found = steps(events)
+        loss.plot([r["step"] for r in found], report.smooth([r["loss"] for r in found]), linewidth=1.2, label=f"{lr:g}")
+        gradient.plot([r["step"] for r in found], [r["gradient"] for r in found], linewidth=0.8, label=f"{lr:g}")
+    loss.set(title="loss, nats per answer token", xlabel="step", yscale="log")
+    gradient.set(title="gradient norm", xlabel="step", yscale="log")
+    loss.legend(fontsize=8, title="lr")
+    fit = [r for r in rows if r["loss"] is not None and not r["diverged"]]
+    best = f"<p>Lowest loss at the end: <b>{min(fit, key=lambda r: r['loss'])['lr']:g}</b>.</p>" if fit else "<p>Every run diverged.</p>"
+    with replacing(out / "study.json") as file:
+        json.dump(rows, file, indent=1)
+    with replacing(out / "study.html") as file:
+        file.write(report.page("Learning rates", best + table(rows) + report.svg(figure)))
+    return out / "study.html"

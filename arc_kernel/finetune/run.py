@@ -1,0 +1,234 @@
+"""One fine-tuning run on one output folder, and what comes before it: data read, looked through and measured.
+
+`prepare` reads data once, also for several runs; `run` trains on it. The files in the folder are the state: a killed run started
+again on it goes on from its last whole checkpoint. Under torchrun the first process alone writes and speaks.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from .. import ceilings, checkpoint, progress, report
+from ..errors import ArcKernelError
+from ..grids import GridEncoder
+from ..precision import verdict
+from ..prompts import PromptBuilder
+from ..tasks import Task, load_challenges, replacing, task_to_json
+from . import overlap, page
+from .data import CONTEXT, Source, open_source
+from .settings import FinetuneSettings
+from .stream import Stream, check_lengths
+
+HELD_OUT = "held_out.json"
+MAIN = int(os.environ.get("RANK", 0)) == 0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What runs on the same data share: the model's folder, the stream, sampled lengths, tasks held out, what was seen."""
+
+    folder: Path
+    stream: Stream
+    lengths: np.ndarray
+    held_out: tuple[Task, ...]
+    notes: tuple[str, ...]
+
+
+def prepare(s: FinetuneSettings) -> Prepared:
+    """Read the data, take out what is held out, look for evaluation tasks in it, measure its lengths.
+
+    Raises ArcKernelError in one line for data that cannot be used, that holds evaluation tasks, or that is too long.
+    """
+    folder = checkpoint.open_model(s.model)
+    longest = min(s.max_seq_len, checkpoint.context_length(folder))
+    builder = PromptBuilder(checkpoint.load_tokenizer(folder), GridEncoder.from_name(s.grid_encoder), s.prompt)
+    sources = [open_source(argument) for argument in s.data]
+    notes = [f"{source.name}: {len(source.groups)} tasks as {source.kind}, weight {source.weight:g}" if source.groups else
+             f"{source.name}: made as drawn, weight {source.weight:g}" for source in sources]
+    held_out = hold_out(sources, s.hold_out, s.seed, builder, s.max_tokens or longest)
+    if held_out:
+        sources = [source.without({t.id for t in held_out}) for source in sources]
+        notes.append(f"{len(held_out)} tasks held out: {HELD_OUT}")
+    if s.evaluation_tasks and any(source.groups for source in sources):
+        found = overlap.find(load_challenges(s.evaluation_tasks).tasks.values(), sources)
+        if found and not s.allow_overlap and not s.drop_overlap:
+            raise ArcKernelError(f"finetune: {overlap.text(found)}: leave them out with --drop-overlap, or train on them knowingly "
+                                 f"with --allow-overlap")
+        if s.drop_overlap:
+            sources = [source.without({f.group for f in found if f.source == source.name}) for source in sources]
+        notes.append(overlap.text(found) + ", left out" * bool(found and s.drop_overlap))
+    stream = Stream(sources, builder, s.seed, longest, s.compose, s.max_tokens, s.loss == "all", s.background == "permuted")
+    lengths = stream.lengths()
+    notes.append(check_lengths(lengths, min(s.max_tokens or longest, longest), s.max_too_long))
+    return Prepared(folder, stream, lengths, held_out, tuple(notes))
+
+
+def hold_out(sources: list[Source], count: int, seed: int, builder: PromptBuilder, longest: int) -> tuple[Task, ...]:
+    """`count` tasks drawn from the pools, each of 2 to 4 train pairs and a test pair, that fit into `longest` tokens.
+
+    Raises ArcKernelError where the pools have fewer.
+    """
+    pools = {g.id: g for source in sources for g in source.groups if not g.whole}
+    rng, tasks = np.random.default_rng((seed, len(pools))), []
+    for i in rng.permutation(len(pools)) if count else ():
+        group = pools[sorted(pools)[i]]
+        shown = 1 + int(rng.integers(min(CONTEXT), max(CONTEXT)))
+        small = [p for p in group.variations[0] if (p.input.size + p.output.size) * shown <= longest]
+        pairs = [small[k] for k in rng.permutation(len(small))[:shown]]
+        if len(pairs) <= min(CONTEXT):
+            continue
+        answer = max(len(builder.answer_ids(pairs[-1].output)), len(builder.answer_ids(pairs[-1].output.T)))
+        if builder.fit(tuple(pairs[:-1]), pairs[-1].input, answer, longest) == tuple(range(len(pairs) - 1)):
+            tasks.append(Task(group.id, tuple(pairs[:-1]), (pairs[-1],)))
+        if len(tasks) == count:
+            return tuple(tasks)
+    if count:
+        raise ArcKernelError(f"finetune: hold_out {count}: only {len(tasks)} tasks of pools fit into {longest} tokens: hold out fewer")
+    return ()
+
+
+class Run:
+    """One run with everything resolved: its folder claimed, its events told."""
+
+    def __init__(self, settings: FinetuneSettings, prepared: Prepared):
+        self.begun, self.s, self.prepared, self.out = time.perf_counter(), settings, prepared, settings.out_path
+        self.tokens, self.seconds = 0, 0.0
+        if MAIN:
+            self._claim_folder()
+        for text in prepared.notes:
+            self._say("data", text=text)
+
+    def train(self) -> dict:
+        """Train, write adapter or model and report.html; returns their paths, the last loss, tokens/s and the share of peak."""
+        import torch
+
+        from .learner import Learner
+        from .train import Diverged, train
+
+        s, folder, device = self.s, self.prepared.folder, verdict.device_name()
+        dtype = training_dtype(s.dtype, device)
+        torch.manual_seed(s.seed)
+        learner = Learner(folder, s.lora_rank, Path(s.adapter) if s.adapter else None, dtype, s.gradient_checkpointing)
+        trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
+        self.peak = ceilings.gemm(dtype, device, repeats=3)
+        self._say("start", text=f"{trained / 1e6:.1f}M weights trained in {dtype} on {verdict.device_model(device)}, "
+                                f"products at {self.peak / 1e9:.0f} GFLOP/s", dtype=dtype, trained=trained, peak=self.peak)
+        with progress.bar(s.steps if MAIN else 0, "finetune", "step") as self._bar:
+            try:
+                reached = train(learner, self.prepared.stream, s, self.prepared.lengths, ceilings.shape_of(folder), dtype, device,
+                                self._step, self._callbacks())
+            except Diverged as error:
+                self._log("diverged", text=str(error))
+                raise
+        if not MAIN:
+            return {}
+        result = learner.save_result(self.out)
+        if reached < s.steps:
+            self._say("out-of-time", text=f"stopped at step {reached} of {s.steps} after {s.time_budget:g} s: start again to go on")
+        return {"result": result, "step": reached, "report": page.write_report(self.out, s)} | page.figures(report.read_events(self.out))
+
+    def _step(self, step: int, facts: dict) -> None:
+        """Tell of a step: tokens/s and share of the product peak of all processes from its seconds."""
+        if not MAIN:
+            return
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        peaks, seconds, flop = facts.pop("peaks"), facts["seconds"], facts.pop("flop")
+        facts |= {"tokens_per_second": facts["tokens"] / seconds, "peak_share": flop / seconds / self.peak / world}
+        if peaks:
+            site, values = max(peaks.items(), key=lambda item: max(item[1]))
+            facts |= {"largest": max(values), "site": site}
+        self._log("step", step=step, **facts)
+        if facts["skipped"]:
+            self._say("skipped", text=f"step {step}: the gradient is not finite: no weight was changed", step=step)
+        self.tokens, self.seconds = self.tokens + facts["tokens"], self.seconds + seconds
+        self._bar.set_postfix_str(f"{self.tokens / self.seconds:.0f} tok/s, loss {facts['loss']:.3f}", refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def _callbacks(self) -> list:
+        """TensorBoard's, where it is installed: the same figures, in `out`/tensorboard."""
+        if not MAIN or not importlib.util.find_spec("tensorboard"):
+            return []
+        from torch.utils.tensorboard import SummaryWriter
+        from transformers.integrations import TensorBoardCallback
+
+        return [TensorBoardCallback(SummaryWriter(log_dir=str(self.out / "tensorboard")))]
+
+    def _claim_folder(self) -> None:
+        """Make the output folder this run's: refuse one that cannot be written, or holds a run with other settings."""
+        path = self.out / "settings.json"
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            if path.is_file():
+                lines = self.s.differences(stored_settings(self.out))
+                if lines:
+                    raise ArcKernelError(f"{self.out}: holds a run with other settings ({'; '.join(lines)}): "
+                                         f"give another --out, or delete it")
+            with replacing(path) as file:
+                file.write(self.s.to_json())
+            if self.prepared.held_out:
+                with replacing(self.out / HELD_OUT) as file:
+                    json.dump({t.id: with_solutions(t) for t in self.prepared.held_out}, file)
+        except OSError as error:
+            raise ArcKernelError(f"{self.out}: cannot be written ({error.strerror}): give another --out") from None
+
+    def _log(self, event: str, **facts) -> None:
+        if MAIN:
+            with open(self.out / "events.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"event": event, "at": round(time.perf_counter() - self.begun, 3), **facts}) + "\n")
+
+    def _say(self, event: str, text: str, **facts) -> None:
+        """Log an event and print it as one line."""
+        self._log(event, text=text, **facts)
+        if MAIN:
+            tqdm.write(f"{event}: {text}", file=sys.stderr)
+
+
+def training_dtype(wanted: str, device: str) -> str:
+    """The dtype products are computed in: `auto` is bfloat16 where native, else float16 on a GPU, float32 on a CPU.
+
+    Raises ArcKernelError for float16 on a CPU, where Trainer has no loss scaling.
+    """
+    if wanted == "float16" and device == "cpu":
+        raise ArcKernelError("finetune: dtype float16 needs a GPU: give float32, or bfloat16 where the CPU has it")
+    first = verdict.candidates(wanted, device)[0]
+    return "float32" if first == "float16" and device == "cpu" else first
+
+
+def with_solutions(task: Task) -> dict:
+    """A task as Kaggle's challenges have it, with its test outputs in the test pairs: `solve` reads, hides and scores them."""
+    made = task_to_json(task)
+    del made["id"]
+    for shown, pair in zip(made["test"], task.test):
+        shown["output"] = pair.output.tolist()
+    return made
+
+
+def stored_settings(out: Path) -> FinetuneSettings:
+    """The settings of a run folder; raises ArcKernelError naming the file."""
+    path = out / "settings.json"
+    try:
+        return FinetuneSettings.from_parameters(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ArcKernelError(f"{path}: no such file: give the output folder of a fine-tuning run") from None
+    except (OSError, ValueError, TypeError, ArcKernelError) as error:
+        raise ArcKernelError(f"{path}: not the settings of a fine-tuning run ({error}): give another --out") from None
+
+
+def finetune(settings: FinetuneSettings, prepared: Prepared | None = None) -> dict:
+    """The whole run; returns what `Run.train` returns. Raises ArcKernelError in one line."""
+    from safetensors import SafetensorError
+
+    try:
+        return Run(settings, prepared or prepare(settings)).train()
+    except (OSError, SafetensorError) as error:
+        raise ArcKernelError(f"{settings.out}: cannot be written ({error}): free some disk and start again: it goes on from its "
+                             f"last checkpoint") from None

@@ -1,0 +1,262 @@
+"""Fine-tuning runs on a tiny random model of the real architecture: `python -m pytest tests/test_finetune.py`."""
+
+import dataclasses
+import json
+import resource
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
+
+from arc_kernel import __main__ as command_line
+from arc_kernel import ceilings, checkpoint, vocabulary
+from arc_kernel.errors import ArcKernelError
+from arc_kernel.finetune import page, run, study, train
+from arc_kernel.finetune.learner import Learner, check_adapter_fits
+from arc_kernel.finetune.settings import FinetuneSettings
+from arc_kernel.report import read_events
+from models import tiny_model
+
+
+@pytest.fixture(scope="module")
+def tiny(model_folder, tmp_path_factory):
+    """A tiny model with the tokens of ARC prompts only, so that the head costs nothing."""
+    folder = tmp_path_factory.mktemp("tiny")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vocabulary, "CHECKED", {})  # its comparison on real tasks is test_vocabulary's
+        vocabulary.shrink(tiny_model(model_folder, folder / "full"), folder / "arc")
+    return folder / "arc"
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("pool") / "pool.jsonl"
+    pair = lambda side: {"input": rng.integers(10, size=(side, side)).tolist(), "output": rng.integers(10, size=(1, side)).tolist()}
+    path.write_text("".join(json.dumps({"id": f"t{n}", "pairs": [pair(2 + n % 4) for _ in range(6)]}) + "\n" for n in range(8)))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def nothing_that_takes_seconds(monkeypatch, request):
+    """No timing of products; the page of a run only where it is looked at."""
+    monkeypatch.setattr(ceilings, "gemm", lambda *_, **__: 1e11)
+    if "report" not in request.node.name:
+        monkeypatch.setattr(page, "write_report", lambda out, settings: out / "report.html")
+
+
+@pytest.fixture
+def settings(tiny, pool, tmp_path):
+    return FinetuneSettings(data=(str(pool), f"{pool}:inputs:0.5"), model=str(tiny), out=str(tmp_path / "run"), dtype="float32", grid_encoder="digits", prompt="compact",
+                            lora_rank=4, steps=20, batch=3, micro_tokens=256, lr=1e-2, evaluation_tasks="", save_every=5, sample_every=4)
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny, pool):
+    return run.prepare(FinetuneSettings(data=(str(pool), f"{pool}:inputs:0.5"), model=str(tiny), grid_encoder="digits", prompt="compact", evaluation_tasks=""))
+
+
+@pytest.fixture
+def killed_at(monkeypatch):
+    """A function that makes the next run die at a step, and the one after it live."""
+    whole = run.Run._step
+
+    def kill(step, how=KeyboardInterrupt):
+        def dying(self, number, facts):
+            whole(self, number, facts)
+            if number == step:
+                monkeypatch.setattr(run.Run, "_step", whole)
+                raise how
+
+        monkeypatch.setattr(run.Run, "_step", dying)
+
+    return kill
+
+
+def rows_of(settings):
+    return page.steps(read_events(settings.out_path))
+
+
+def losses_of(settings):
+    return [(r["step"], r["loss"], r["gradient"], r["lr"], r["kinds"]) for r in rows_of(settings)]
+
+
+def test_20_steps_at_once_are_10_and_10_more_after_a_kill(settings, prepared, tmp_path, killed_at):
+    again = dataclasses.replace(settings, out=str(tmp_path / "again"))
+    whole = run.finetune(settings, prepared)
+    killed_at(13)
+    with pytest.raises(KeyboardInterrupt):
+        run.finetune(again, prepared)
+    (again.out_path / "checkpoints" / ".part-15").mkdir()  # what a kill in the middle of saving leaves
+    made = run.finetune(again, prepared)
+    assert [e["step"] for e in read_events(again.out_path) if e["event"] == "step"] == [*range(1, 14), *range(11, 21)]
+    assert losses_of(again) == losses_of(settings) and len(losses_of(again)) == 20
+    one, other = (load_file(m["result"] / "adapter_model.safetensors") for m in (whole, made))
+    assert one.keys() == other.keys() and all(np.array_equal(one[k], other[k]) for k in one)
+    assert sorted(p.name for p in (again.out_path / "checkpoints").iterdir()) == ["checkpoint-15", "checkpoint-20"]
+    assert run.finetune(again, prepared)["step"] == 20 and len(losses_of(again)) == 20  # a finished run is left as it is
+
+
+def test_a_run_learns_and_leaves_an_adapter_a_report_and_figures(settings, prepared):
+    made = run.finetune(dataclasses.replace(settings, steps=30), prepared)
+    assert made["loss"] < made["first_loss"] - 0.15 and not made["diverged"] and made["tokens"] > 3000 and made["tokens_per_second"] > 0
+    assert made["result"] == settings.out_path / "adapter" and Learner(checkpoint.open_model(settings.model), 1, made["result"], "float32").result == "adapter"
+    text = made["report"].read_text()
+    assert text.count("<svg") == 1 and "largest activation" in text and "inputs" in text and settings.data[0] in text
+    rows = rows_of(settings)
+    assert [r["step"] for r in rows if "largest" in r] == [1, 5, 9, 13, 17, 21, 25, 29] and all(r["largest"] > 0 for r in rows if "largest" in r)
+    assert all(0 < r["peak_share"] and set(r["kinds"]) <= {"output", "inputs"} for r in rows)
+    assert max(r["lr"] for r in rows) == pytest.approx(1e-2) and rows[-1]["lr"] < 1e-3
+
+
+def test_full_training_leaves_a_model_folder_that_loads_and_differs(settings, prepared, tiny, killed_at):
+    full = dataclasses.replace(settings, lora_rank=0, steps=6, save_every=2, lr=1e-3, gradient_checkpointing=True)
+    killed_at(3)
+    with pytest.raises(KeyboardInterrupt):
+        run.finetune(full, prepared)
+    made = run.finetune(full, prepared)
+    assert len(losses_of(full)) == 6 and losses_of(full)[-1][1] < losses_of(full)[0][1]
+    checkpoint.check_model(made["result"])
+    old, new = (AutoModelForCausalLM.from_pretrained(f) for f in (tiny, made["result"]))
+    assert new.config.to_dict() | {"_name_or_path": ""} == old.config.to_dict() | {"_name_or_path": ""}
+    assert not torch.equal(old.model.layers[0].mlp.up_proj.weight, new.model.layers[0].mlp.up_proj.weight)
+    assert checkpoint.load_tokenizer(made["result"])("12").input_ids == checkpoint.load_tokenizer(tiny)("12").input_ids
+
+
+def test_the_loss_does_not_depend_on_how_examples_are_put_together(settings, prepared, tmp_path):
+    small = dataclasses.replace(settings, steps=3, micro_tokens=1, out=str(tmp_path / "small"))
+    large = dataclasses.replace(settings, steps=3, micro_tokens=5000, gradient_checkpointing=True)
+    for s in (small, large):
+        run.finetune(s, prepared)
+    assert [r["loss"] for r in rows_of(small)] == pytest.approx([r["loss"] for r in rows_of(large)], rel=1e-4)
+    assert [r["gradient"] for r in rows_of(small)] == pytest.approx([r["gradient"] for r in rows_of(large)], rel=1e-3)
+
+
+def test_training_goes_on_from_a_given_adapter(settings, prepared, tmp_path):
+    first = run.finetune(settings, prepared)
+    second = dataclasses.replace(settings, steps=2, adapter=str(first["result"]), out=str(tmp_path / "second"))
+    run.finetune(second, prepared)
+    assert losses_of(second)[0][1] < losses_of(settings)[0][1] - 0.2
+
+
+def test_a_disk_that_is_full_while_saving_leaves_the_last_good_checkpoint(settings, prepared, monkeypatch):
+    settings = dataclasses.replace(settings, steps=12)
+    whole, limits = run.Run._step, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(self, step, facts):
+        whole(self, step, facts)
+        if step == 9:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # larger files cannot be written from here on
+
+    monkeypatch.setattr(run.Run, "_step", fill)
+    try:
+        with pytest.raises(ArcKernelError, match="checkpoint of step 10 cannot be saved.*goes on from checkpoint-5$") as error:
+            run.finetune(settings, prepared)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value)
+    assert [p.name for p in (settings.out_path / "checkpoints").iterdir()] == ["checkpoint-5"]
+    monkeypatch.setattr(run.Run, "_step", whole)
+    assert run.finetune(settings, prepared)["step"] == 12
+    assert [e["step"] for e in read_events(settings.out_path) if e["event"] == "step"] == [*range(1, 11), *range(6, 13)]
+
+
+def test_gradients_that_are_not_finite_change_nothing_and_end_the_run_by_naming_the_last_checkpoint(settings, prepared, monkeypatch):
+    whole = train.StepTrainer.training_step
+
+    def broken(self, *inputs):
+        loss, number = whole(self, *inputs), self.state.global_step + 1
+        if number == 3 or number > 6:
+            next(p for p in self.model.parameters() if p.grad is not None).grad.fill_(float("nan"))
+        return loss
+
+    monkeypatch.setattr(train.StepTrainer, "training_step", broken)
+    with pytest.raises(ArcKernelError, match="step 9: gradients are not finite 3 steps in a row in float32.*checkpoint-5"):
+        run.finetune(settings, prepared)
+    rows = rows_of(settings)
+    assert [r["step"] for r in rows if r["skipped"]] == [3, 7, 8] and all(np.isfinite(r["loss"]) for r in rows)
+
+
+def test_a_time_budget_saves_and_stops_and_the_next_start_goes_on(settings, prepared):
+    short = dataclasses.replace(settings, time_budget=1e-3, save_every=100, steps=4)
+    assert run.finetune(short, prepared)["step"] == 1 and (short.out_path / "adapter").is_dir()
+    assert run.finetune(dataclasses.replace(short, time_budget=0.0), prepared)["step"] == 4
+    assert [r[0] for r in losses_of(short)] == [1, 2, 3, 4]
+
+
+def test_a_study_ends_in_one_page_with_each_rate_and_the_best_of_them(settings):
+    path = study.study(dataclasses.replace(settings, steps=10, batch=2), [1e-3, 1e-2])
+    rows = {r["lr"]: r for r in json.loads((settings.out_path / "study.json").read_text())}
+    assert rows.keys() == {1e-3, 1e-2} and rows[1e-2]["loss"] < rows[1e-3]["loss"] and not rows[1e-3]["diverged"]
+    text, best = path.read_text(), min((r for r in rows.values() if not r["diverged"]), key=lambda r: r["loss"])
+    assert text.count("<svg") == 1 and f"Lowest loss at the end: <b>{best['lr']:g}</b>" in text
+    first = [[json.loads(line)["loss"] for line in (settings.out_path / f"lr-{lr}" / "events.jsonl").read_text().splitlines() if '"step", "at"' in line][0]
+             for lr in ("0.001", "0.01")]
+    assert len(set(first)) == 1  # the same data, from the same start
+
+
+def test_a_study_goes_on_after_a_rate_whose_gradients_are_not_finite(settings, monkeypatch, capsys):
+    whole = train.StepTrainer.training_step
+
+    def broken(self, *inputs):
+        loss = whole(self, *inputs)
+        if self.args.learning_rate == 1e-2:
+            next(p for p in self.model.parameters() if p.grad is not None).grad.fill_(float("inf"))
+        return loss
+
+    monkeypatch.setattr(train.StepTrainer, "training_step", broken)
+    study.study(dataclasses.replace(settings, steps=5, batch=1), [1e-2, 1e-3])
+    rows = json.loads((settings.out_path / "study.json").read_text())
+    assert [(r["lr"], r["diverged"]) for r in rows] == [(1e-2, True), (1e-3, False)]
+    assert "lr 0.01: finetune: step 3: gradients are not finite" in capsys.readouterr().err
+
+
+def test_a_run_whose_loss_rises_again_or_is_nan_has_diverged():
+    made = lambda losses: [{"event": "step", "step": i, "loss": v, "gradient": 1.0, "tokens": 10, "seconds": 1.0, "peak_share": 0.5, "skipped": False, "kinds": {}}
+                           for i, v in enumerate(losses, 1)]
+    falling = [3.0 - 0.1 * i for i in range(20)]
+    assert not page.figures(made(falling))["diverged"]
+    assert page.figures(made(falling + [3.0] * 4))["diverged"] and page.figures(made(falling + [float("nan")]))["diverged"]
+
+
+def failing(arguments, capsys):
+    assert command_line.main(["finetune", *map(str, arguments)]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    return next(line for line in lines if line.startswith("error: "))
+
+
+def test_bad_input_is_one_line_on_the_command_line(settings, tiny, pool, tmp_path, capsys):
+    basic = ["--model", tiny, "--out", tmp_path / "x", "--evaluation-tasks", "", "--prompt", "compact"]
+    one = tmp_path / "one.jsonl"
+    one.write_text('{"id": "lonely", "pairs": [{"input": [[1]], "output": [[2]]}]}\n')
+    (tmp_path / "empty").mkdir()
+    assert "no data: give --data" in failing(basic, capsys)
+    assert "unknown prompt kind 'sideways'" in failing([*basic, "--data", f"{pool}:sideways"], capsys)
+    assert "empty" in failing([*basic, "--data", tmp_path / "empty"], capsys)
+    assert "task lonely has 1 pair" in failing([*basic, "--data", one], capsys)
+    assert "smaller than any example" in failing([*basic, "--data", pool, "--max-seq-len", 16], capsys)
+    assert "--lr 1e-3,fast: give a number" in failing([*basic, "--data", pool, "--lr", "1e-3,fast"], capsys)
+    assert "merge the adapter first" in failing([*basic, "--data", pool, "--lora-rank", 0, "--adapter", "a"], capsys)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_run_with_other_settings_is_not_overwritten(settings, prepared, killed_at):
+    killed_at(1)
+    with pytest.raises(KeyboardInterrupt):
+        run.finetune(settings, prepared)
+    with pytest.raises(ArcKernelError, match="holds a run with other settings.*lr: 0.02 vs 0.01"):
+        run.finetune(dataclasses.replace(settings, lr=2e-2), prepared)
+
+
+def test_an_adapter_for_another_base_is_refused_by_shape_and_by_rank(settings, prepared, model_folder, tmp_path):
+    made = run.finetune(dataclasses.replace(settings, steps=1), prepared)["result"]
+    check_adapter_fits(made, checkpoint.open_model(settings.model))
+    with pytest.raises(ArcKernelError, match="made for another model: .*down_proj.lora_A.* is .*4, 128.* is .*576, 1536"):
+        check_adapter_fits(made, model_folder)
+    shutil.copytree(made, tmp_path / "rank")
+    config = json.loads((made / "adapter_config.json").read_text())
+    (tmp_path / "rank" / "adapter_config.json").write_text(json.dumps(config | {"r": 8}))
+    with pytest.raises(ArcKernelError, match="has rank 4, adapter_config.json says 8"):
+        check_adapter_fits(tmp_path / "rank", checkpoint.open_model(settings.model))

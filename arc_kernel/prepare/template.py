@@ -47,13 +47,13 @@ def add(draft: Draft, name: str) -> None:
     _name_roles(draft, old_end, end)
     draft.tokenizer["additional_special_tokens"] = [t for t in draft.tokenizer["additional_special_tokens"] if t not in (end, draft.tokenizer.get("bos_token"))]
     new = [t for t in markers if t not in known]
-    _cover(draft, sorted(draft.backend.token_to_id(t) for t in new), end if end in new else None, old_end, known)
+    _cover(draft, sorted(draft.backend.token_to_id(t) for t in new), end if end in new else None, known)
 
 
 def cover(draft: Draft) -> None:
     """Give every token of the tokenizer a row in embedding and head, where there are fewer rows than ids."""
     known, rows = draft.ids(), int(draft.config.get("vocab_size") or 0)
-    _cover(draft, sorted(i for i in known.values() if rows and i >= rows), None, None, known)
+    _cover(draft, sorted(i for i in known.values() if rows and i >= rows), None, known)
 
 
 def _read(name: str) -> str:
@@ -76,36 +76,36 @@ def _name_roles(draft: Draft, old_end: str | None, end: str) -> None:
         draft.name_token("bos_token", draft.tokenizer["bos_token"])
 
 
-def _cover(draft: Draft, new: list[int], end: str | None, old_end: str | None, known: dict[str, int]) -> None:
+def _cover(draft: Draft, new: list[int], end: str | None, known: dict[str, int]) -> None:
     """Plan rows for the tokens `new`; `end` is the one among them that closes an answer, `known` are the tokens of before."""
     if not new:
         return
     rows = int(draft.config["vocab_size"])
-    size, old = max(rows, new[-1] + 1), [i for i in known.values() if i < rows and i not in new]
-    end_id, half = (draft.backend.token_to_id(t) if t else None for t in (end, old_end))
-    draft.stages.append(functools.partial(_grown, size=size, old=sorted(old), new=new, end=end_id, half=half))
+    size, old = max(rows, new[-1] + 1), sorted(i for i in known.values() if i < rows and i not in new)
+    draft.stages.append(functools.partial(_grown, size=size, old=old, new=new, end=draft.backend.token_to_id(end) if end else None))
     draft.config["vocab_size"] = size
     names = ", ".join(f"{draft.backend.id_to_token(i)} ({i})" for i in new)
     grown = f"{rows} -> {size} rows" if size > rows else f"in {rows} rows, some without a token"
-    line = f"new tokens: {names}; embedding (and an untied head) {grown}, theirs from the mean of the {len(old)} known tokens' rows"
-    if end_id is not None and half is not None:
-        line += f"; {end}'s from half of it and half of {old_end}'s, as equal rows have equal logits and the end would not be told from the others"
-    draft.report.append(line)
+    apart = f"; {end}'s moved off it at random by as much as rows differ, or its logit would be that of the other new tokens" if end else ""
+    draft.report.append(f"new tokens: {names}; embedding (and an untied head) {grown}, theirs from the mean of the {len(old)} known tokens' rows{apart}")
 
 
-def _grown(weights: Weights, size: int, old: list[int], new: list[int], end: int | None, half: int | None) -> Weights:
+def _grown(weights: Weights, size: int, old: list[int], new: list[int], end: int | None) -> Weights:
     """The stream with embedding and head at `size` rows, those of `new` from the mean of `old`.
 
-    The mean: Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models": a logit that changes no
-    other token's odds much.
+    Source: Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models": with the mean, a new token changes
+    the odds of the others little. `end` gets the mean plus noise of the rows' own spread: a LoRA trains no rows, so a head with
+    equal rows could never choose it over the other new tokens.
     """
+    import torch
+
     for name, tensor in weights:
         if name.endswith(ROWS):
-            wide = tensor.new_zeros(size, *tensor.shape[1:])
+            wide, noise = tensor.new_zeros(size, *tensor.shape[1:]), torch.Generator().manual_seed(0)
             wide[: len(tensor)] = tensor
-            mean = tensor[old].float().mean(0)
+            spread, mean = torch.std_mean(tensor[old].float(), dim=0)
             wide[new] = mean.to(tensor.dtype)
-            if end is not None and half is not None:
-                wide[end] = ((mean + tensor[half].float()) / 2).to(tensor.dtype)
+            if end is not None:
+                wide[end] = (mean + spread * torch.randn(mean.shape, generator=noise)).to(tensor.dtype)
             tensor = wide
         yield name, tensor

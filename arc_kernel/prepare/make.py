@@ -11,12 +11,15 @@ import tempfile
 from pathlib import Path
 from typing import Iterator
 
+from safetensors import SafetensorError
+
 from .. import checkpoint
 from ..errors import ArcKernelError
 from . import context as longer
 from . import openelm, template
 from .draft import Draft
 from .needed import check_weights, needed_shapes
+from .vocabulary import shrink
 
 
 def prepare(model: str, out: str, chat_template: str = "", context: int = 0, rope_theta: float = 0.0, vocabulary: str = "full") -> list[str]:
@@ -36,26 +39,32 @@ def prepare(model: str, out: str, chat_template: str = "", context: int = 0, rop
         folder = checkpoint.open_model(model)
         check_weights(folder)
         return [f"{folder}: {summary(folder)}"]
-    with _opened(model) as (source, licence), checkpoint.whole_folder(Path(out)) as fresh:
-        draft = Draft.open(source, fresh, licence)
-        if draft.config.get("model_type") == "openelm":
-            openelm.convert(draft)
-        else:
-            _check_source(draft)
-        template.cover(draft)
-        if chat_template:
-            template.add(draft, chat_template)
-        if context:
-            longer.stretch(draft, context, rope_theta)
-        longer.write_both_forms(draft.config)
-        if vocabulary == "arc":
-            from .vocabulary import shrink
+    try:
+        with _opened(model) as (source, licence), checkpoint.whole_folder(Path(out)) as fresh:
+            draft = Draft.open(source, fresh, licence)
+            _change(draft, chat_template, context, rope_theta, vocabulary)
+            draft.write()
+            checkpoint.check_model(fresh)
+            _refuse_other(Path(out), fresh)
+            return [*draft.report, f"{out}: {size(source)} -> {summary(fresh)}"]
+    except (OSError, SafetensorError) as error:
+        raise ArcKernelError(f"{out}: cannot be written ({error}): give another --out, or make room") from None
 
-            shrink(draft)
-        draft.write()
-        checkpoint.check_model(fresh)
-        _refuse_other(Path(out), fresh)
-        return [*draft.report, f"{out}: {size(source)} -> {summary(fresh)}"]
+
+def _change(draft: Draft, chat_template: str, context: int, rope_theta: float, vocabulary: str) -> None:
+    """Take the steps, in the order in which each finds what it needs: the architecture, the tokens, the angles, fewer tokens."""
+    if draft.config.get("model_type") == "openelm":
+        openelm.convert(draft)
+    else:
+        _check_source(draft)
+    template.cover(draft)
+    if chat_template:
+        template.add(draft, chat_template)
+    if context:
+        longer.stretch(draft, context, rope_theta)
+    longer.write_both_forms(draft.config)
+    if vocabulary == "arc":
+        shrink(draft)
 
 
 def size(folder: Path) -> str:

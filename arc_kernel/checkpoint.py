@@ -73,18 +73,20 @@ def check_safetensors(folder: Path, pattern: str) -> None:
                              f"(huggingface.co/spaces/safetensors/convert makes them), named {pattern}")
     if not files:
         raise ArcKernelError(f"{folder}: no {pattern}: convert the weights to safetensors (pickled weights are not loaded)")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        missing = set(json.loads(index.read_text())["weight_map"].values()) - {f.name for f in files}
-        if missing:
-            raise ArcKernelError(f"{folder / sorted(missing)[0]}: named by the index and missing: copy the model again")
+    index, names = folder / "model.safetensors.index.json", set()
+    indexed = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
+    if missing := set(indexed.values()) - {f.name for f in files}:
+        raise ArcKernelError(f"{folder / sorted(missing)[0]}: named by the index and missing: copy the model again")
     for file in files:
         try:
             with safe_open(file, framework="np") as tensors:
                 if not tensors.keys():
                     raise ArcKernelError(f"{file}: holds no tensor: copy the model again")
+                names |= set(tensors.keys())
         except (SafetensorError, OSError) as error:
             raise ArcKernelError(f"{file}: damaged safetensors ({error}): copy the model again") from None
+    if absent := indexed.keys() - names:
+        raise missing_tensors(folder, absent, index.name)
 
 
 def read_config(folder: Path) -> dict:

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -132,3 +132,45 @@ def byte_level_tokenizer(folder: Path, kind: str) -> int:
               "added_tokens_decoder": {str(backend.token_to_id(t)): {"content": t, "special": True} for t in markers}}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return backend.get_vocab_size(with_added_tokens=True)
+
+
+def gguf_of(folder, path):
+    """Write a model folder of Llama's architecture as a GGUF in float32; returns the folder."""
+    from gguf import GGUFWriter
+
+    config, tokenizer, weights = json.loads((folder / "config.json").read_text()), json.loads((folder / "tokenizer.json").read_text()), load_file(folder / "model.safetensors")
+    heads, kv = config["num_attention_heads"], config["num_key_value_heads"]
+    writer = GGUFWriter(path, "llama")
+    writer.add_license("apache-2.0")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("gpt2")
+    vocab = tokenizer["model"]["vocab"]
+    writer.add_token_list(sorted(vocab, key=vocab.get))
+    writer.add_token_types([3 if i < 3 else 1 for i in range(len(vocab))])
+    writer.add_token_merges([" ".join(m) for m in tokenizer["model"]["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+             "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+             "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+    for name, weight in weights.items():
+        inner = name.removesuffix(".weight")
+        layer = inner.split(".")[2] if ".layers." in inner else None
+        known = names[inner if layer is None else inner.split(".", 3)[3]]
+        if known in ("attn_q", "attn_k"):  # GGUF keeps the two halves of a head's rope interleaved
+            count = heads if known == "attn_q" else kv
+            weight = weight.view(count, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+        writer.add_tensor(f"{known}.weight" if layer is None else f"blk.{layer}.{known}.weight", weight.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder

@@ -18,7 +18,7 @@ from arc_kernel.prepare import vocabulary
 from arc_kernel.prepare.make import prepare
 from arc_kernel.prompts import PromptBuilder
 from arc_kernel.tasks import Pair, Task
-from standins import CONFIGS, openelm_weights, standin
+from standins import CONFIGS, gguf_of, openelm_weights, standin
 
 IDS = torch.arange(3, 243)[None] % 300
 LONG = "Input 1:\n123 456\n"
@@ -105,6 +105,23 @@ def test_openelm_unprepared_without_a_tokenizer_or_a_tensor_is_told_what_to_do(c
     (source / "tokenizer.json").unlink()
     assert refused(["--model", source, "--out", tmp_path / "out"], capsys, "no tokenizer (tokenizer.json): copy the one the model was trained with")
     assert not (tmp_path / "out").exists()
+
+
+def test_openelm_with_nothing_but_a_tokenizer_json_takes_its_end_token_from_the_config(copy_of, tmp_path):
+    source = copy_of("OpenELM-270M")
+    (source / "tokenizer_config.json").unlink()
+    prepare(str(source), str(tmp_path / "out"))
+    tokenizer = checkpoint.load_tokenizer(tmp_path / "out")
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.model_max_length) == ("<s>", "</s>", 2048)
+
+
+def test_disk_that_is_full_leaves_nothing_and_says_so_in_one_line(published, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    assert refused(["--model", published["AMD-Llama-135m"], "--out", tmp_path / "out"], capsys, tmp_path / "out", "No space left", "make room")
+    assert not list(tmp_path.iterdir())
 
 
 def test_first_missing_tensor_is_named_when_preparing_checking_and_loading(copy_of, tmp_path, capsys):
@@ -252,48 +269,6 @@ def test_gguf_becomes_a_clean_folder_with_the_licence_it_states(tmp_path):
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(60))
     with pytest.raises(ArcKernelError, match="broken.gguf: not imported"):
         prepare(str(tmp_path / "broken.gguf"), str(tmp_path / "no"))
-
-
-def gguf_of(folder, path):
-    """Write a model folder of Llama's architecture as a GGUF in float32; returns the folder."""
-    from gguf import GGUFWriter
-
-    config, tokenizer, weights = checkpoint.read_config(folder), json.loads((folder / "tokenizer.json").read_text()), load_file(folder / "model.safetensors")
-    heads, kv = config["num_attention_heads"], config["num_key_value_heads"]
-    writer = GGUFWriter(path, "llama")
-    writer.add_license("apache-2.0")
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("gpt2")
-    vocab = tokenizer["model"]["vocab"]
-    writer.add_token_list(sorted(vocab, key=vocab.get))
-    writer.add_token_types([3 if i < 3 else 1 for i in range(len(vocab))])
-    writer.add_token_merges([" ".join(m) for m in tokenizer["model"]["merges"]])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-             "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-             "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
-    for name, weight in weights.items():
-        inner = name.removesuffix(".weight")
-        layer = inner.split(".")[2] if ".layers." in inner else None
-        known = names[inner if layer is None else inner.split(".", 3)[3]]
-        if known in ("attn_q", "attn_k"):  # GGUF keeps the two halves of a head's rope interleaved
-            count = heads if known == "attn_q" else kv
-            weight = weight.view(count, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-        writer.add_tensor(f"{known}.weight" if layer is None else f"blk.{layer}.{known}.weight", weight.float().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return folder
 
 
 def test_prepared_twice_is_left_alone_and_nothing_else_is_overwritten(published, tmp_path, capsys):

@@ -58,8 +58,7 @@ class Draft:
         tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
                      "model_max_length": config.get("max_position_embeddings") or config.get("max_context_length") or 1 << 20}
         tokenizer |= roles | ({"additional_special_tokens": special} if special else {})
-        path = source / "generation_config.json"
-        generation = json.loads(path.read_text()) if path.is_file() else {k: v for k, v in config.items() if k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        generation = _generation(source / "generation_config.json") or {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in config}
         draft = cls(source, folder, config, generation, backend, tokenizer, template, licence=licence)
         if config.pop("auto_map", None):
             draft.report.append("auto_map: left out, no code of a checkpoint is run")
@@ -117,6 +116,13 @@ class Draft:
             check_weights(self.folder)
         except ArcKernelError as error:
             raise ArcKernelError(str(error).replace(str(self.folder), str(self.source))) from None
+
+
+def _generation(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ArcKernelError(f"{path}: not JSON: {error}: copy the model again") from None
 
 
 def _counted(weights: Weights, shown) -> Weights:

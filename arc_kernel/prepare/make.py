@@ -39,13 +39,16 @@ def prepare(model: str, out: str, chat_template: str = "", context: int = 0, rop
         folder = checkpoint.open_model(model)
         check_weights(folder)
         return [f"{folder}: {summary(folder)}"]
+    target = Path(out)
+    if target.exists() and (not target.is_dir() or target.resolve() == Path(model).resolve()):
+        raise _taken(target)
     try:
-        with _opened(model) as (source, licence), checkpoint.whole_folder(Path(out)) as fresh:
+        with _opened(model) as (source, licence), checkpoint.whole_folder(target) as fresh:
             draft = Draft.open(source, fresh, licence)
             _change(draft, chat_template, context, rope_theta, vocabulary)
             draft.write()
             checkpoint.check_model(fresh)
-            _refuse_other(Path(out), fresh)
+            _refuse_other(target, fresh)
             return [*draft.report, f"{out}: {size(source)} -> {summary(fresh)}"]
     except (OSError, SafetensorError) as error:
         raise ArcKernelError(f"{out}: cannot be written ({error}): give another --out, or make room") from None
@@ -119,4 +122,8 @@ def _refuse_other(target: Path, fresh: Path) -> None:
     names = sorted(f.name for f in fresh.iterdir())
     same_names = target.is_dir() and names == sorted(f.name for f in target.iterdir())
     if not same_names or filecmp.cmpfiles(target, fresh, names, shallow=False)[0] != names:
-        raise ArcKernelError(f"{target}: exists and holds something else: give another --out, or remove it")
+        raise _taken(target)
+
+
+def _taken(target: Path) -> ArcKernelError:
+    return ArcKernelError(f"{target}: exists and holds something else: give another --out, or remove it")

@@ -47,7 +47,7 @@ def check_model(folder: Path) -> None:
         raise ArcKernelError(f"{folder}: no such model folder: give a folder with safetensors, or {EMBEDDED}")
     config = read_config(folder)
     if config.get("model_type") == "openelm":
-        raise ArcKernelError(f"{folder}: OpenELM brings code of its own, which is not run: python -m arc_kernel prepare --model {folder} --out <folder>")
+        raise ArcKernelError(f"{folder}: OpenELM's own code is not run: python -m arc_kernel prepare --model {folder} --out <folder>")
     if "rope_parameters" in config and "rope_theta" not in config and importlib.metadata.version("transformers").startswith("4."):
         raise ArcKernelError(f"{folder}: saved by transformers 5, whose rope theta transformers 4 does not read: write rope_theta beside rope_parameters in config.json")
     if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
@@ -209,7 +209,7 @@ def embedded_model() -> Path:
 
 
 def import_gguf(gguf: Path, folder: Path, context: int | None) -> None:
-    """Write a GGUF's weights, dequantized to bfloat16 safetensors, and its tokenizer for `context` tokens (None: the model's) into `folder`."""
+    """Write a GGUF's weights, dequantized to bfloat16 safetensors, and its tokenizer into `folder`; `context` None: the model's."""
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer

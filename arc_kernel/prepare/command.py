@@ -12,7 +12,8 @@ def add_commands(commands) -> None:
                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     prepare.add_argument("--model", default="smollm2-135m", help="model folder, .gguf file, or smollm2-135m (embedded)")
     prepare.add_argument("--out", default="", help="folder to write; empty: only check the model")
-    prepare.add_argument("--chat-template", default="", metavar="TEMPLATE", help="chatml, llama3 or a Jinja file: with its special tokens, their rows, the end token; empty: the model's own")
+    prepare.add_argument("--chat-template", default="", metavar="TEMPLATE",
+                         help="chatml, llama3 or a Jinja file: with its special tokens, their rows, the end token; empty: the model's own")
     prepare.add_argument("--context", type=int, default=0, help="tokens of context, through rope theta; 0: the model's own")
     prepare.add_argument("--rope-theta", type=float, default=0.0, help="rope theta for that context; 0: by the NTK-aware rule")
     prepare.add_argument("--vocabulary", default="full", choices=("full", "arc"), help="arc: only the tokens of ARC prompts")

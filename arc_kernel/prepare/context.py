@@ -75,4 +75,5 @@ def stretch(draft: Draft, context: int, theta: float) -> None:
     draft.report.append(f"context: {before} -> {context} tokens, rope theta {old:g} -> {new:g} ({why})")
     if window := window_of(config):
         layers = config["num_hidden_layers"]
-        draft.report.append(f"sliding window: stays {window}: a layer looks {window} tokens back, all {layers} of them together at most {window * layers}")
+        draft.report.append(f"sliding window: stays {window}: a layer looks {window} tokens back, "
+                            f"all {layers} of them together at most {window * layers}")

@@ -48,17 +48,21 @@ class Draft:
 
     @classmethod
     def open(cls, source: Path, folder: Path, licence: str = "") -> "Draft":
-        """The draft of what is in `source`; `licence` where no README.md there states it. Raises ArcKernelError naming what is missing or not opened, with the mend."""
+        """The draft of what is in `source`; `licence` where no README.md there states it.
+
+        Raises ArcKernelError naming what is missing or not opened, with the mend.
+        """
         config = portable_config(read_config(source))
         if config.get("quantization_config"):
             raise ArcKernelError(f"{source / 'config.json'}: weights are quantized ({config['quantization_config'].get('quant_method')}): "
                                  "take the checkpoint they were made from")
         check_safetensors(source, WEIGHTS)
         backend, roles, special, template = _tokenizer(source, config)
-        tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-                     "model_max_length": config.get("max_position_embeddings") or config.get("max_context_length") or 1 << 20}
+        context = config.get("max_position_embeddings") or config.get("max_context_length") or 1 << 20
+        tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "model_max_length": context}
         tokenizer |= roles | ({"additional_special_tokens": special} if special else {})
-        generation = _generation(source / "generation_config.json") or {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in config}
+        named = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in config}
+        generation = _generation(source / "generation_config.json") or named
         draft = cls(source, folder, config, generation, backend, tokenizer, template, licence=licence)
         if config.pop("auto_map", None):
             draft.report.append("auto_map: left out, no code of a checkpoint is run")
@@ -110,7 +114,8 @@ class Draft:
                 else:
                     unused.append(name)
         if unused:
-            self.report.append(f"{len(unused)} tensors left out, which {self.config['architectures'][0]} has no use for: {', '.join(unused[:3])}{', ...' * (len(unused) > 3)}")
+            some = ", ".join(unused[:3]) + ", ..." * (len(unused) > 3)
+            self.report.append(f"tensors left out, for which the architecture has no use: {len(unused)} ({some})")
         save_file(tensors, self.folder / WEIGHTS.replace("*", ""), metadata={"format": "pt"})
         try:
             check_weights(self.folder)

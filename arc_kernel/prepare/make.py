@@ -22,19 +22,19 @@ from .needed import check_weights, needed_shapes
 from .vocabulary import shrink
 
 
-def prepare(model: str, out: str, chat_template: str = "", context: int = 0, rope_theta: float = 0.0, vocabulary: str = "full") -> list[str]:
+def prepare(model: str, out: str, chat_template: str = "", context: int = 0, rope_theta: float = 0.0,
+            vocabulary: str = "full") -> list[str]:
     """Write `model` as the clean folder `out` with what is asked for; one line per thing changed, then the folder's.
 
     Without `out` the model is only checked. A folder that holds just this already is left alone. Raises ArcKernelError in one
     line, and then leaves nothing behind.
     """
-    changes = chat_template or context or vocabulary != "full"
     if rope_theta and not context:
         raise ArcKernelError("prepare: --rope-theta goes with --context: give both")
     if context < 0 or rope_theta < 0:
         raise ArcKernelError("prepare: --context and --rope-theta are positive: give tokens and a base")
     if not out:
-        if changes or model.endswith(".gguf"):
+        if chat_template or context or vocabulary != "full" or model.endswith(".gguf"):
             raise ArcKernelError("prepare: nowhere to write the changed model: give --out, a folder")
         folder = checkpoint.open_model(model)
         check_weights(folder)

@@ -29,8 +29,8 @@ def needed_shapes(folder: Path) -> dict[str, list[int]]:
 
     config = read_config(folder)
     if not known_architecture(config):
-        raise ArcKernelError(f"{folder / 'config.json'}: transformers has no code for model_type {config.get('model_type')!r}, and code that comes "
-                             "with a checkpoint (auto_map) is not run: take a model of a known architecture")
+        raise ArcKernelError(f"{folder / 'config.json'}: transformers has no code for model_type {config.get('model_type')!r}, "
+                             "and code that comes with a checkpoint (auto_map) is not run: take a model of a known architecture")
     try:
         made = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):

@@ -54,13 +54,16 @@ def convert(draft: Draft) -> None:
     before = sum(map(math.prod, shapes.values()))
     draft.config = {k: config[k] for k in KEPT if k in config} | shape | {
         "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "intermediate_size": units, "num_attention_heads": kv * group,
-        "num_key_value_heads": kv, "hidden_act": "silu", "rms_norm_eps": EPSILON, "rope_theta": float(config.get("rope_freq_constant", 10_000)),
-        "attention_bias": False, "attention_dropout": 0.0, "use_sliding_window": False, "tie_word_embeddings": tied, "full_parameters": before}
-    draft.stages.append(functools.partial(_translated, q_heads=q_heads, kv_heads=kv_heads, kv=kv, group=group, units=units, head=shape["head_dim"]))
+        "num_key_value_heads": kv, "hidden_act": "silu", "rms_norm_eps": EPSILON, "attention_bias": False, "attention_dropout": 0.0,
+        "rope_theta": float(config.get("rope_freq_constant", 10_000)), "use_sliding_window": False, "tie_word_embeddings": tied,
+        "full_parameters": before}
+    draft.stages.append(functools.partial(_translated, q_heads=q_heads, kv_heads=kv_heads, kv=kv, group=group, units=units,
+                                          head=shape["head_dim"]))
     layer = shape["head_dim"] * shape["hidden_size"] * (2 * kv * group + 2 * kv) + 3 * units * shape["hidden_size"]
     own = sum(math.prod(s) for n, s in shapes.items() if n.endswith(FUSED))
     after = before - own + layer * shape["num_hidden_layers"]
-    draft.report.append(f"architecture: OpenELM -> Qwen3ForCausalLM, equal logits: {min(q_heads)}-{max(q_heads)} heads padded to {kv * group}, "
+    draft.report.append("architecture: OpenELM -> Qwen3ForCausalLM, equal logits: "
+                        f"{min(q_heads)}-{max(q_heads)} heads padded to {kv * group}, "
                         f"{min(kv_heads)}-{max(kv_heads)} key/value heads to {kv}, feed-forward to {units}: "
                         f"{before / 1e6:.1f}M -> {after / 1e6:.1f}M weights, {after / before - 1:.0%} more, all zeros")
 
@@ -78,12 +81,14 @@ def _check(source: Path, shapes: dict, shape: dict, q_heads: list[int], kv_heads
     if missing := [n for n in names if n not in shapes]:
         raise missing_tensors(source, missing, "OpenELM")
     if len(q_heads) != layers or len(kv_heads) != layers or any(q % k for q, k in zip(q_heads, kv_heads)):
-        raise ArcKernelError(f"{source / 'config.json'}: num_query_heads and num_kv_heads do not give {layers} layers of whole groups: take it as published")
+        raise ArcKernelError(f"{source / 'config.json'}: num_query_heads and num_kv_heads do not give {layers} layers of whole groups: "
+                             "take it as published")
     for i, (q, k) in enumerate(zip(q_heads, kv_heads)):
         units = shapes[f"transformer.layers.{i}.ffn.proj_2.weight"][1]
-        for name, wanted in zip(FUSED, ([(q + 2 * k) * head, hidden], [hidden, q * head], [2 * units, hidden], [hidden, units])):
-            if (found := shapes[f"transformer.layers.{i}.{name}"]) != wanted:
-                raise ArcKernelError(f"{source}: tensor transformer.layers.{i}.{name} has shape {found}, config.json says {wanted}: copy the model again")
+        for part, wanted in zip(FUSED, ([(q + 2 * k) * head, hidden], [hidden, q * head], [2 * units, hidden], [hidden, units])):
+            name = f"transformer.layers.{i}.{part}"
+            if shapes[name] != wanted:
+                raise ArcKernelError(f"{source}: tensor {name} has shape {shapes[name]}, config.json says {wanted}: copy the model again")
 
 
 def _translated(weights: Weights, q_heads: list[int], kv_heads: list[int], kv: int, group: int, units: int, head: int) -> Weights:

@@ -22,9 +22,9 @@ from . import context
 from .draft import ROWS
 
 SAMPLE = 40  # tasks whose prompts are counted
-COLUMNS = {"model": "model", "parameters": "weights", "without_embeddings": "no emb.", "context": "context", "rope_theta": "theta", "heads": "heads/kv",
-           "halves": "by 2", "head_size": "size", "layers": "layers", "vocabulary": "tokens", "tied": "tied", "chat_template": "template",
-           "digits": "digits", "task_tokens": "task", "float16_headroom": "fp16 bits", "licence": "licence"}
+COLUMNS = {"model": "model", "parameters": "weights", "without_embeddings": "no emb.", "context": "context", "rope_theta": "theta",
+           "heads": "heads/kv", "halves": "by 2", "head_size": "size", "layers": "layers", "vocabulary": "tokens", "tied": "tied",
+           "chat_template": "template", "digits": "digits", "task_tokens": "task", "float16_headroom": "fp16 bits", "licence": "licence"}
 
 
 def inspect(models: list[str], tasks: str) -> dict:
@@ -34,7 +34,8 @@ def inspect(models: list[str], tasks: str) -> dict:
     """
     sample = _sample(list(load_challenges(tasks).tasks.values()))
     encoder = GridEncoder.from_name(Settings().grid_encoder)
-    return {"models": [_facts(name, sample, encoder) for name in models], "tasks": tasks, "sampled": len(sample), "grid_encoder": encoder.name}
+    rows = [_facts(name, sample, encoder) for name in models]
+    return {"models": rows, "tasks": tasks, "sampled": len(sample), "grid_encoder": encoder.name}
 
 
 def text(facts: dict) -> str:
@@ -42,9 +43,9 @@ def text(facts: dict) -> str:
     joined = lambda row: row | {"heads": f"{row['heads']}/{row['kv_heads']}"}
     rows = [list(COLUMNS.values())] + [[_shown(key, joined(row)[key]) for key in COLUMNS] for row in facts["models"]]
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in rows]
-    return "\n".join([*lines, "",
-                      f"task: prompt tokens of a median task, {facts['sampled']} of {facts['tasks']}, {facts['grid_encoder']}, chat where there is a template, else compact",
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    return "\n".join([*lines, "", f"task: prompt tokens of a median task, {facts['sampled']} of {facts['tasks']}, {facts['grid_encoder']}, "
+                      "chat where there is a template, else compact",
                       "by 2: whether heads and kv heads can be shared by two devices; digits: whether each is a token of its own",
                       "fp16 bits: log2 of float16's limit over the largest activation the probe saw (command precision)"])
 
@@ -63,7 +64,8 @@ def _facts(name: str, sample: list[Task], encoder: GridEncoder) -> dict:
             "sliding_window": context.window_of(config), "vocabulary": len(tokenizer),
             "tied": not any(n.endswith(ROWS[1]) for n in shapes), "chat_template": _template(tokenizer.chat_template),
             "digits": [len(builder.ids_of(d)) for d in "0123456789"] == [1] * 10 and len(builder.ids_of("0123456789")) == 10,
-            "task_tokens": int(median(lengths)) if lengths else None, "float16_headroom": _headroom(folder), "licence": _licence(folder) or (checkpoint.EMBEDDED_LICENCE if name == checkpoint.EMBEDDED else "")}
+            "task_tokens": int(median(lengths)) if lengths else None, "float16_headroom": _headroom(folder),
+            "licence": _licence(folder) or (checkpoint.EMBEDDED_LICENCE if name == checkpoint.EMBEDDED else "")}
 
 
 def _sample(tasks: list[Task]) -> list[Task]:

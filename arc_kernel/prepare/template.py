@@ -15,11 +15,13 @@ from ..prompts import PromptBuilder
 from .draft import ROWS, Draft, Weights
 
 # ChatML: github.com/openai/openai-python, chatml.md (v0.28); the loop is that of transformers' documentation on chat templates.
-CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+CHATML = ("{% for message in messages %}"
+          "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
 # Llama 3: llama.com/docs/model-cards-and-prompt-formats/meta-llama-3: header of the role, two newlines, content, <|eot_id|>.
-LLAMA3 = ("{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim"
-          " + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}")
+LLAMA3 = ("{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'"
+          " + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}")
 TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3}
 BEGIN = "<|begin_of_text|>"  # Llama 3's bos_token, for a tokenizer that has none
 MARKER = re.compile(r"<\|[^|<>\s]+\|>")  # what a template's special tokens look like
@@ -45,7 +47,8 @@ def add(draft: Draft, name: str) -> None:
     loaded = draft.load_tokenizer()
     end = loaded.convert_ids_to_tokens(PromptBuilder(loaded, GridEncoder.from_name(ENCODERS[0]), "chat").end_token)
     _name_roles(draft, old_end, end)
-    draft.tokenizer["additional_special_tokens"] = [t for t in draft.tokenizer["additional_special_tokens"] if t not in (end, draft.tokenizer.get("bos_token"))]
+    named = (end, draft.tokenizer.get("bos_token"))
+    draft.tokenizer["additional_special_tokens"] = [t for t in draft.tokenizer["additional_special_tokens"] if t not in named]
     new = [t for t in markers if t not in known]
     _cover(draft, sorted(draft.backend.token_to_id(t) for t in new), end if end in new else None, known)
 
@@ -60,7 +63,8 @@ def _read(name: str) -> str:
     try:
         return Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ArcKernelError(f"{name}: neither {' nor '.join(TEMPLATES)} nor a template that can be read: {error}: give one of these") from None
+        kinds = " nor ".join(TEMPLATES)
+        raise ArcKernelError(f"{name}: neither {kinds} nor a template that can be read: {error}: give one of these") from None
 
 
 def _name_roles(draft: Draft, old_end: str | None, end: str) -> None:
@@ -87,7 +91,8 @@ def _cover(draft: Draft, new: list[int], end: str | None, known: dict[str, int])
     names = ", ".join(f"{draft.backend.id_to_token(i)} ({i})" for i in new)
     grown = f"{rows} -> {size} rows" if size > rows else f"in {rows} rows, some without a token"
     apart = f"; {end}'s moved off it at random by as much as rows differ, or its logit would be that of the other new tokens" if end else ""
-    draft.report.append(f"new tokens: {names}; embedding (and an untied head) {grown}, theirs from the mean of the {len(old)} known tokens' rows{apart}")
+    draft.report.append(f"new tokens: {names}; embedding (and an untied head) {grown}, "
+                        f"theirs from the mean of the {len(old)} known tokens' rows{apart}")
 
 
 def _grown(weights: Weights, size: int, old: list[int], new: list[int], end: int | None) -> Weights:

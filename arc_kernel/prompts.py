@@ -22,6 +22,7 @@ SYSTEM = "You are a helpful assistant."
 QUESTION = "Find the rule that turns each input grid into its output grid and apply it to the test input."
 SIDES = {"inputs": "Input", "outputs": "Output"}  # prompts that show one side of the pairs only and ask for one more
 ONE_MORE = "Find what these {}s have in common and write one more."
+_ANCHORS = ("\n", "0", ":")  # a text is tokenized behind one of these where a tokenizer begins each text with a space
 _MARK = "\u2402arc\u2402"  # stands in a rendered chat template where the grids go
 
 
@@ -55,6 +56,7 @@ class PromptBuilder:
 
     def __init__(self, tokenizer, encoder: GridEncoder, kind: str):
         self.encoder, self.kind, self._tokenizer = encoder, kind, tokenizer
+        self._begins_with_space = tokenizer.convert_ids_to_tokens(self._whole("0"))[:1] not in ([], ["0"])
         self.ids_of = functools.lru_cache(maxsize=4096)(self._tokenize)
         self._one_token_cells = all(len(self.ids_of(c)) == 1 for c in (*"0123456789", *encoder.separator))
         self._words = _chat_words(tokenizer) if kind == "chat" else _compact_words(tokenizer)
@@ -63,6 +65,21 @@ class PromptBuilder:
         self.longest_answer = len(self.answer_ids(encoder.longest()))
 
     def _tokenize(self, text: str) -> tuple[int, ...]:
+        """Ids of a text that goes on from another.
+
+        Llama-2's tokenizer begins every text it is given with a space; inside a prompt there is none, so the text is then
+        tokenized behind an anchor, whose ids are taken off again.
+        """
+        if not self._begins_with_space:
+            return self._whole(text)
+        for anchor in _ANCHORS:
+            ahead, ids = self._whole(anchor), self._whole(anchor + text)
+            if ids[: len(ahead)] == ahead:
+                return ids[len(ahead):]
+        raise ArcKernelError(f"{self._tokenizer.name_or_path}: tokenizer joins {text[:20]!r} with whatever stands before it: take another model")
+
+    def _whole(self, text: str) -> tuple[int, ...]:
+        """Ids of a text by itself, without the tokens a tokenizer puts around a text."""
         return tuple(self._tokenizer(text, add_special_tokens=False).input_ids) if text else ()
 
     def grid_ids(self, grid: Grid) -> list[int]:
@@ -86,7 +103,7 @@ class PromptBuilder:
     def _prompt(self, train: tuple[Pair, ...], test_input: Grid) -> tuple[list[int], list[slice]]:
         """Token ids up to the answer, and where in them the output of each train pair stands, with the token that ends it."""
         w, ids, outputs = self._words, [], []
-        ids += self.ids_of(w.start)
+        ids += self._whole(w.start)
         for number, pair in enumerate(train, 1):
             ids += self.ids_of(w.before_input.format(number))
             ids += self.grid_ids(pair.input)
@@ -123,7 +140,7 @@ class PromptBuilder:
         Source: arc24's tasks inputs-from-inputs and outputs-from-outputs (github.com/ironbar/arc24), words of our own.
         """
         start, before, after, ask = self._side_words(side)
-        ids, learnt = [*self.ids_of(start)], []
+        ids, learnt = [*self._whole(start)], []
         for number, grid in enumerate(context, 1):
             ids += self.ids_of(before.format(number))
             first = len(ids)

@@ -21,9 +21,10 @@ import time
 from pathlib import Path
 from statistics import median
 
-from arc_kernel import adapt, checkpoint, generate, vocabulary
+from arc_kernel import adapt, checkpoint, generate
 from arc_kernel.engine import IN_FLIGHT, EngineSettings, Prompt
 from arc_kernel.grids import GridEncoder
+from arc_kernel.prepare.make import prepare
 from arc_kernel.prompts import PromptBuilder
 from arc_kernel.tasks import Task, load_challenges
 from arc_kernel.views import random_view, task_rng
@@ -80,7 +81,7 @@ def main() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     with tempfile.TemporaryDirectory() as scratch:
         full, arc = checkpoint.open_model(options.model), Path(scratch) / "arc"
-        print(vocabulary.shrink(full, arc), flush=True)
+        print(*prepare(options.model, str(arc), vocabulary="arc"), sep="\n", flush=True)
         folders = {"full": full, "arc": arc}
         print(f"{'':34}{'full':>10}{'arc':>10}{'arc / full':>12}", flush=True)
 

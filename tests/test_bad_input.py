@@ -24,9 +24,9 @@ def refused(done, *words):
 
 
 def test_help_answers_in_under_two_seconds_for_every_command():
-    assert all(name in run("--help").stdout for name in ("solve", "score", "report", "prepare"))
+    assert all(name in run("--help").stdout for name in ("solve", "score", "report", "prepare", "inspect"))
     code = "import time, subprocess, sys; s = time.perf_counter(); subprocess.run([sys.executable, '-m', 'arc_kernel', sys.argv[1], '--help'], check=True, stdout=subprocess.DEVNULL); print(time.perf_counter() - s)"
-    for name in ("solve", "score", "report", "prepare", "notebook"):
+    for name in ("solve", "score", "report", "prepare", "inspect", "notebook"):
         seconds = float(subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, check=True).stdout)
         assert seconds < 2, name
 

@@ -57,3 +57,6 @@ def test_shard_named_by_the_index_and_missing_is_named(model_folder, tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00002-of-00002.safetensors"}}))
     with pytest.raises(ArcKernelError, match="model-00002-of-00002.safetensors: named by the index and missing"):
         checkpoint.check_model(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.bias": "model.safetensors"}}))
+    with pytest.raises(ArcKernelError, match="tensor model.norm.bias is missing: model.safetensors.index.json needs it"):
+        checkpoint.check_model(folder)

@@ -16,11 +16,13 @@ from strategies import small_tasks
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from arc_kernel import __main__, adapt, checkpoint, generate, vocabulary
+from arc_kernel import __main__, adapt, checkpoint, generate
 from arc_kernel.engine import EngineSettings, Prompt
 from arc_kernel.errors import ArcKernelError
 from arc_kernel.grids import ENCODERS, GridEncoder
 from arc_kernel.precision import rescale
+from arc_kernel.prepare import vocabulary
+from arc_kernel.prepare.make import prepare
 from arc_kernel.prompts import QUESTION, PromptBuilder
 from arc_kernel.settings import PROMPTS
 from models import tiny_model
@@ -32,11 +34,16 @@ CHATML = ("{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are Q
 ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
+def shrink(model, target):
+    """What `prepare --vocabulary arc` does."""
+    return prepare(str(model), str(target), vocabulary="arc")
+
+
 @pytest.fixture(scope="module")
 def arc(model_folder, tmp_path_factory):
     """The embedded model with the tokens of ARC prompts."""
     folder = tmp_path_factory.mktemp("embedded") / "arc"
-    vocabulary.shrink(model_folder, folder)
+    shrink(model_folder, folder)
     return folder
 
 
@@ -53,7 +60,7 @@ def untied(model_folder, few_tasks, tmp_path_factory):
     """A tiny model whose head has weights of its own, and the same with the tokens of ARC prompts."""
     folder = tmp_path_factory.mktemp("untied")
     full = tiny_model(model_folder, folder / "full", tied=False)
-    vocabulary.shrink(full, folder / "arc")
+    shrink(full, folder / "arc")
     return full, folder / "arc"
 
 
@@ -93,7 +100,7 @@ def qwen_model(folder, digits):
 def qwen(request, few_tasks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("qwen")
     full = qwen_model(folder / "full", request.param)
-    vocabulary.shrink(full, folder / "arc")
+    shrink(full, folder / "arc")
     return full, folder / "arc"
 
 
@@ -238,7 +245,7 @@ def test_vllm_answers_with_a_shrunk_model_and_an_adapter(untied, arc_training, t
 def test_a_tokenizer_that_would_split_a_prompt_otherwise_is_refused_and_leaves_nothing(untied, tmp_path, monkeypatch):
     monkeypatch.setattr(vocabulary, "_parts", lambda token, rank: set())
     with pytest.raises(ArcKernelError, match="task .*, digits, chat: the shrunk tokenizer gives other tokens: use --vocabulary full"):
-        vocabulary.shrink(untied[0], tmp_path / "arc")
+        shrink(untied[0], tmp_path / "arc")
     assert not list(tmp_path.iterdir())
 
 
@@ -254,18 +261,18 @@ def test_other_tokenizers_are_refused_in_one_line(untied, tmp_path, model, decod
         backend.decoder = decoder
     backend.save(str(folder / "tokenizer.json"))
     with pytest.raises(ArcKernelError, match=f"tokenizer is {kind}.*, not a byte-level BPE: use --vocabulary full$"):
-        vocabulary.shrink(folder, tmp_path / "arc")
+        shrink(folder, tmp_path / "arc")
 
 
 def test_folder_with_the_same_content_is_left_alone_and_any_other_is_refused(untied, tmp_path):
     full, arc = untied
     before = {f: f.stat().st_mtime_ns for f in arc.iterdir()}
-    vocabulary.shrink(full, arc)
+    shrink(full, arc)
     assert {f: f.stat().st_mtime_ns for f in arc.iterdir()} == before
     for taken in (full, tmp_path / "file"):
         (tmp_path / "file").write_text("mine")
         with pytest.raises(ArcKernelError, match="exists and holds something else: give another --out, or remove it"):
-            vocabulary.shrink(full, taken)
+            shrink(full, taken)
     assert (tmp_path / "file").read_text() == "mine" and checkpoint.read_config(full)["vocab_size"] == 49152
 
 
@@ -276,15 +283,14 @@ def test_weight_that_goes_by_the_vocabulary_and_is_not_known_is_refused(untied, 
     weights = load_file(folder / "model.safetensors")
     save_file(weights | {"model.bigram.weight": torch.zeros(49152, 1)}, folder / "model.safetensors")
     with pytest.raises(ArcKernelError, match="model.bigram.weight has 49152 rows or columns too"):
-        vocabulary.shrink(folder, tmp_path / "arc")
+        shrink(folder, tmp_path / "arc")
 
 
-def test_prepare_says_in_one_line_what_was_gained(untied, tmp_path, capsys):
+def test_prepare_says_what_was_gained_and_wants_a_folder_for_it(untied, tmp_path, capsys):
     assert __main__.main(["prepare", "--vocabulary", "arc", "--model", str(untied[0]), "--out", str(tmp_path / "arc")]) == 0
-    gained, checked = capsys.readouterr().out.splitlines()
+    gained, written = capsys.readouterr().out.splitlines()
     tokens = checkpoint.read_config(tmp_path / "arc")["vocab_size"]
-    assert gained.endswith(f"49152 -> {tokens} tokens in the vocabulary, 6.4M -> 0.1M weights, 13 -> 0 MB")
-    assert checked == f"{tmp_path / 'arc'}: 0.1M weights, context 8192"
-    for half in (["--vocabulary", "arc"], ["--out", str(tmp_path / "other")]):
-        assert __main__.main(["prepare", "--model", str(untied[0]), *half]) == 1
-        assert "--out and --vocabulary arc go together" in capsys.readouterr().err
+    assert gained == f"vocabulary: 49152 -> {tokens} tokens, those of ARC prompts"
+    assert written == f"{tmp_path / 'arc'}: 6.4M weights (13 MB) -> 0.1M weights (0 MB), context 8192"
+    assert __main__.main(["prepare", "--model", str(untied[0]), "--vocabulary", "arc"]) == 1
+    assert "give --out" in capsys.readouterr().err

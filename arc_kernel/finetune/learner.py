@@ -5,18 +5,18 @@ Knows torch, peft and model folders; nothing of data or of the loop.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .. import lora_linear
 from ..adapt import save_adapter, with_lora
+from ..adapter_fit import check_fit
 from ..answer_loss import answer_losses
-from ..checkpoint import TEXTS, check_adapter, load_model, read_config, weight_shapes, whole_folder
+from ..checkpoint import TEXTS, load_model, read_config, whole_folder
 from ..errors import ArcKernelError
 
 ADAPTER, MODEL = "adapter", "model"  # folders of the result in a run's folder, and of the weights in a checkpoint
@@ -33,7 +33,7 @@ class Learner(torch.nn.Module):
         super().__init__()
         self.folder = folder
         if start is not None:
-            check_adapter_fits(start, folder)
+            check_fit(start, folder)
         base = load_model(folder, dtype if rank else "float32", "cpu")
         base.config.use_cache = False
         self.network = with_lora(base, folder, rank, start) if rank else base
@@ -93,26 +93,3 @@ class Learner(torch.nn.Module):
             self.network.load_state_dict(weights, strict=False)
         if wrong:
             raise ArcKernelError(f"{file}: not of this run ({', '.join(wrong[:3])}): delete {folder} to go on from the one before it")
-
-
-def check_adapter_fits(adapter: Path, model: Path) -> None:
-    """Raise ArcKernelError unless each matrix of a LoRA has the sides of the weight it is for; reads headers only."""
-    check_adapter(adapter)
-    shapes, config = weight_shapes(model), json.loads((adapter / "adapter_config.json").read_text())
-    rank = None if config.get("rank_pattern") else config.get("r")
-    with safe_open(adapter / "adapter_model.safetensors", framework="np") as tensors:
-        for name in tensors.keys():
-            layer, _, part = name.removeprefix("base_model.model.").partition(".lora_")
-            side, sides = {"A": 1, "B": 0}.get(part[:1]), tensors.get_slice(name).get_shape()
-            weight = shapes.get(f"{layer}.weight") or (shapes.get("model.embed_tokens.weight") if layer == "lm_head" else None)
-            if side is None or len(sides) != 2:
-                continue
-            if weight is None:
-                raise ArcKernelError(f"{adapter}: made for another model: {model} has no {layer}: give the model it was trained on")
-            if rank and sides[1 - side] != rank:
-                raise ArcKernelError(f"{adapter}: {name} has rank {sides[1 - side]}, adapter_config.json says {rank}: "
-                                     f"copy the adapter again")
-            if weight[side] != sides[side]:
-                raise ArcKernelError(f"{adapter}: made for another model: {name} is {sides}, {layer} in {model} is {weight}: "
-                                     f"give the model it was trained on")
-

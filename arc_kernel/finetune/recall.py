@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .. import progress
+from ..adapter_fit import check_fit
 from ..checkpoint import free_memory, load_model, load_tokenizer
 from ..errors import ArcKernelError
 from ..prompts import IGNORED, Example
@@ -53,6 +55,20 @@ def example(tokenizer, tokens: int, rng: np.random.Generator) -> Example:
     return Example(ids, labels)
 
 
+def lengths_of(tasks: str) -> list[int]:
+    """The lengths of `recall:<tokens>[,<tokens>...]`; raises ArcKernelError for anything else."""
+    lengths = tasks.removeprefix("recall:").split(",")
+    if not all(n.isdigit() and int(n) for n in lengths):
+        raise ArcKernelError(f"--tasks {tasks}: recall takes numbers of tokens: for example recall:2000,8000")
+    return [int(n) for n in lengths]
+
+
+def table(rows: list[dict]) -> str:
+    """The rows of `recall_by_distance` as text."""
+    lines = [f"{'tokens':>8}{'distance':>10}{'recalled':>10}{'of':>5}{'loss, nats/token':>18}"]
+    return "\n".join(lines + [f"{r['tokens']:8}{r['distance']:10}{r['recalled']:10.0%}{r['count']:5}{r['loss']:18.3f}" for r in rows])
+
+
 def recall_by_distance(model: Path, adapter: Path | None, lengths: list[int], count: int, seed: int, dtype: str, device: str) -> list[dict]:
     """For each length in tokens, the share of `count` numbers a model folder (with a LoRA, if any) recalls exactly.
 
@@ -67,8 +83,9 @@ def recall_by_distance(model: Path, adapter: Path | None, lengths: list[int], co
     if adapter is not None:
         from peft import PeftModel
 
+        check_fit(adapter, model)
         network = PeftModel.from_pretrained(network, adapter).eval()
-    rows = []
+    rows, shown = [], progress.bar(len(lengths) * count, "recall", "text")
     for tokens in lengths:
         made, right, lost, away = recall_examples(tokenizer, tokens, count, seed), 0, 0.0, 0
         for one in made:
@@ -80,7 +97,9 @@ def recall_by_distance(model: Path, adapter: Path | None, lengths: list[int], co
             right += bool((logits.argmax(-1) == wanted).all())
             lost += float(torch.nn.functional.cross_entropy(logits, wanted))
             away += int(at[0]) - _stated_end(one.input_ids, one.labels[at])
+            shown.update()
         rows.append({"tokens": tokens, "distance": round(away / count), "recalled": right / count, "count": count, "loss": lost / count})
+    shown.close()
     del network
     free_memory()
     return rows

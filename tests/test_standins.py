@@ -9,6 +9,7 @@ import pytest
 from arc_kernel import __main__, adapt, checkpoint, generate, vllm_engine
 from arc_kernel.engine import EngineSettings, Prompt
 from arc_kernel.grids import GridEncoder
+from arc_kernel.merge import merge
 from arc_kernel.precision import verdict
 from arc_kernel.prepare.make import prepare
 from arc_kernel.prompts import IGNORED, PromptBuilder
@@ -35,7 +36,7 @@ def builder_of(folder):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_prepared_checkpoint_trains_and_answers_alike_in_both_backends(name, prepared, arc_training, tmp_path, monkeypatch):
+def test_prepared_checkpoint_trains_answers_alike_in_both_backends_and_merges(name, prepared, arc_training, tmp_path, monkeypatch):
     folder, task = prepared[name][0], arc_training.tasks[TASK]
     builder = builder_of(folder)
     losses = []
@@ -54,6 +55,11 @@ def test_prepared_checkpoint_trains_and_answers_alike_in_both_backends(name, pre
     for key, answer in answers.get("vllm", {}).items():
         assert (answer.token_ids, answer.status) == (ours[key].token_ids, ours[key].status), key
         assert answer.logprob == pytest.approx(ours[key].logprob, abs=5e-3), key
+    merge(folder, tmp_path / TASK, tmp_path / "merged", "float32")
+    engine = generate.start_engine("transformers", EngineSettings(tmp_path / "merged", "float32", 1024, builder.end_token, 0), "cpu")
+    (merged,) = engine.answer(iter([Prompt(("merged",), ids)]), NEW_TOKENS)
+    engine.close()
+    assert merged.token_ids == ours["adapted",].token_ids and merged.logprob == pytest.approx(ours["adapted",].logprob, abs=5e-3)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

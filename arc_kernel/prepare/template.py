@@ -72,7 +72,8 @@ def _name_roles(draft: Draft, old_end: str | None, end: str) -> None:
     if pad in (None, end) or draft.backend.token_to_id(pad) is None:
         pad = old_end or end
     shown = lambda token: "none" if token is None else f"{token} ({draft.backend.token_to_id(token)})"
-    draft.report.append(f"end token: {shown(old_end)} -> {shown(end)}, pad token: {shown(draft.tokenizer.get('pad_token'))} -> {shown(pad)}, "
+    padding = f"{shown(draft.tokenizer.get('pad_token'))} -> {shown(pad)}"
+    draft.report.append(f"end token: {shown(old_end)} -> {shown(end)}, pad token: {padding}, "
                         "in config.json, generation_config.json and tokenizer")
     draft.name_token("eos_token", end)
     draft.name_token("pad_token", pad)

@@ -134,6 +134,14 @@ def test_the_loss_does_not_depend_on_how_examples_are_put_together(settings, pre
     assert [r["gradient"] for r in rows_of(small)] == pytest.approx([r["gradient"] for r in rows_of(large)], rel=1e-3)
 
 
+def test_processes_share_a_step_and_agree_on_its_counts(settings, prepared):
+    made = [train.Steps(prepared.stream, dataclasses.replace(settings, batch=7), prepared.lengths, ceilings.shape_of(prepared.folder), rank, world)[3]
+            for rank, world in ((0, 1), (0, 2), (1, 2))]
+    rows = [sorted(tuple(row) for ids, labels, _ in step["passes"] for row in labels.clamp(min=0).sort(1, True).values[:, :30].tolist()) for step in made]
+    assert rows[0] == sorted(rows[1] + rows[2]) and len(rows[0]) == 7 and len(rows[1]) == 4
+    assert len({(step["answers"], step["tokens"], step["flop"]) for step in made}) == 1
+
+
 def test_training_goes_on_from_a_given_adapter(settings, prepared, tmp_path):
     first = run.finetune(settings, prepared)
     second = dataclasses.replace(settings, steps=2, adapter=str(first["result"]), out=str(tmp_path / "second"))
@@ -237,6 +245,7 @@ def test_bad_input_is_one_line_on_the_command_line(settings, tiny, pool, tmp_pat
     assert "empty" in failing([*basic, "--data", tmp_path / "empty"], capsys)
     assert "task lonely has 1 pair" in failing([*basic, "--data", one], capsys)
     assert "smaller than any example" in failing([*basic, "--data", pool, "--max-seq-len", 16], capsys)
+    assert "recall:900: longer than the 500 tokens" in failing([*basic, "--data", "recall:900", "--max-seq-len", 500], capsys)
     assert "--lr 1e-3,fast: give a number" in failing([*basic, "--data", pool, "--lr", "1e-3,fast"], capsys)
     assert "merge the adapter first" in failing([*basic, "--data", pool, "--lora-rank", 0, "--adapter", "a"], capsys)
     assert not (tmp_path / "x").exists()

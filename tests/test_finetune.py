@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, get_scheduler
 
 from arc_kernel import __main__ as command_line
 from arc_kernel import ceilings, checkpoint, vocabulary
@@ -140,6 +140,21 @@ def test_processes_share_a_step_and_agree_on_its_counts(settings, prepared):
     rows = [sorted(tuple(row) for ids, labels, _ in step["passes"] for row in labels.clamp(min=0).sort(1, True).values[:, :30].tolist()) for step in made]
     assert rows[0] == sorted(rows[1] + rows[2]) and len(rows[0]) == 7 and len(rows[1]) == 4
     assert len({(step["answers"], step["tokens"], step["flop"]) for step in made}) == 1
+
+
+@pytest.mark.parametrize("schedule, rises", [("linear", 1), ("cosine", 1), ("cosine_with_restarts", 3), ("constant_with_warmup", 1)])
+def test_schedules_warm_up_and_end_as_they_are_called(settings, schedule, rises):
+    made = train.arguments(dataclasses.replace(settings, schedule=schedule, steps=100, warmup=0.1), settings.out_path, "float32", "cpu")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=made.learning_rate)
+    scheduler = get_scheduler(made.lr_scheduler_type, optimizer, made.get_warmup_steps(100), 100, made.lr_scheduler_kwargs)
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    up = np.diff(rates) > 0
+    assert up[:9].all() and (up[1:] & ~up[:-1]).sum() + 1 == rises and max(rates) == pytest.approx(1e-2)
+    assert rates[-1] == pytest.approx(1e-2) if schedule == "constant_with_warmup" else rates[-1] < 2e-3
 
 
 def test_training_goes_on_from_a_given_adapter(settings, prepared, tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, get_scheduler
 
 from arc_kernel import __main__ as command_line
 from arc_kernel import ceilings, checkpoint, vocabulary
@@ -134,6 +134,29 @@ def test_the_loss_does_not_depend_on_how_examples_are_put_together(settings, pre
     assert [r["gradient"] for r in rows_of(small)] == pytest.approx([r["gradient"] for r in rows_of(large)], rel=1e-3)
 
 
+def test_processes_share_a_step_and_agree_on_its_counts(settings, prepared):
+    made = [train.Steps(prepared.stream, dataclasses.replace(settings, batch=7), prepared.lengths, ceilings.shape_of(prepared.folder), rank, world)[3]
+            for rank, world in ((0, 1), (0, 2), (1, 2))]
+    rows = [sorted(tuple(row) for ids, labels, _ in step["passes"] for row in labels.clamp(min=0).sort(1, True).values[:, :30].tolist()) for step in made]
+    assert rows[0] == sorted(rows[1] + rows[2]) and len(rows[0]) == 7 and len(rows[1]) == 4
+    assert len({(step["answers"], step["tokens"], step["flop"]) for step in made}) == 1
+
+
+@pytest.mark.parametrize("schedule, rises", [("linear", 1), ("cosine", 1), ("cosine_with_restarts", 3), ("constant_with_warmup", 1)])
+def test_schedules_warm_up_and_end_as_they_are_called(settings, schedule, rises):
+    made = train.arguments(dataclasses.replace(settings, schedule=schedule, steps=100, warmup=0.1), settings.out_path, "float32", "cpu")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=made.learning_rate)
+    scheduler = get_scheduler(made.lr_scheduler_type, optimizer, made.get_warmup_steps(100), 100, made.lr_scheduler_kwargs)
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    up = np.diff(rates) > 0
+    assert up[:9].all() and (up[1:] & ~up[:-1]).sum() + 1 == rises and max(rates) == pytest.approx(1e-2)
+    assert rates[-1] == pytest.approx(1e-2) if schedule == "constant_with_warmup" else rates[-1] < 2e-3
+
+
 def test_training_goes_on_from_a_given_adapter(settings, prepared, tmp_path):
     first = run.finetune(settings, prepared)
     second = dataclasses.replace(settings, steps=2, adapter=str(first["result"]), out=str(tmp_path / "second"))
@@ -237,6 +260,7 @@ def test_bad_input_is_one_line_on_the_command_line(settings, tiny, pool, tmp_pat
     assert "empty" in failing([*basic, "--data", tmp_path / "empty"], capsys)
     assert "task lonely has 1 pair" in failing([*basic, "--data", one], capsys)
     assert "smaller than any example" in failing([*basic, "--data", pool, "--max-seq-len", 16], capsys)
+    assert "recall:900: longer than the 500 tokens" in failing([*basic, "--data", "recall:900", "--max-seq-len", 500], capsys)
     assert "--lr 1e-3,fast: give a number" in failing([*basic, "--data", pool, "--lr", "1e-3,fast"], capsys)
     assert "merge the adapter first" in failing([*basic, "--data", pool, "--lora-rank", 0, "--adapter", "a"], capsys)
     assert not (tmp_path / "x").exists()

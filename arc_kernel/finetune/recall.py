@@ -73,8 +73,8 @@ def recall_by_distance(model: Path, adapter: Path | None, lengths: list[int], co
     """For each length in tokens, the share of `count` numbers a model folder (with a LoRA, if any) recalls exactly.
 
     Rows {"tokens", "distance", "recalled", "count", "loss"}: `distance` is the mean number of tokens from the number's end to its
-    question's, `loss` the nats per token of the number. Logits exist at the answer only; 32,000 tokens take 1.5 GB with a model
-    of SmolLM2-135M's size in float32.
+    question's, `loss` the nats per token of the number. Logits exist at the answer only, and no keys and values are kept, so that
+    memory is that of one layer's activations.
     """
     import torch
 

@@ -52,6 +52,9 @@ def prepare(s: FinetuneSettings) -> Prepared:
     longest = min(s.max_seq_len, checkpoint.context_length(folder))
     builder = PromptBuilder(checkpoint.load_tokenizer(folder), GridEncoder.from_name(s.grid_encoder), s.prompt)
     sources = [open_source(argument) for argument in s.data]
+    for source in (source for source in sources if source.tokens > min(s.max_tokens or longest, longest)):
+        raise ArcKernelError(f"--data {source.name}: longer than the {min(s.max_tokens or longest, longest)} tokens of an example: "
+                             f"raise max_seq_len (and the model's context), or give fewer")
     notes = [f"{source.name}: {len(source.groups)} tasks as {source.kind}, weight {source.weight:g}" if source.groups else
              f"{source.name}: made as drawn, weight {source.weight:g}" for source in sources]
     held_out = hold_out(sources, s.hold_out, s.seed, builder, s.max_tokens or longest)

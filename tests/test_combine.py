@@ -10,7 +10,6 @@ from run_folders import write_run, write_tasks
 
 from arc_kernel.__main__ import main
 from arc_kernel.combine import combine
-from arc_kernel.errors import ArcKernelError
 from arc_kernel.tasks import read_submission
 
 EMPTY = [None, [], [[]], [[0, 1], [2]], [[10]], "grid", {}, [[1.5]]]

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import resource
-import shutil
 
 import numpy as np
 import pytest
@@ -12,11 +11,13 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from arc_kernel import __main__ as command_line
-from arc_kernel import ceilings, checkpoint, vocabulary
+from arc_kernel import ceilings, checkpoint
 from arc_kernel.errors import ArcKernelError
 from arc_kernel.finetune import page, run, study, train
-from arc_kernel.finetune.learner import Learner, check_adapter_fits
+from arc_kernel.finetune.learner import Learner
 from arc_kernel.finetune.settings import FinetuneSettings
+from arc_kernel.prepare import vocabulary
+from arc_kernel.prepare.make import prepare
 from arc_kernel.report import read_events
 from models import tiny_model
 
@@ -27,7 +28,7 @@ def tiny(model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vocabulary, "CHECKED", {})  # its comparison on real tasks is test_vocabulary's
-        vocabulary.shrink(tiny_model(model_folder, folder / "full"), folder / "arc")
+        prepare(str(tiny_model(model_folder, folder / "full")), str(folder / "arc"), vocabulary="arc")
     return folder / "arc"
 
 
@@ -274,13 +275,8 @@ def test_a_run_with_other_settings_is_not_overwritten(settings, prepared, killed
         run.finetune(dataclasses.replace(settings, lr=2e-2), prepared)
 
 
-def test_an_adapter_for_another_base_is_refused_by_shape_and_by_rank(settings, prepared, model_folder, tmp_path):
+def test_an_adapter_for_another_base_is_refused_before_the_model_is_loaded(settings, prepared, model_folder):
     made = run.finetune(dataclasses.replace(settings, steps=1), prepared)["result"]
-    check_adapter_fits(made, checkpoint.open_model(settings.model))
-    with pytest.raises(ArcKernelError, match="made for another model: .*down_proj.lora_A.* is .*4, 128.* is .*576, 1536"):
-        check_adapter_fits(made, model_folder)
-    shutil.copytree(made, tmp_path / "rank")
-    config = json.loads((made / "adapter_config.json").read_text())
-    (tmp_path / "rank" / "adapter_config.json").write_text(json.dumps(config | {"r": 8}))
-    with pytest.raises(ArcKernelError, match="has rank 4, adapter_config.json says 8"):
-        check_adapter_fits(tmp_path / "rank", checkpoint.open_model(settings.model))
+    Learner(checkpoint.open_model(settings.model), 4, made, "float32")
+    with pytest.raises(ArcKernelError, match=r"lora_A.weight is \[4, .*the adapter is for another base"):
+        Learner(model_folder, 4, made, "float32")

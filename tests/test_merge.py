@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from models import tiny_model
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -39,7 +40,7 @@ def bases(model_folder, tmp_path_factory):
         (base / "optimizer.pt").write_text("not to be copied")
         config = checkpoint.read_config(base) | {"rope_parameters": {"rope_type": "default", "rope_theta": 50_000.0}}
         checkpoint.write_json(base / "config.json", {k: v for k, v in config.items() if k != "rope_theta"})
-        if tied:
+        if tied or transformers.__version__.startswith("4."):  # which refuses a folder that says its theta in 5's form only
             checkpoint.make_portable(base)
     return made
 

@@ -40,7 +40,8 @@ def _rows(header: list[str], rows: list[list[str]]) -> str:
 def _figures(result: dict, average: str) -> str:
     shown = [*result["runs"], *result["differences"]]
     header = [r["run"] + (f" - {r['minus']}" if "minus" in r else "") for r in shown]
-    return _rows(["", *header, ""], [[f, *(percent(r[average][f]) for r in shown), SHOWN[f]] for f in SHOWN])
+    unbroken = lambda interval: percent(interval).replace(" ", "\N{NO-BREAK SPACE}")
+    return _rows(["", *header, ""], [[f, *(unbroken(r[average][f]) for r in shown), SHOWN[f]] for f in SHOWN])
 
 
 def _published(result: dict) -> str:

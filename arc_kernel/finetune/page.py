@@ -70,7 +70,7 @@ def dynamics(rows: list[dict]) -> str:
     for axes, (name, title, scale) in zip(panels[1:], PANELS):
         found = [(r["step"], r[name]) for r in rows if r.get(name) is not None]
         axes.plot([s for s, _ in found], [v for _, v in found], linewidth=1, marker="." if name == "largest" else None)
-        axes.set(title=title, yscale=scale, xlabel="step")
+        axes.set(title=title if found else f"{title}: not sampled", yscale=scale, xlabel="step")
     return report.svg(figure)
 
 

@@ -15,6 +15,7 @@ from ..tasks import replacing
 from .settings import FinetuneSettings
 
 LAST = 0.1  # share of a run's steps over which figures at its end are means: single steps jump with their examples
+LEAST = 4  # steps, though, of which one of these means is made
 DIVERGED = 1.2  # times the lowest mean loss on the way that the last one is, or not finite
 
 PANELS = (("gradient", "gradient norm before clipping", "log"), ("lr", "learning rate", "linear"),
@@ -33,7 +34,7 @@ def figures(events: list[dict]) -> dict:
     if not rows:
         return {"loss": None, "first_loss": None, "gradient": None, "tokens": 0, "tokens_per_second": 0.0, "skipped": 0, "peak_share": 0.0,
                 "diverged": gave_up}
-    count = max(1, round(LAST * len(rows)))
+    count = min(len(rows), max(LEAST, round(LAST * len(rows))))
     means = [float(np.mean([r["loss"] for r in rows[max(0, i + 1 - count): i + 1]])) for i in range(count - 1, len(rows))]
     seconds = sum(r["seconds"] for r in rows)
     last, gradients = means[-1], [r["gradient"] for r in rows if r["gradient"] is not None and math.isfinite(r["gradient"])]

@@ -78,7 +78,7 @@ class TaskTrainer:
 
     def __init__(self, model: Path, builder: PromptBuilder, recipe: Recipe, start: Path | None, device: str, dtype: str,
                  rescale: Rescale | None = None):
-        from . import lora_linear  # imports torch, which `run` can do without
+        from . import fused_layer  # imports torch, which `run` can do without
 
         self.recipe, self.builder, self.device, self.dtype, self.rescale = recipe, builder, device, dtype, rescale
         base = load_model(model, dtype, device)
@@ -88,7 +88,7 @@ class TaskTrainer:
             for name, module in self.model.get_base_model().named_modules():
                 if hasattr(module, "lora_A"):
                     module.scaling["default"] *= 2.0 ** rescale.exponent(f"{name}.weight")
-        lora_linear.install(self.model)
+        fused_layer.install(self.model)
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
         self._start = None if start is None else [w.detach().clone() for w in self.weights]
 

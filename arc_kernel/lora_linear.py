@@ -2,57 +2,106 @@
 
 peft's layer does the same in several autograd nodes and casts x to the masters' dtype and back; here only the masters are
 cast to the compute dtype, and the LoRA's products are added in place (10% less time per step on 2 CPU cores). peft keeps the weights, their names and
-the file format; only `forward` of its plain linear layers is exchanged while training.
+the file format; only `forward` of its plain linear layers is exchanged while training. `Group` is the arithmetic: layers that
+read the same x as one product.
 """
 
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import linear
+
+
+class Group:
+    """Plain LoRA layers (`plain`) that read the same input. Where there are several, their frozen weights are put into one
+    tensor [out, in] of which each layer keeps its rows, so that nothing is held twice."""
+
+    def __init__(self, modules: list):
+        bases = [m.get_base_layer() for m in modules]
+        names = [m.active_adapters[0] for m in modules]
+        self.sizes = [b.out_features for b in bases]
+        self.masters = [w for m, name in zip(modules, names) for w in (m.lora_A[name].weight, m.lora_B[name].weight)]
+        self.scaling = [(m.scaling, name) for m, name in zip(modules, names)]  # read at each step: it may be rescaled
+        self.weight, self.bias = bases[0].weight, bases[0].bias
+        if len(bases) > 1:
+            self.weight = torch.cat([b.weight.data for b in bases])
+            self.bias = None if bases[0].bias is None else torch.cat([b.bias.data for b in bases])
+            for base, rows in zip(bases, self.weight.split(self.sizes)):
+                base.weight.data = rows
+
+    def forward(self, x, masters, residual=None):
+        """y [T, out] of x [T, in], with `residual` [T, out] added where there is one, and what `backward` needs of it."""
+        a = torch.cat(masters[0::2]).to(x.dtype) if len(masters) > 2 else masters[0].to(x.dtype)
+        bs = [b.to(x.dtype) for b in masters[1::2]]
+        scales = [scaling[name] for scaling, name in self.scaling]
+        h = x @ a.T
+        if residual is None or self.bias is not None:
+            y = linear(x, self.weight, self.bias)
+            y = y if residual is None else y.add_(residual)
+        else:
+            y = torch.addmm(residual, x, self.weight.T)
+        for rows, low, b, scale in zip(y.split(self.sizes, 1), self._parts(h, bs), bs, scales):
+            rows.addmm_(low, b.T, alpha=scale)
+        return y, (h, a, scales, *bs)
+
+    def backward(self, grad, x, kept, factor=None, need_x=True):
+        """Gradients to x [T, in] (None where not asked for) and, in float32, to the masters.
+
+        With `factor` [in] the layers' input was x times factor; the gradient to x is then that to the product.
+        """
+        h, a, scales, *bs = kept
+        grads, grad_h = grad.split(self.sizes, 1), torch.empty_like(h)
+        for g, low, b, scale in zip(grads, self._parts(grad_h, bs), bs, scales):
+            torch.addmm(low, g, b, beta=0, alpha=scale, out=low)
+        grad_x = (grad @ self.weight).addmm_(grad_h, a) if need_x else None
+        grad_a = (grad_h.T @ x).float()
+        if factor is not None:
+            grad_a *= factor
+        of_a = grad_a.split([b.shape[1] for b in bs])
+        of_b = [torch.addmm(b, g.T, low, beta=0, alpha=scale).float() for g, low, b, scale in zip(grads, self._parts(h, bs), bs, scales)]
+        return grad_x, [g for pair in zip(of_a, of_b) for g in pair]
+
+    @staticmethod
+    def _parts(h, bs):
+        return h.split([b.shape[1] for b in bs], 1)
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scale):  # x [T, in], weight [out, in], a [rank, in], b [out, rank]
-        a, b = a.to(x.dtype), b.to(x.dtype)
-        h = x @ a.T
-        y = torch.nn.functional.linear(x, weight, bias).addmm_(h, b.T, alpha=scale)
-        ctx.save_for_backward(x, h, weight, a, b)
-        ctx.scale = scale
+    def forward(ctx, x, group, *masters):  # x [T, in]
+        y, ctx.kept = group.forward(x, masters)
+        ctx.group = group
+        ctx.save_for_backward(x)
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, h, weight, a, b = ctx.saved_tensors
-        grad_h = (grad @ b).mul_(ctx.scale)
-        grad_x = (grad @ weight).addmm_(grad_h, a) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, (grad_h.T @ x).float(), (grad.T @ h).mul_(ctx.scale).float(), None
+        grad_x, of_masters = ctx.group.backward(grad, *ctx.saved_tensors, ctx.kept, need_x=ctx.needs_input_grad[0])
+        return grad_x, None, *of_masters
 
 
 def install(model: torch.nn.Module) -> int:
     """Exchange `forward` of every plain peft LoRA linear layer with one adapter and no dropout; how many were exchanged."""
+    found = [module for module in model.modules() if plain(module)]
+    for module in found:
+        module.forward = _forward(Group([module]))
+    return len(found)
+
+
+def plain(module) -> bool:
+    """Is it a peft LoRA linear layer with one adapter, a frozen base, and neither dropout nor DoRA?"""
     from peft.tuners.lora import Linear
 
-    count = 0
-    for module in model.modules():
-        if type(module) is Linear and _plain(module):
-            module.forward = _forward(module)
-            count += 1
-    return count
+    if type(module) is not Linear or len(module.active_adapters) != 1:
+        return False
+    name, base = module.active_adapters[0], module.get_base_layer()
+    return (isinstance(module.lora_dropout[name], torch.nn.Identity) and not module.use_dora[name] and type(base) is torch.nn.Linear
+            and not base.weight.requires_grad and module.lora_B[name].bias is None)
 
 
-def _plain(module) -> bool:
-    name = module.active_adapters[0]
-    dropout = module.lora_dropout[name]
-    return (len(module.active_adapters) == 1 and isinstance(dropout, torch.nn.Identity) and not module.use_dora[name]
-            and type(module.get_base_layer()) is torch.nn.Linear and module.lora_B[name].bias is None)
-
-
-def _forward(module):
-    name = module.active_adapters[0]
-    base, a, b, scale = module.get_base_layer(), module.lora_A[name], module.lora_B[name], module.scaling[name]
-
+def _forward(group: Group):
     def forward(x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1]).to(base.weight.dtype)
-        return _LoraLinear.apply(rows, base.weight, base.bias, a.weight, b.weight, scale).view(*x.shape[:-1], -1)
+        rows = x.reshape(-1, x.shape[-1]).to(group.weight.dtype)
+        return _LoraLinear.apply(rows, group, *group.masters).view(*x.shape[:-1], -1)
 
     return forward

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .. import lora_linear
+from .. import fused_layer
 from ..adapt import save_adapter, with_lora
 from ..adapter_fit import check_fit
 from ..answer_loss import answer_losses
@@ -40,7 +40,7 @@ class Learner(torch.nn.Module):
         if gradient_checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if rank:
-            lora_linear.install(self.network)
+            fused_layer.install(self.network)
         self.result = ADAPTER if rank else MODEL
 
     @property

@@ -1,0 +1,181 @@
+"""A decoder layer of the Llama family with a LoRA as two autograd nodes around its attention, while training.
+
+transformers' layer is some sixty operations forward and twice as many backward, most of them elementwise: they wait for
+memory on a CPU with fast products, and for their launch on a GPU with a small model. Here q, k and v are one product, and
+gate and up; residuals are added by the products; norms, rotary and SwiGLU have their gradients written out, with what can
+be computed again not kept. Same numbers up to rounding. Norm: Zhang and Sennrich 2019, "Root Mean Square Layer
+Normalization"; rotary: Su et al. 2021, "RoFormer"; SwiGLU: Shazeer 2020, "GLU Variants Improve Transformer". Fusing them for
+small models is Liger's idea (Hsu et al. 2024), done here without a compiler.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention, silu
+
+from . import lora_linear
+from .lora_linear import Group, plain
+
+LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")  # the same arithmetic
+NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm")
+
+
+class _Parts:
+    """What of a decoder layer the fused forward reads; `ready` tells whether it may be used for a call."""
+
+    def __init__(self, layer):
+        attention, mlp = layer.self_attn, layer.mlp
+        self.qkv = Group([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.o, self.gate_up, self.down = Group([attention.o_proj]), Group([mlp.gate_proj, mlp.up_proj]), Group([mlp.down_proj])
+        self.norms = [(norm.weight.data, torch.tensor(norm.variance_epsilon, device=norm.weight.device))
+                      for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        self.width, self.scaling = attention.head_dim, attention.scaling
+        self.heads = [size // self.width for size in self.qkv.sizes]
+        self.masters = [*self.o.masters, *self.gate_up.masters, *self.down.masters]
+        self.modules = list(layer.modules())
+
+    def ready(self, hidden, mask, past, embeddings) -> bool:
+        """Training from the start of a sequence, causal without a mask, and nobody wants to see what is inside."""
+        return (torch.is_grad_enabled() and mask is None and past is None and embeddings is not None
+                and embeddings[0].shape[-1] == self.width and hidden.dtype == self.qkv.weight.dtype
+                and not any(m._forward_hooks or m._forward_pre_hooks for m in self.modules))
+
+
+def _norm(x, eps):
+    """x [T, d] over its root mean square, in x's dtype, and one over that root [T, 1], float32."""
+    wide = x.float()
+    size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    inverse = torch.addcmul(eps, size, size, value=1 / x.shape[-1]).rsqrt_()
+    return (wide * inverse).to(x.dtype), inverse
+
+
+def _norm_back(grad, normed, inverse, weight):
+    """Gradient to the norm's input from that to its output; `grad` [T, d] is used up."""
+    wide, seen = grad.float().mul_(weight), normed.float()
+    along = (wide * seen).mean(-1, keepdim=True)
+    return wide.addcmul_(seen, along, value=-1).mul_(inverse).to(grad.dtype)
+
+
+def _rotate(x, cos, sin, way):
+    """Heads [B, T, n, width] turned by their position, by the opposite angle where `way` is -1."""
+    half = x.shape[-1] // 2
+    (first, second), (sin_first, sin_second) = x.split(half, -1), sin.split(half, -1)
+    turned = x * cos
+    to_first, to_second = turned.split(half, -1)
+    if way > 0:
+        to_first.addcmul_(second, sin_first, value=-1)
+        to_second.addcmul_(first, sin_second)
+    else:
+        to_first.addcmul_(second, sin_second)
+        to_second.addcmul_(first, sin_first, value=-1)
+    return turned
+
+
+class _Queries(torch.autograd.Function):
+    """Hidden states [B, T, d] to rotated q and k and to v, [B, heads, T, width] each."""
+
+    @staticmethod
+    def forward(ctx, hidden, cos, sin, parts, *masters):
+        weight, eps = parts.norms[0]
+        normed, inverse = _norm(hidden.flatten(0, 1), eps)
+        out, ctx.kept = parts.qkv.forward(normed * weight, masters)
+        heads = out.view(*hidden.shape[:2], -1, parts.width)
+        cos, sin = cos[:, :, None], sin[:, :, None]
+        turned = _rotate(heads[:, :, :-parts.heads[2]], cos, sin, 1)
+        ctx.parts = parts
+        ctx.save_for_backward(normed, inverse, cos, sin)
+        return *(t.transpose(1, 2) for t in turned.split(parts.heads[:2], 2)), heads[:, :, -parts.heads[2]:].transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        parts, (normed, inverse, cos, sin) = ctx.parts, ctx.saved_tensors
+        of_q, of_k, of_v = (g.transpose(1, 2) for g in grads)
+        turned = torch.cat([_rotate(of_q, cos, sin, -1), _rotate(of_k, cos, sin, -1), of_v], 2)
+        weight = parts.norms[0][0]
+        grad, of_masters = parts.qkv.backward(turned.flatten(2).flatten(0, 1), normed, ctx.kept, weight, ctx.needs_input_grad[0])
+        if grad is not None:
+            grad = _norm_back(grad, normed, inverse, weight).view(*of_q.shape[:2], -1)
+        return grad, None, None, None, *of_masters
+
+
+class _Rest(torch.autograd.Function):
+    """Hidden states [B, T, d] and attention's output [B, T, heads * width] to the layer's output."""
+
+    @staticmethod
+    def forward(ctx, hidden, attended, parts, *masters):
+        weight, eps = parts.norms[1]
+        rows = attended.flatten(0, 1)
+        hidden_rows, of_o = parts.o.forward(rows, masters[:2], hidden.flatten(0, 1))
+        normed, inverse = _norm(hidden_rows, eps)
+        both, of_both = parts.gate_up.forward(normed * weight, masters[2:6])
+        gate, up = both.chunk(2, 1)
+        out, of_down = parts.down.forward(silu(gate).mul_(up), masters[6:], hidden_rows)
+        ctx.parts, ctx.kept = parts, (of_o, of_both, of_down)
+        ctx.save_for_backward(rows, normed, inverse, both)
+        return out.view(hidden.shape)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        parts, (rows, normed, inverse, both), (of_o, of_both, of_down) = ctx.parts, ctx.saved_tensors, ctx.kept
+        grad, (gate, up) = grad_out.flatten(0, 1), both.chunk(2, 1)
+        active = silu(gate)
+        of_product, down = parts.down.backward(grad, active * up, of_down)
+        grad_both = torch.empty_like(both)
+        grad_gate, grad_up = grad_both.chunk(2, 1)
+        torch.mul(of_product, active, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(of_product.mul_(up), gate, grad_input=grad_gate)
+        weight = parts.norms[1][0]
+        of_normed, gate_up = parts.gate_up.backward(grad_both, normed, of_both, weight)
+        grad = _norm_back(of_normed, normed, inverse, weight).add_(grad)
+        of_rows, o = parts.o.backward(grad, rows, of_o)
+        shape = grad_out.shape
+        return grad.view(shape), of_rows.view(*shape[:2], -1), None, *o, *gate_up, *down
+
+
+def install(model: torch.nn.Module) -> int:
+    """Exchange `forward` of every decoder layer that is one of LAYERS with plain LoRA layers throughout; how many were exchanged.
+
+    The layer's own forward still answers what is not training (see `_Parts.ready`), and other architectures: its linear
+    layers are lora_linear's.
+    """
+    lora_linear.install(model)
+    found = [module for module in model.modules() if type(module).__name__ in LAYERS and _fits(module)]
+    for layer in found:
+        layer.forward = _forward(layer)
+    return len(found)
+
+
+def _fits(layer) -> bool:
+    attention, mlp = layer.self_attn, layer.mlp
+    linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    return (all(map(plain, linears)) and all(type(n).__name__ in NORMS and not n.weight.requires_grad for n in norms)
+            and len({m.get_base_layer().bias is None for m in linears[:3]}) == len({m.get_base_layer().bias is None for m in linears[4:6]}) == 1
+            and attention.config._attn_implementation == "sdpa" and not attention.attention_dropout
+            and attention.config.hidden_act == "silu")
+
+
+def _forward(layer):
+    parts, own = _Parts(layer), layer.forward
+
+    def forward(hidden_states, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False, position_embeddings=None, **others):
+        if not parts.ready(hidden_states, attention_mask, past_key_values, position_embeddings):
+            return own(hidden_states, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
+                       use_cache=use_cache, position_embeddings=position_embeddings, **others)
+        q, k, v = _Queries.apply(hidden_states, *position_embeddings, parts, *parts.qkv.masters)
+        attended = _attend(q, k, v, parts.scaling)
+        return _Rest.apply(hidden_states, attended.transpose(1, 2).flatten(2), parts, *parts.masters)
+
+    return forward
+
+
+def _attend(q, k, v, scaling):
+    """Causal attention of heads [B, n, T, width]; keys and values are repeated where no fast kernel shares them.
+
+    GPUs before sm_80 have no flash attention, and torch's memory-efficient kernel wants as many keys as queries: left to
+    `enable_gqa`, as transformers does, a T4 would hold all T x T scores (transformers issue 48633).
+    """
+    shared = q.shape[1] != k.shape[1]
+    if shared and q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
+        k, v, shared = (*(t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v)), False)
+    return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=shared)

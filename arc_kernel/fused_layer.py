@@ -10,6 +10,8 @@ small models is Liger's idea (Hsu et al. 2024), done here without a compiler.
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention, silu
 
@@ -20,11 +22,29 @@ LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")  # th
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm")
 
 
+class _Masks:
+    """Is a mask causal and nothing else? transformers 4.57 makes one in training even so. All layers of a pass are given the same
+    tensor, so that it is looked at once."""
+
+    def __init__(self):
+        self.last, self.verdict = lambda: None, True
+
+    def causal(self, mask) -> bool:
+        """`mask` is None, or bool [B, 1, T, T] with True where a query (row) sees a key."""
+        if mask is None:
+            return True
+        if mask.dtype != torch.bool or mask.shape[-1] != mask.shape[-2]:
+            return False
+        if self.last() is not mask:
+            self.last, self.verdict = weakref.ref(mask), bool((mask == torch.ones_like(mask[0, 0]).tril()).all())
+        return self.verdict
+
+
 class _Parts:
     """What of a decoder layer the fused forward reads; `ready` tells whether it may be used for a call."""
 
-    def __init__(self, layer):
-        attention, mlp = layer.self_attn, layer.mlp
+    def __init__(self, layer, masks: _Masks):
+        attention, mlp, self.masks = layer.self_attn, layer.mlp, masks
         self.qkv = Group([attention.q_proj, attention.k_proj, attention.v_proj])
         self.o, self.gate_up, self.down = Group([attention.o_proj]), Group([mlp.gate_proj, mlp.up_proj]), Group([mlp.down_proj])
         self.norms = [(norm.weight.data, torch.tensor(norm.variance_epsilon, device=norm.weight.device))
@@ -35,10 +55,10 @@ class _Parts:
         self.modules = list(layer.modules())
 
     def ready(self, hidden, mask, past, embeddings) -> bool:
-        """Training from the start of a sequence, causal without a mask, and nobody wants to see what is inside."""
-        return (torch.is_grad_enabled() and mask is None and past is None and embeddings is not None
+        """Training from the start of a sequence, causal and no more, and nobody wants to see what is inside."""
+        return (torch.is_grad_enabled() and past is None and embeddings is not None
                 and embeddings[0].shape[-1] == self.width and hidden.dtype == self.qkv.weight.dtype
-                and not any(m._forward_hooks or m._forward_pre_hooks for m in self.modules))
+                and not any(m._forward_hooks or m._forward_pre_hooks for m in self.modules) and self.masks.causal(mask))
 
 
 def _norm(x, eps):
@@ -140,8 +160,9 @@ def install(model: torch.nn.Module) -> int:
     """
     lora_linear.install(model)
     found = [module for module in model.modules() if type(module).__name__ in LAYERS and _fits(module)]
+    masks = _Masks()
     for layer in found:
-        layer.forward = _forward(layer)
+        layer.forward = _forward(layer, masks)
     return len(found)
 
 
@@ -155,8 +176,8 @@ def _fits(layer) -> bool:
             and attention.config.hidden_act == "silu")
 
 
-def _forward(layer):
-    parts, own = _Parts(layer), layer.forward
+def _forward(layer, masks: _Masks):
+    parts, own = _Parts(layer, masks), layer.forward
 
     def forward(hidden_states, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False, position_embeddings=None, **others):
         if not parts.ready(hidden_states, attention_mask, past_key_values, position_embeddings):

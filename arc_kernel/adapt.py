@@ -25,6 +25,7 @@ import numpy as np
 
 from .checkpoint import load_model, write_json
 from .errors import ArcKernelError
+from .passes import padded, together
 from .precision.probe import collected, recording
 from .precision.rescale import Rescale
 from .prompts import Example, PromptBuilder
@@ -112,15 +113,15 @@ class TaskTrainer:
         good, step, factor, facts, skips = None, 0, 1.0, {"rollbacks": 0, "skipped": 0}, 0
         self.model.train()
         while step < self.recipe.steps:
-            losses, tokens = [], 0
-            for example in (next(examples) for _ in range(self.recipe.batch)):
-                loss = self._loss(example)
-                scaler.scale(loss / self.recipe.batch).backward()
-                losses.append(loss.item())
-                tokens += len(example.input_ids)
+            drawn = [next(examples) for _ in range(self.recipe.batch)]
+            answers, losses = sum(int((e.labels[1:] >= 0).sum()) for e in drawn), []
+            for group in together(drawn, self.recipe.max_seq_len):
+                losses.append(self._loss([drawn[i] for i in group]) / answers)
+                scaler.scale(losses[-1]).backward()
             scaler.unscale_(optimizer)
-            finite = all(map(math.isfinite, losses))
-            norm = torch.nn.utils.clip_grad_norm_(self.weights, GRADIENT_NORM).item()
+            norm = torch.nn.utils.clip_grad_norm_(self.weights, GRADIENT_NORM)
+            loss, norm = torch.stack([sum(x.detach() for x in losses), norm]).tolist()
+            finite = math.isfinite(loss)
             overflowed = finite and not math.isfinite(norm) and self.dtype == "float16" and skips < SKIPS
             if overflowed:  # the scaled gradient did not fit: once more with a smaller scale
                 skips, facts["skipped"] = skips + 1, facts["skipped"] + 1
@@ -146,7 +147,7 @@ class TaskTrainer:
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             step, skips = step + 1, 0
-            on_step(step, sum(losses) / len(losses), tokens)
+            on_step(step, loss, sum(len(e.input_ids) for e in drawn))
         if not all(torch.isfinite(w).all() for w in self.weights):
             raise FloatingPointError(f"adapter weights are not finite after training in {self.dtype}")
         save_adapter(self.model, folder, {"range.json": {"peaks": self._peaks(task)}})
@@ -178,15 +179,15 @@ class TaskTrainer:
         found = collected(peaks)
         return self.rescale.scaled(found, back=True) if self.rescale else found
 
-    def _loss(self, example: Example):
-        """Mean cross entropy over the labelled positions of an example."""
+    def _loss(self, examples: list[Example]):
+        """Cross entropy (nats) summed over the labelled positions of the examples of a pass."""
         import torch
 
-        from .answer_loss import answer_loss
+        from .answer_loss import answer_losses
 
-        ids, labels = (torch.from_numpy(a).to(self.device) for a in (example.input_ids, example.labels))
+        ids, labels = (torch.from_numpy(a).to(self.device) for a in padded(examples))
         with torch.autocast(self.device, getattr(torch, self.dtype), enabled=self.dtype != "float32"):
-            return answer_loss(self.model.get_base_model(), ids, labels)
+            return answer_losses(self.model.get_base_model(), ids, labels)[0]
 
     def _reset(self, seed: int) -> None:
         import torch

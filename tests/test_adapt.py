@@ -31,7 +31,7 @@ def builder(tokenizer):
 
 @pytest.fixture(scope="module")
 def trainer(tiny, builder):
-    return adapt.TaskTrainer(tiny, builder, RECIPE, None, "cpu", "bfloat16")
+    return adapt.TaskTrainer(tiny, builder, RECIPE, None, "cpu", "float32")
 
 
 def trained(trainer, task, folder):
@@ -56,7 +56,7 @@ def test_adapter_is_the_same_bit_for_bit_with_and_without_solutions(trainer, arc
 def test_adapter_does_not_depend_on_tasks_trained_before(trainer, tiny, builder, arc_training, tmp_path):
     first, second = arc_training.tasks["3c9b0459"], arc_training.tasks["25ff71a9"]
     after, _ = trained(trainer, first, tmp_path / "a") and trained(trainer, second, tmp_path / "b")
-    alone, _ = trained(adapt.TaskTrainer(tiny, builder, RECIPE, None, "cpu", "bfloat16"), second, tmp_path / "c")
+    alone, _ = trained(adapt.TaskTrainer(tiny, builder, RECIPE, None, "cpu", "float32"), second, tmp_path / "c")
     assert same(after, alone)
 
 
@@ -66,6 +66,20 @@ def test_training_lowers_the_loss_and_moves_every_adapter_matrix(tiny, builder, 
     assert len(losses) == 30 and np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.2
     assert len(weights) == 2 * 7 * 2 and all(np.abs(v).max() > 0 for v in weights.values())
     assert all(v.dtype == np.float32 for v in weights.values())
+
+
+def test_examples_of_a_step_are_one_pass_with_the_loss_and_the_adapter_of_one_by_one(tiny, builder, arc_training, tmp_path, monkeypatch):
+    recipe, made, passes = dataclasses.replace(RECIPE, batch=3), [], []
+    for together in (adapt.together, lambda examples, tokens: [[i] for i in range(len(examples))]):
+        monkeypatch.setattr(adapt, "together", together)
+        trainer = adapt.TaskTrainer(tiny, builder, recipe, None, "cpu", "float32")
+        real = trainer._loss
+        monkeypatch.setattr(trainer, "_loss", lambda examples, real=real: passes.append(len(examples)) or real(examples))
+        made.append(trained(trainer, arc_training.tasks["d037b0a7"], tmp_path / "a"))
+    assert passes == [3, 3, 3] + 9 * [1]
+    (one, losses), (other, theirs) = made
+    assert losses == pytest.approx(theirs, rel=1e-5)
+    assert all(np.allclose(one[k], other[k], rtol=1e-3, atol=1e-6) for k in one) and one.keys() == other.keys()
 
 
 def test_saved_adapter_is_plain_lora_without_paths(trainer, arc_training, tmp_path, tiny):
@@ -81,9 +95,9 @@ def test_saved_adapter_is_plain_lora_without_paths(trainer, arc_training, tmp_pa
 def test_each_task_continues_from_the_given_adapter(trainer, tiny, builder, arc_training, tmp_path):
     start, _ = trained(trainer, arc_training.tasks["d037b0a7"], tmp_path / "start")
     still = dataclasses.replace(RECIPE, steps=1, lr=0.0)
-    continued = adapt.TaskTrainer(tiny, builder, still, tmp_path / "start", "cpu", "bfloat16")
+    continued = adapt.TaskTrainer(tiny, builder, still, tmp_path / "start", "cpu", "float32")
     assert same(start, trained(continued, arc_training.tasks["3c9b0459"], tmp_path / "one")[0])
-    moving = adapt.TaskTrainer(tiny, builder, RECIPE, tmp_path / "start", "cpu", "bfloat16")
+    moving = adapt.TaskTrainer(tiny, builder, RECIPE, tmp_path / "start", "cpu", "float32")
     one, _ = trained(moving, arc_training.tasks["3c9b0459"], tmp_path / "two")
     assert not same(start, one)
     assert same(one, trained(moving, arc_training.tasks["3c9b0459"], tmp_path / "three")[0])
@@ -124,8 +138,8 @@ def test_tasks_with_no_or_one_pair(trainer, arc_training, tmp_path, pairs):
 
 
 def test_loss_that_is_not_finite_is_raised_and_nothing_is_saved(tiny, builder, arc_training, tmp_path):
-    sick = adapt.TaskTrainer(nan_model(tiny, tmp_path / "model"), builder, RECIPE, None, "cpu", "bfloat16")
-    with pytest.raises(FloatingPointError, match="loss is not finite at step 1 in bfloat16"):
+    sick = adapt.TaskTrainer(nan_model(tiny, tmp_path / "model"), builder, RECIPE, None, "cpu", "float32")
+    with pytest.raises(FloatingPointError, match="loss is not finite at step 1 in float32"):
         trained(sick, arc_training.tasks["d037b0a7"], tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
@@ -134,29 +148,29 @@ def failing_once(trainer, monkeypatch, call, times=1):
     """Make the trainer's loss NaN at a call, and at the next `times - 1` ones."""
     real, calls = trainer._loss, []
 
-    def loss(example):
+    def loss(examples):
         calls.append(None)
-        return real(example) * (float("nan") if call <= len(calls) < call + times else 1.0)
+        return real(examples) * (float("nan") if call <= len(calls) < call + times else 1.0)
 
     monkeypatch.setattr(trainer, "_loss", loss)
 
 
 def test_nan_in_the_middle_of_training_goes_back_to_the_last_good_state_and_finishes(tiny, builder, arc_training, tmp_path, monkeypatch):
     recipe = dataclasses.replace(RECIPE, steps=24, batch=1)
-    trainer, steps, said = adapt.TaskTrainer(tiny, builder, recipe, None, "cpu", "bfloat16"), [], []
+    trainer, steps, said = adapt.TaskTrainer(tiny, builder, recipe, None, "cpu", "float32"), [], []
     failing_once(trainer, monkeypatch, 18)
     facts = trainer.train(arc_training.tasks["25ff71a9"], tmp_path / "a", lambda step, loss, tokens: steps.append((step, loss)), said.append)
     assert facts == {"rollbacks": 1, "skipped": 0}
     assert [step for step, _ in steps] == [*range(1, 18), *range(11, 25)] and all(np.isfinite(loss) for _, loss in steps)
-    assert said == ["loss is not finite at step 18 in bfloat16: back to step 10 at 0.5 of the learning rate"]
+    assert said == ["loss is not finite at step 18 in float32: back to step 10 at 0.5 of the learning rate"]
     weights = load_file(tmp_path / "a" / "adapter_model.safetensors")
     assert all(np.isfinite(w).all() for w in weights.values()) and np.mean([x for _, x in steps[-5:]]) < steps[0][1]
 
 
 def test_training_that_keeps_failing_is_given_up(trainer, arc_training, tmp_path, monkeypatch):
-    failing_once(trainer, monkeypatch, 3, times=100)
+    failing_once(trainer, monkeypatch, 2, times=100)
     said = []
-    with pytest.raises(FloatingPointError, match="loss is not finite at step 1 in bfloat16"):
+    with pytest.raises(FloatingPointError, match="loss is not finite at step 1 in float32"):
         trainer.train(arc_training.tasks["25ff71a9"], tmp_path / "a", lambda *_: None, said.append)
     assert len(said) == adapt.ROLLBACKS and not (tmp_path / "a").exists()
 
@@ -171,9 +185,9 @@ def test_float16_gradients_that_do_not_fit_are_skipped_and_counted(tiny, builder
     assert len(losses) == 12 and losses[-1] < losses[0]
 
 
-def test_float16_training_follows_bfloat16(tiny, builder, arc_training, tmp_path):
+def test_float16_training_follows_float32(tiny, builder, arc_training, tmp_path):
     recipe, ends = dataclasses.replace(RECIPE, steps=30, batch=1), []
-    for dtype in ("bfloat16", "float16"):
+    for dtype in ("float32", "float16"):
         _, losses = trained(adapt.TaskTrainer(tiny, builder, recipe, None, "cpu", dtype), arc_training.tasks["25ff71a9"], tmp_path / dtype)
         ends.append(np.mean(losses[-5:]))
     assert ends[1] == pytest.approx(ends[0], rel=0.05)

@@ -108,15 +108,17 @@ def part(tiny, name, monkeypatch, rounds=2, **changes):
 
 
 def test_training_part_times_each_length_in_each_round(tiny, monkeypatch):
-    figures = {f.name: f for f in bench.collect(part(tiny, "train", monkeypatch, rounds=3, LENGTHS={True: (64, 128)}))}
+    figures = {f.name: f for f in bench.collect(part(tiny, "train", monkeypatch, rounds=3, STEPS={True: ((1, 64), (1, 128), (3, 64))}))}
     for tokens in (64, 128):
         step = figures[f"TTT step, {tokens} tokens"]
         assert len(step.seconds) == 2 and step.tokens == tokens and step.by == "GEMM" and 0 < step.share < 2  # out of time after two rounds
         assert step.flop == sum(ceilings.train_flop(ceilings.shape_of(tiny), tokens, tokens - 1, measure.RANK).values())
+    packed = figures["TTT step, 3 x 64 tokens"]
+    assert (packed.tokens, packed.flop) == (192, 3 * figures["TTT step, 64 tokens"].flop)
 
 
 def test_step_whose_products_alone_take_too_long_is_left_out_and_said_so(tiny, monkeypatch):
-    lines = part(tiny, "train", monkeypatch, LENGTHS={True: (64,)}, TOO_LONG=1e-9)
+    lines = part(tiny, "train", monkeypatch, STEPS={True: ((1, 64),)}, TOO_LONG=1e-9)
     assert not any("TTT step" in line.get("name", "") for line in lines)
     assert any(line.get("note", "").startswith("no step of 64 tokens: its matrix products alone take") for line in lines)
 

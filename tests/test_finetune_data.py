@@ -11,8 +11,9 @@ from arc_kernel.errors import ArcKernelError
 from arc_kernel.finetune import overlap, run
 from arc_kernel.finetune.data import KINDS, open_source, split
 from arc_kernel.finetune.settings import FinetuneSettings
-from arc_kernel.finetune.stream import PADDING, Stream, batches, check_lengths, growing_limit, padded
+from arc_kernel.finetune.stream import Stream, check_lengths, growing_limit
 from arc_kernel.grids import GridEncoder
+from arc_kernel.passes import PADDING, padded, together
 from arc_kernel.prompts import IGNORED, PromptBuilder
 from arc_kernel.tasks import Challenges, load_challenges
 from arc_kernel.views import View
@@ -175,15 +176,16 @@ def test_short_examples_come_first_and_the_limit_grows_to_none():
     assert limits[0] == pytest.approx(200, abs=2) and limits[:50] == sorted(limits[:50]) and limits[49] > 1050 and set(limits[50:]) == {0}
 
 
-def test_batches_hold_each_example_once_within_tokens_and_padding(pool, build):
-    drawn = [Stream([open_source(str(pool)), open_source(f"{pool}:inputs")], build(), 0, 8192, 0.5).draw(i) for i in range(60)]
-    made = batches(drawn, 2000)
-    assert sorted(id(d) for group in made for d in group) == sorted(map(id, drawn)) and len(made) < 40
+def test_passes_hold_each_example_once_within_tokens_and_padding(pool, build):
+    stream = Stream([open_source(str(pool)), open_source(f"{pool}:inputs")], build(), 0, 8192, 0.5)
+    examples = [stream.draw(i).example for i in range(60)]
+    made = together(examples, 2000)
+    assert sorted(i for group in made for i in group) == list(range(60)) and len(made) < 40
     for group in made:
-        ids, labels = padded(group)
+        ids, labels = padded([examples[i] for i in group])
         assert len(group) == 1 or ids.size <= 2000
-        assert (labels != IGNORED).sum() == sum((d.example.labels != IGNORED).sum() for d in group)
-        assert sum(len(d.example.input_ids) for d in group) >= (1 - PADDING) * ids.size
+        assert (labels != IGNORED).sum() == sum((examples[i].labels != IGNORED).sum() for i in group)
+        assert sum(len(examples[i].input_ids) for i in group) >= (1 - PADDING) * ids.size
 
 
 def planted(tmp_path, arc_training, tasks):

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..compose import compose
 from ..errors import ArcKernelError
-from ..prompts import IGNORED, Example, PromptBuilder
+from ..prompts import Example, PromptBuilder
 from ..tasks import Pair
 from ..views import random_view
 from . import recall
@@ -22,7 +22,6 @@ from .data import Source
 DRAWS = 5000  # tries at an example of an allowed length: what every 500th draw is, is missed once in 22,000 times
 SAMPLE = 256  # examples whose lengths are looked at before the first step
 SHORTEST = 0.1  # quantile of the lengths at which `short_first` begins
-PADDING = 0.1  # share of a batch that padding may be
 PERCENTILES = (5, 25, 50, 75, 90, 95, 99, 100)
 SIDES = {"output": ("input", "output"), "inputs": ("input",), "outputs": ("output",)}  # of a pair that a prompt kind shows
 
@@ -119,25 +118,3 @@ def check_lengths(lengths: np.ndarray, longest: int, allowed: float) -> str:
         raise ArcKernelError(f"finetune: {line}, more than max_too_long {allowed:.0%}: raise max_seq_len or max_too_long, "
                              f"or give shorter data")
     return line
-
-
-def batches(drawn: Sequence[Drawn], micro_tokens: int) -> list[list[Drawn]]:
-    """Examples put together by length, longest first: padded to the longest they hold up to `micro_tokens`, at most PADDING of it
-    padding. One that is longer is alone."""
-    made: list[list[Drawn]] = []
-    for one in sorted(drawn, key=lambda d: -len(d.example.input_ids)):
-        longest = len(made[-1][0].example.input_ids) if made else 0
-        if made and (len(made[-1]) + 1) * longest <= micro_tokens and len(one.example.input_ids) >= (1 - PADDING) * longest:
-            made[-1].append(one)
-        else:
-            made.append([one])
-    return made
-
-
-def padded(group: Sequence[Drawn]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and labels int64 [B, T] of a group, padded on the right with id 0 and no label."""
-    longest = max(len(d.example.input_ids) for d in group)
-    ids, labels = np.zeros((len(group), longest), np.int64), np.full((len(group), longest), IGNORED)
-    for row, d in enumerate(group):
-        ids[row, :len(d.example.input_ids)], labels[row, :len(d.example.labels)] = d.example.input_ids, d.example.labels
-    return ids, labels

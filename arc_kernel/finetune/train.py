@@ -26,12 +26,13 @@ from ..adapt import SKIPS
 from ..ceilings import Shape, train_flop
 from ..checkpoint import free_memory
 from ..errors import ArcKernelError
+from ..passes import padded, together
 from ..precision.probe import collected, recording
 from ..prompts import IGNORED
 from . import data
 from .learner import Learner
 from .settings import FinetuneSettings
-from .stream import Stream, batches, growing_limit, padded
+from .stream import Stream, growing_limit
 
 KINDS = (*data.KINDS, "recall")
 CHECKPOINTS = "checkpoints"
@@ -57,8 +58,9 @@ class Steps(Dataset):
         s = self.settings
         limit = growing_limit(self.lengths, step, s.steps, s.short_first)
         drawn = sorted((self.stream.draw(step * s.batch + i, limit) for i in range(s.batch)), key=lambda d: -len(d.example.input_ids))
-        passes = [(*map(torch.from_numpy, padded(group)), torch.tensor([KINDS.index(d.kind) for d in group]))
-                  for group in batches(drawn[self.rank::self.world], s.micro_tokens)]
+        mine = drawn[self.rank::self.world]
+        passes = [(*map(torch.from_numpy, padded([mine[i].example for i in group])), torch.tensor([KINDS.index(mine[i].kind) for i in group]))
+                  for group in together([d.example for d in mine], s.micro_tokens)]
         sizes = [(len(d.example.input_ids), int((d.example.labels != IGNORED).sum())) for d in drawn]
         return {"passes": passes, "answers": sum(n for _, n in sizes), "tokens": sum(n for n, _ in sizes),
                 "flop": sum(self._flop(*n) for n in sizes)}

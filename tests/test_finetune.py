@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
 import resource
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -141,6 +145,23 @@ def test_processes_share_a_step_and_agree_on_its_counts(settings, prepared):
     rows = [sorted(tuple(row) for ids, labels, _ in step["passes"] for row in labels.clamp(min=0).sort(1, True).values[:, :30].tolist()) for step in made]
     assert rows[0] == sorted(rows[1] + rows[2]) and len(rows[0]) == 7 and len(rows[1]) == 4
     assert len({(step["answers"], step["tokens"], step["flop"]) for step in made}) == 1
+
+
+def test_two_processes_under_torchrun_learn_what_one_does_and_go_on_from_its_checkpoint(settings, prepared, tmp_path):
+    one = dataclasses.replace(settings, steps=8, save_every=4)
+    two = dataclasses.replace(one, out=str(tmp_path / "two"))
+    run.finetune(one, prepared)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "arc_kernel", "finetune"]
+    for name, value in dataclasses.asdict(two).items():
+        for given in value if isinstance(value, tuple) else [] if isinstance(value, bool) else [value]:
+            command.append(f"--{name.replace('_', '-')}={given}")
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    shutil.copytree(one.out_path / "checkpoints", two.out_path / "checkpoints")
+    shutil.rmtree(two.out_path / "checkpoints" / "checkpoint-8")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [(r["step"], r["tokens"]) for r in rows_of(two)] == [(r["step"], r["tokens"]) for r in rows_of(one)][4:]
+    assert [r["loss"] for r in rows_of(two)] == pytest.approx([r["loss"] for r in rows_of(one)][4:], rel=1e-4)
 
 
 @pytest.mark.parametrize("schedule, rises", [("linear", 1), ("cosine", 1), ("cosine_with_restarts", 3), ("constant_with_warmup", 1)])

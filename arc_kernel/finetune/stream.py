@@ -70,7 +70,8 @@ class Stream:
         return np.array([d.tokens for d in drawn if d is not None])
 
     def _draw(self, rng: np.random.Generator, limit: int, fit: bool = True) -> Drawn | None:
-        """One try at an example; None where a pool has no pairs small enough for `limit` tokens: a cell is a token or more."""
+        """One try at an example; None where a pool has no pairs small enough for `limit` tokens (a cell is a token or more),
+        and where nothing could be composed."""
         source = self.sources[rng.choice(len(self.sources), p=self._weights)]
         if source.kind == "recall":
             example = recall.example(self.builder, source.tokens, rng)
@@ -80,6 +81,8 @@ class Stream:
             return None
         if rng.random() < self.compose:
             pairs, composed = compose(pairs, rng, SIDES[source.kind])
+            if composed is None:
+                return None
         view = random_view(len(pairs) - 1, rng, self.permute_background)
         shown = [view.apply_pair(p) for p in pairs]
         example = self._example(source.kind, shown)

@@ -30,7 +30,8 @@ SEQUENCE = 8192
 ROWS = (512, 2048)  # of the products at the model's own shapes: tokens of an example, or of a prefill step
 STEPS = {False: ((1, 512), (1, 1024), (1, 2048), (4, 512), (4, 2048)), True: ((1, 512), (1, 1024))}  # examples and tokens of each, in full and quick
 BATCHES = {False: (1, 8, 32, 64), True: (1, 32)}  # prompts decoded together
-PROMPT = {1: 513, 8: 257, 32: 129, 64: 129}  # tokens of a prompt: whole blocks of vLLM's cache and one more
+ON_GPU = (128,)  # in full: as many as a run decodes together there
+PROMPT = {1: 513, 8: 257, 32: 129, 64: 129, 128: 129}  # tokens of a prompt: whole blocks of vLLM's cache and one more
 READ_AGAIN = 2100  # tokens of a batch whose prefill is timed in each round; larger ones once
 ROUNDS = 2  # at least, whatever they take: one sample says nothing of noise
 NEW_TOKENS = 17  # a first token and 16 decoding steps
@@ -153,7 +154,7 @@ class Part:
             begun = time.perf_counter()
             subprocess.run([sys.executable, "-c", f"import {self.asked['backend']}"], check=True, stdout=subprocess.DEVNULL)
             self.say(f"start Python, import {self.asked['backend']}", time.perf_counter() - begun)
-        batches = BATCHES[self.quick]
+        batches = BATCHES[self.quick] + ON_GPU * (self.device == "cuda" and not self.quick)
         settings = EngineSettings(self.variant.folder, self.dtype, SEQUENCE, self.model.builder.end_token, measure.RANK,
                                   self.variant.rescale, in_flight=max(batches))
         begun = time.perf_counter()

@@ -1,7 +1,7 @@
 """What both inference backends share: prompts, answers, settings, the guard on every answer, adapters as weights want them.
 
-An engine has two methods: `answer`, prompts plus adapters in, scored answers out, and `close`. Knows nothing of tasks or
-grids; the caller says with `viable` when going on with an answer is wasted, with `wanted` when nobody needs it any more.
+An engine has two methods: `answer`, prompts plus adapters in, scored answers out, and `close`; its `in_flight` is how many prompts
+it takes at once, its `adapters` how many adapters may be among them. Knows nothing of tasks or grids; the caller says with `viable` when going on with an answer is wasted, with `wanted` when nobody needs it any more.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from typing import Callable
 
 from .precision.rescale import Rescale, convert_adapter
 
-IN_FLIGHT = 32  # prompts decoded together in a run: 4 tasks of 8 views
-ADAPTERS = 4  # in one batch: max_loras of every profile
 CHECK_EVERY = 8  # generated tokens between two looks at whether an answer is still viable
 
 
@@ -52,7 +50,7 @@ class EngineSettings:
 
     `rescale`: the model's weights are rescaled so; adapters are converted as they are loaded. `special`: ids of the
     tokenizer's special tokens, for the guard. `profile`: whose engine arguments vLLM is started with; auto: by the device.
-    `in_flight`: prompts decoded together.
+    `in_flight`: prompts decoded together; 0: what suits the device.
     """
 
     model: Path
@@ -63,7 +61,7 @@ class EngineSettings:
     rescale: Rescale | None = None
     special: frozenset[int] = frozenset()
     profile: str = "auto"
-    in_flight: int = IN_FLIGHT
+    in_flight: int = 0
 
 
 Viable = Callable[[list[int]], bool]

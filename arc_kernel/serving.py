@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
 from .dtypes import Chooser, Model
-from .engine import ADAPTERS, IN_FLIGHT, Answer, Prompt
+from .engine import Answer, Prompt
 from .job import Job
 from .prompts import PromptBuilder
 from .select import PARTIAL, Completion, decided, status_of, write_completions
 from .tasks import Task
 from .views import shared_views
 
-
-SHARE = IN_FLIGHT // 2  # of a batch for one task: what is not sent yet need not be, once its vote is decided
+SHARE = 0.5  # of a batch for one task: what is not sent yet need not be, once its vote is decided
 
 
 @dataclass
@@ -149,16 +148,16 @@ class Serving:
     def serve(self, engine, works: Iterable[Work], left_out: set[Path], stage: str) -> list[Work]:
         """Answer work as it comes, streaming; given back is what has prompts without a finite answer."""
         open_works: dict[str, Work] = {}
-        unfinished, counts, works = [], Counter(), iter(works)
+        unfinished, counts, works, share = [], Counter(), iter(works), max(1, int(SHARE * engine.in_flight))
 
         def feed() -> Iterator[Prompt | None]:
             """Prompts of the oldest task with room in its share, of a new one where the batch may hold its adapter; else None."""
             exhausted = False
             while in_time() and (not exhausted or any(w.waiting for w in open_works.values())):
-                ready = next((w for w in open_works.values() if w.waiting and len(w.sent) < SHARE), None)
+                ready = next((w for w in open_works.values() if w.waiting and len(w.sent) < share), None)
                 if ready:
                     yield ready.send()
-                elif exhausted or len({self._adapter_of(w.task) for w in open_works.values()} - {None}) >= ADAPTERS:
+                elif exhausted or len({self._adapter_of(w.task) for w in open_works.values()} - {None}) >= engine.adapters:
                     yield None
                 elif (work := next(works, None)) is None:
                     exhausted = True

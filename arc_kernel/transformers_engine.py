@@ -9,7 +9,8 @@ from typing import Iterable, Iterator
 from .checkpoint import free_memory, load_model
 from .engine import CHECK_EVERY, Answer, EngineSettings, Prompt, ServedAdapters, Viable, Wanted, failed
 
-BATCH = 8  # prompts decoded together
+BATCH = 8  # prompts decoded together, all with the same adapter
+IN_FLIGHT, ADAPTERS = 4 * BATCH, 4  # so that a batch is not smaller because a task sends no more
 
 
 class TransformersEngine:
@@ -22,7 +23,8 @@ class TransformersEngine:
     def __init__(self, settings: EngineSettings, device: str):
         self._model, self._device, self._end = load_model(settings.model, settings.dtype, device), device, settings.end_token
         self._max_seq_len, self._special, self._adapter = settings.max_seq_len, settings.special, None
-        self._adapters, self._merge, self._old = ServedAdapters(settings.rescale, settings.in_flight), settings.dtype == "float32", {}
+        self.in_flight, self.adapters = settings.in_flight or IN_FLIGHT, ADAPTERS
+        self._adapters, self._merge, self._old = ServedAdapters(settings.rescale, self.in_flight), settings.dtype == "float32", {}
 
     def answer(self, prompts: Iterable[Prompt | None], max_new_tokens: int, viable: Viable | None = None,
                wanted: Wanted | None = None) -> Iterator[Answer]:

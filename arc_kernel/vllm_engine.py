@@ -31,13 +31,14 @@ class VllmEngine:
         known = {f.name for f in dataclasses.fields(EngineArgs)}
         profile = profiles.matching(_capability(device)) if settings.profile == "auto" else profiles.load(settings.profile)
         asked = profile.engine
+        self.in_flight, self.adapters = settings.in_flight or asked["max_num_seqs"], asked["max_loras"]
         args = dict(model=str(settings.model), dtype=settings.dtype, max_model_len=settings.max_seq_len,
-                    max_num_seqs=settings.in_flight, enable_prefix_caching=True, disable_log_stats=True, seed=0)
+                    max_num_seqs=self.in_flight, enable_prefix_caching=True, disable_log_stats=True, seed=0)
         if settings.lora_rank:
             rank = next((r for r in LORA_RANKS if r >= settings.lora_rank), None)
             if rank is None:
                 raise ArcKernelError(f"lora_rank {settings.lora_rank}: vLLM takes at most {LORA_RANKS[-1]}: use backend=transformers")
-            args.update(enable_lora=True, max_loras=asked["max_loras"], max_lora_rank=rank)
+            args.update(enable_lora=True, max_loras=self.adapters, max_lora_rank=rank)
         args.update(enforce_eager=asked["enforce_eager"])
         if device == "cpu":
             cpu_lora.install()
@@ -53,10 +54,10 @@ class VllmEngine:
             self._llm = vllm.LLM(**args)
         except Exception as error:
             raise ArcKernelError(f"{settings.model}: vLLM does not start in {settings.dtype}: {_first_line(error)}") from error
-        self._end, self._special, self._in_flight = settings.end_token, settings.special, settings.in_flight
+        self._end, self._special = settings.end_token, settings.special
         self._numbers = itertools.count(1)
         self._requests: dict[Path, object] = {}
-        self._adapters = ServedAdapters(settings.rescale, settings.in_flight)
+        self._adapters = ServedAdapters(settings.rescale, self.in_flight)
 
     def answer(self, prompts: Iterable[Prompt | None], max_new_tokens: int, viable: Viable | None = None,
                wanted: Wanted | None = None) -> Iterator[Answer]:
@@ -75,7 +76,7 @@ class VllmEngine:
             if unwanted:
                 engine.abort_request(unwanted)
                 running = {number: prompt for number, prompt in running.items() if number not in unwanted}
-            while not exhausted and len(running) < self._in_flight:
+            while not exhausted and len(running) < self.in_flight:
                 prompt = next(source, StopIteration)
                 if prompt is StopIteration:
                     exhausted = True

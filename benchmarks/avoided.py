@@ -23,9 +23,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from arc_kernel import checkpoint, report, select
-from arc_kernel.engine import IN_FLIGHT, Answer, Prompt
+from arc_kernel.engine import Answer, Prompt
 from arc_kernel.grids import GridEncoder
 from arc_kernel.job import Job
+from arc_kernel.kaggle import profiles
 from arc_kernel.prompts import PromptBuilder
 from arc_kernel.run import solve, stored_settings
 from arc_kernel.serving import Serving, Work
@@ -39,13 +40,14 @@ class Stored:
 
     def __init__(self, completions: dict[tuple, select.Completion]):
         self.completions, self.steps, self.tokens = completions, 0, 0
+        self.in_flight, self.adapters = (profiles.matching("").engine[name] for name in ("max_num_seqs", "max_loras"))
 
     def answer(self, prompts, max_new_tokens, viable, wanted):
         """Answers as they finish; see VllmEngine.answer."""
         running, source, exhausted = {}, iter(prompts), False
         while running or not exhausted:
             running = {key: (p, made) for key, (p, made) in running.items() if wanted(p)}
-            while not exhausted and len(running) < IN_FLIGHT and (prompt := next(source, StopIteration)) is not None:
+            while not exhausted and len(running) < self.in_flight and (prompt := next(source, StopIteration)) is not None:
                 if prompt is StopIteration:
                     exhausted = True
                 else:

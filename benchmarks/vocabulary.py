@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 
 from arc_kernel import adapt, checkpoint, generate
-from arc_kernel.engine import IN_FLIGHT, EngineSettings, Prompt
+from arc_kernel.engine import EngineSettings, Prompt
 from arc_kernel.grids import GridEncoder
 from arc_kernel.prepare.make import prepare
 from arc_kernel.prompts import PromptBuilder
@@ -31,6 +31,7 @@ from arc_kernel.views import random_view, task_rng
 
 TASK = "d037b0a7"  # ARC-AGI-1 training, 3x3 grids
 CONTEXT = 1024
+PROMPTS = 32
 
 
 def builder_of(folder: Path) -> PromptBuilder:
@@ -104,11 +105,11 @@ def main() -> None:
             builder = builder_of(folder)
             engines[name] = generate.start_engine("vllm", EngineSettings(folder, "float32", CONTEXT, builder.end_token, 0), "cpu")
             rng = task_rng(0, task.id, "vocabulary")
-            prompts[name] = [Prompt((i,), builder.prompt(random_view(len(task.train), rng), task, 0)) for i in range(IN_FLIGHT)]
+            prompts[name] = [Prompt((i,), builder.prompt(random_view(len(task.train), rng), task, 0)) for i in range(PROMPTS)]
             tokens_a_second(engines[name], prompts[name], 1)
         for number in range(options.rounds):
             speeds = [tokens_a_second(engines[name], prompts[name], options.tokens) for name in folders]
-            row(f"tokens/s of {IN_FLIGHT} prompts, turn {number + 1}", *speeds, load())
+            row(f"tokens/s of {PROMPTS} prompts, turn {number + 1}", *speeds, load())
         for engine in engines.values():
             engine.close()
 

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from arc_kernel import report, select, serving
-from arc_kernel.engine import ADAPTERS, IN_FLIGHT, Answer
+from arc_kernel.engine import Answer
 from arc_kernel.grids import GridEncoder
 from arc_kernel.job import Job
 from arc_kernel.prompts import PromptBuilder
-from arc_kernel.serving import SHARE, Serving
+from arc_kernel.serving import Serving
 from arc_kernel.tasks import Pair, Task
 from arc_kernel.views import View
 
@@ -36,22 +36,24 @@ def builder(tokenizer):
 class Engine:
     """Answers a prompt with the grid that `grid_of(test index, view)` gives, seen through its view; None: NaN."""
 
+    in_flight, adapters = 32, 4
+
     def __init__(self, builder, grid_of):
-        self.builder, self.grid_of, self.sent, self.given_up, self.in_flight = builder, grid_of, [], [], []
+        self.builder, self.grid_of, self.sent, self.given_up, self.batches = builder, grid_of, [], [], []
 
     def answer(self, prompts, max_new_tokens, viable, wanted):
         running, source, ended = [], iter(prompts), False
         while running or not ended:
             self.given_up += [p for p in running if not wanted(p)]
             running = [p for p in running if wanted(p)]
-            while not ended and len(running) < IN_FLIGHT:
+            while not ended and len(running) < self.in_flight:
                 prompt = next(source, "end")
                 ended = prompt == "end"
                 if ended or prompt is None:
                     break
                 running.append(prompt)
                 self.sent.append(prompt)
-            self.in_flight.append(list(running))
+            self.batches.append(list(running))
             if running:
                 yield self.answer_to(running.pop(0))
 
@@ -125,11 +127,11 @@ def test_what_is_not_sent_yet_when_its_vote_is_decided_is_never_sent(tmp_path, b
     engine = Engine(builder, numbered(*[ONE] * 20, *[TWO] * 9))
     told = served(tmp_path, builder, [task], engine, views=36)
     assert (len(completions(tmp_path, task)), of(told, "decided")[0]["predictions"]) == (29, 7)
-    assert len(engine.sent) == 36 and len(engine.given_up) == 7  # the last ones are under way by then, at SHARE in flight
+    assert len(engine.sent) == 36 and len(engine.given_up) == 7  # the last ones are under way by then, half a batch of one task
     engine = Engine(builder, numbered(*[ONE] * 51, *[TWO] * 25))
     told = served(tmp_path, builder, [task], engine, views=100)
     assert (len(completions(tmp_path, task)), of(told, "decided")[0]["predictions"]) == (76, 24)
-    assert len(engine.sent) == 76 + SHARE - 1 and len(engine.given_up) == SHARE - 1
+    assert len(engine.sent) == 76 + Engine.in_flight // 2 - 1 and len(engine.given_up) == Engine.in_flight // 2 - 1
 
 
 def test_one_test_input_is_decided_without_the_other(tmp_path, builder, task_of_two):
@@ -211,16 +213,16 @@ def test_batch_is_full_and_holds_no_more_adapters_or_prompts_of_one_task_than_it
         (tmp_path / "adapters" / t.id).mkdir(parents=True)
     engine = Engine(builder, lambda i, view: ONE)
     served(tmp_path, builder, tasks, engine, views=32)
-    assert max(len({p.adapter for p in batch}) for batch in engine.in_flight) <= ADAPTERS
-    assert max(max(Counter(p.adapter for p in batch).values(), default=0) for batch in engine.in_flight) == SHARE
-    assert all(len(batch) == IN_FLIGHT for batch in engine.in_flight[:11 * 32])
+    assert max(len({p.adapter for p in batch}) for batch in engine.batches) <= engine.adapters
+    assert max(max(Counter(p.adapter for p in batch).values(), default=0) for batch in engine.batches) == 16
+    assert all(len(batch) == 32 for batch in engine.batches[:11 * 32])
     assert len(engine.sent) == 12 * 32
 
 
 def test_tasks_without_adapters_fill_the_batch_however_few_predictions_each_has(tmp_path, builder, task):
     engine = Engine(builder, lambda i, view: ONE)
     served(tmp_path, builder, small_tasks(40, task), engine, views=1)
-    assert len(engine.in_flight[0]) == IN_FLIGHT and len(engine.sent) == 40
+    assert len(engine.batches[0]) == 32 and len(engine.sent) == 40
 
 
 def test_time_budget_keeps_what_is_answered_of_a_task_and_leaves_no_task_without_a_word(tmp_path, builder, task, task_of_two, monkeypatch):

@@ -15,7 +15,8 @@ from ..errors import ArcKernelError
 
 HERE = Path(__file__).resolve().parent
 FILE = HERE / "profiles.toml"
-ENGINE = {"attention_backend": str, "dtype": str, "gpu_memory_utilization": float, "max_loras": int, "enforce_eager": bool}
+ENGINE = {"attention_backend": str, "dtype": str, "gpu_memory_utilization": float, "max_num_seqs": int,
+          "max_loras": int, "enforce_eager": bool}
 VERSION = re.compile(r"\d+\.\d+")
 
 

@@ -35,7 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m arc_kernel", description="ARC-AGI: a LoRA per task at test time, many views, votes.")
     commands = parser.add_subparsers(required=True, metavar="command")
-    solve = commands.add_parser("solve", help="adapt, answer, vote: write submission.json", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    solve = commands.add_parser("solve", help="adapt, answer, vote: write submission.json",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     types = typing.get_type_hints(Settings)
     for f in dataclasses.fields(Settings):
         _setting(solve, f.name, types)
@@ -64,7 +65,8 @@ def _parser() -> argparse.ArgumentParser:
         _setting(bench, name, types)
     bench.add_argument("--out", type=Path, default=None, help="JSON file to write; default: runs/bench/<model>-<dtype>-<date>.json")
     bench.add_argument("--against", type=Path, default=None, help="JSON of an earlier bench: print ratios to it")
-    bench.add_argument("--quick", action="store_true", help="shorter examples, smaller batches, fewer rounds: 2 minutes instead of 6 on 2 CPU cores")
+    bench.add_argument("--quick", action="store_true",
+                       help="shorter examples, smaller batches, fewer rounds: 2 minutes instead of 6 on 2 CPU cores")
     bench.set_defaults(command=_bench)
     prepare_command.add_commands(commands)
     notebook = commands.add_parser("notebook", help="write the .ipynb from the notebook's source")
@@ -109,7 +111,8 @@ def _solve(**options) -> None:
     print(report.stage_table(result["stages"]))
     if result["metrics"]:
         print(score.table(result["metrics"]))
-    print(f"{result['seconds']:.0f} s in all, {result['free_gb']} GB of disk left\nsubmission: {result['submission']}\nreport: {result['report']}")
+    print(f"{result['seconds']:.0f} s in all, {result['free_gb']} GB of disk left\n"
+          f"submission: {result['submission']}\nreport: {result['report']}")
 
 
 def _score(submission: Path, tasks: str, solutions: str) -> None:

@@ -174,7 +174,8 @@ class TaskTrainer:
         pairs = tuple(task.train[k] for k in kept or ())
         ids = self.builder.prompt_ids(pairs, task.test[0].input)[: self.recipe.max_seq_len]
         self.model.eval()
-        with torch.no_grad(), recording(self.model) as peaks, torch.autocast(self.device, getattr(torch, self.dtype), enabled=self.dtype != "float32"):
+        with (torch.no_grad(), recording(self.model) as peaks,
+              torch.autocast(self.device, getattr(torch, self.dtype), enabled=self.dtype != "float32")):
             self.model(input_ids=torch.tensor([ids], device=self.device), logits_to_keep=1)
         found = collected(peaks)
         return self.rescale.scaled(found, back=True) if self.rescale else found

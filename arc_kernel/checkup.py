@@ -62,7 +62,8 @@ def check(model: Model, dtype: str, backend: str, out: Path, rescaled: str) -> N
     print(f"verdict for dtype={dtype} on {verdict.device_model(model.device)}: {settled.dtype or 'no dtype gives finite answers'}")
     dataclasses.replace(settled, peaks=ranges.peaks).save(out / "precision.json")
     shown = dataclasses.asdict(settled) | {"peaks": ranges.peaks, "rescale": made and made.to_json()}
-    body = f"<pre>{html.escape(probe.table(ranges))}</pre><p>{html.escape(reason or str(made or 'float16 holds it as it is'))}</p>{report.precision_html(shown)}"
+    body = (f"<pre>{html.escape(probe.table(ranges))}</pre><p>{html.escape(reason or str(made or 'float16 holds it as it is'))}</p>"
+            f"{report.precision_html(shown)}")
     with replacing(out / "report.html") as file:
         file.write(report.page(f"Precision of {model.folder.name}", body))
     print(f"{time.perf_counter() - begun:.0f} s in all\nreport: {out / 'report.html'}")

@@ -210,7 +210,8 @@ class Chooser:
             self.lap("probe", dtype=dtype)
             reference = None if known else self.model.reference()
             self.lap("float32 reference")
-            settings = EngineSettings(variant.folder, dtype, self.max_seq_len, self.model.builder.end_token, self._rank if self.uses_adapters else 0,
+            settings = EngineSettings(variant.folder, dtype, self.max_seq_len, self.model.builder.end_token,
+                                      self._rank if self.uses_adapters else 0,
                                       variant.rescale, self.model.builder.special_tokens, self.profile)
             engine = start_engine(backend, settings, self.model.device)
             self.lap("start engine", dtype=dtype)
@@ -236,7 +237,8 @@ class Chooser:
         self.settled = Precision(variant and variant.dtype, made, peaks, tuple(self.evidence), self.key)
         self.tell("verdict", **dataclasses.asdict(self.settled))
         if variant and variant.rescale:
-            self.tell("precision", stage="verdict", dtype=variant.dtype, text=f"{variant.dtype} cannot hold the model as it is; {variant.rescale}")
+            self.tell("precision", stage="verdict", dtype=variant.dtype,
+                      text=f"{variant.dtype} cannot hold the model as it is; {variant.rescale}")
 
     def _variant(self, dtype: str) -> tuple[Variant, set[Path]]:
         """The model as `dtype` wants it, and the tasks' adapters that overflow there whatever is done."""

@@ -171,7 +171,8 @@ def _fits(layer) -> bool:
     linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     return (all(map(plain, linears)) and all(type(n).__name__ in NORMS and not n.weight.requires_grad for n in norms)
-            and len({m.get_base_layer().bias is None for m in linears[:3]}) == len({m.get_base_layer().bias is None for m in linears[4:6]}) == 1
+            and (len({m.get_base_layer().bias is None for m in linears[:3]})
+                 == len({m.get_base_layer().bias is None for m in linears[4:6]}) == 1)
             and attention.config._attn_implementation == "sdpa" and not attention.attention_dropout
             and attention.config.hidden_act == "silu")
 
@@ -179,7 +180,8 @@ def _fits(layer) -> bool:
 def _forward(layer, masks: _Masks):
     parts, own = _Parts(layer, masks), layer.forward
 
-    def forward(hidden_states, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False, position_embeddings=None, **others):
+    def forward(hidden_states, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False,
+                position_embeddings=None, **others):
         if not parts.ready(hidden_states, attention_mask, past_key_values, position_embeddings):
             return own(hidden_states, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
                        use_cache=use_cache, position_embeddings=position_embeddings, **others)

@@ -12,7 +12,8 @@ from .settings import DTYPES
 def add_commands(commands) -> None:
     """Add the parsers of evaluate, merge and combine."""
     shown = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
-    evaluate = commands.add_parser("evaluate", help="figures of runs with intervals, and their paired differences; or recall by distance", **shown)
+    evaluate = commands.add_parser("evaluate",
+                                   help="figures of runs with intervals, and their paired differences; or recall by distance", **shown)
     evaluate.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="output folder of solve; differences are to the first")
     evaluate.add_argument("--json", type=Path, default=None, help="file to write the figures to")
     evaluate.add_argument("--out", type=Path, default=None, help="HTML page to write: plots, and pictures of tasks where runs differ")

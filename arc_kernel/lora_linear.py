@@ -1,9 +1,9 @@
 """A LoRA linear layer as one autograd function: y = x W' + s (x A') B' with W frozen, A and B fp32 masters.
 
 peft's layer does the same in several autograd nodes and casts x to the masters' dtype and back; here only the masters are
-cast to the compute dtype, and the LoRA's products are added in place (10% less time per step on 2 CPU cores). peft keeps the weights, their names and
-the file format; only `forward` of its plain linear layers is exchanged while training. `Group` is the arithmetic: layers that
-read the same x as one product.
+cast to the compute dtype, and the LoRA's products are added in place (10% less time per step on 2 CPU cores).
+peft keeps the weights, their names and the file format; only `forward` of its plain linear layers is exchanged while training.
+`Group` is the arithmetic: layers that read the same x as one product.
 """
 
 from __future__ import annotations

@@ -76,7 +76,8 @@ class PromptBuilder:
             ahead, ids = self._whole(anchor), self._whole(anchor + text)
             if ids[: len(ahead)] == ahead:
                 return ids[len(ahead):]
-        raise ArcKernelError(f"{self._tokenizer.name_or_path}: tokenizer joins {text[:20]!r} with whatever stands before it: take another model")
+        raise ArcKernelError(f"{self._tokenizer.name_or_path}: tokenizer joins {text[:20]!r} with whatever stands before it: "
+                             "take another model")
 
     def _whole(self, text: str) -> tuple[int, ...]:
         """Ids of a text by itself, without the tokens a tokenizer puts around a text."""

@@ -128,7 +128,8 @@ def predictions_html(task: Task, index: int, found: list[Candidate], attempts: A
     shown = [picture(task.test[index].input, f"test input {index + 1}")]
     shown += [picture(g, f"attempt {n}", mark(g)) for n, g in enumerate(attempts, 1)]
     shown += [picture(truth, "truth")] if truth is not None else []
-    rest = [picture(c.grid, f"{c.votes} vote{'s' * (c.votes > 1)}, logprob/token {c.logprob:.3f}", mark(c.grid), 90) for c in found[:CANDIDATES_SHOWN]]
+    rest = [picture(c.grid, f"{c.votes} vote{'s' * (c.votes > 1)}, logprob/token {c.logprob:.3f}", mark(c.grid), 90)
+            for c in found[:CANDIDATES_SHOWN]]
     more = f"<p>{len(found) - CANDIDATES_SHOWN} more candidates</p>" if len(found) > CANDIDATES_SHOWN else ""
     none = "" if found else f'<p style="{NOTE}">no view gave a valid grid: fallback answer</p>'
     return f'<div style="{ROW}">{"".join(shown)}</div>{none}<div style="{ROW}">{"".join(rest)}</div>{more}'
@@ -162,7 +163,8 @@ def headroom_html(peaks: dict[str, list[float]], rescale: Rescale | None) -> str
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for axes, (title, rows) in zip(panels, shown):
         for number, (site, row) in enumerate((s, r) for s, r in rows.items() if len(r) > 1):
-            axes.plot(range(len(row)), [min(30.0, max(-10.0, headroom(p))) for p in row], linewidth=1.2, linestyle=("-", "--", ":")[number // 10 % 3], label=site)
+            axes.plot(range(len(row)), [min(30.0, max(-10.0, headroom(p))) for p in row], linewidth=1.2,
+                      linestyle=("-", "--", ":")[number // 10 % 3], label=site)
         axes.axhspan(-10, 0, color="#c33", alpha=0.15)
         axes.axhline(0, color="#c33")
         axes.set(title=title, xlabel="layer")
@@ -175,9 +177,11 @@ def precision_html(verdict: dict | None) -> str:
     """The verdict on dtypes: what was tried and seen, and the picture of headroom where the model was probed."""
     if not verdict:
         return "<p>No dtype was needed.</p>"
-    rows = "".join(f"<tr><td>{html.escape(e['dtype'])}</td><td>{'used' if e['ok'] else 'dropped'}</td><td>{html.escape(e['seen'])}</td></tr>" for e in verdict["evidence"])
+    rows = "".join(f"<tr><td>{html.escape(e['dtype'])}</td><td>{'used' if e['ok'] else 'dropped'}</td>"
+                   f"<td>{html.escape(e['seen'])}</td></tr>" for e in verdict["evidence"])
     made = verdict["rescale"] and Rescale.from_json(verdict["rescale"])
-    text = f"<p>Inference in <b>{verdict['dtype'] or 'no dtype'}</b>{f', {html.escape(str(made))}' if made else ''}.</p><table>{rows}</table>"
+    text = (f"<p>Inference in <b>{verdict['dtype'] or 'no dtype'}</b>{f', {html.escape(str(made))}' if made else ''}.</p>"
+            f"<table>{rows}</table>")
     return text + (headroom_html(verdict["peaks"], made) if verdict["peaks"] else "")
 
 
@@ -187,14 +191,16 @@ def metrics_html(metrics: dict | None) -> str:
         return "<p>No solutions known: nothing to score.</p>"
     c, rows = metrics["counts"], []
     for name, value in metrics["per_output"].items():
-        rows.append(f'<tr><td>{name}</td><td>{value:.4f}</td><td>{metrics["per_task"][name]:.4f}</td><td style="text-align:left">{FIGURES[name]}</td></tr>')
+        rows.append(f'<tr><td>{name}</td><td>{value:.4f}</td><td>{metrics["per_task"][name]:.4f}</td>'
+                    f'<td style="text-align:left">{FIGURES[name]}</td></tr>')
     return (f"<p><b>{c['solved_outputs']} of {c['outputs']} test outputs solved</b>, {c['solved_tasks']} of {c['tasks']} tasks.</p>"
             f"<table><tr><th></th><th>per output</th><th>per task</th><th></th></tr>{''.join(rows)}</table>")
 
 
 def page(title: str, body: str) -> str:
     """A whole HTML page."""
-    return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{PAGE_STYLE}</style><h1>{html.escape(title)}</h1>{body}</html>'
+    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+            f'<style>{PAGE_STYLE}</style><h1>{html.escape(title)}</h1>{body}</html>')
 
 
 def write_report(out: Path, settings: Settings, challenges: Challenges, found: dict[str, list[list[Candidate]]],

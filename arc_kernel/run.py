@@ -165,7 +165,8 @@ class Run:
         if event == "verdict":
             Precision(*(message[f.name] for f in dataclasses.fields(Precision))).save(self.out / "precision.json")
             facts = {k: v for k, v in facts.items() if k not in ("peaks", "key")}
-        loud = event in ("note", "adapt-failed", "worker-died", "precision", "stop", "out-of-time") or (event == "verdict" and message["dtype"] is None)
+        loud = (event in ("note", "adapt-failed", "worker-died", "precision", "stop", "out-of-time")
+                or (event == "verdict" and message["dtype"] is None))
         loud = loud or bool(facts.get("error"))
         (self._say if loud else self._log)(event, **facts)
         if event in ("adapted", "answered") and not self._low:

@@ -121,10 +121,12 @@ class Serving:
         for i in range(len(task.test)):
             kept = self.builder.fit(task.train, task.test[i].input, self.max_new_tokens, job.max_seq_len)
             if kept is None:
-                notes.append(f"task {task.id}, test input {i + 1}: longer than max_seq_len {job.max_seq_len} even with one pair: fallback answer")
+                notes.append(f"task {task.id}, test input {i + 1}: longer than max_seq_len {job.max_seq_len} even with one pair: "
+                             "fallback answer")
                 continue
             if len(kept) < len(task.train):
-                notes.append(f"task {task.id}, test input {i + 1}: {len(task.train) - len(kept)} of {len(task.train)} train pairs dropped to fit max_seq_len {job.max_seq_len}")
+                notes.append(f"task {task.id}, test input {i + 1}: {len(task.train) - len(kept)} of {len(task.train)} train pairs "
+                             f"dropped to fit max_seq_len {job.max_seq_len}")
             like.setdefault(kept, []).append(i)
         asked = []  # (place of the view, test index, view, token ids)
         for kept, tests in like.items():
@@ -227,4 +229,5 @@ class Serving:
         if not suffix:
             path.with_name(path.name + PARTIAL).unlink(missing_ok=True)
         counts = {s: sum(c.status == s for c in order) for s in {c.status for c in order}}
-        self.tell("answered", task=work.task.id, tokens=sum(c.tokens for c in order), statuses=counts, **({"error": error} if error else {}))
+        self.tell("answered", task=work.task.id, tokens=sum(c.tokens for c in order), statuses=counts,
+                  **({"error": error} if error else {}))

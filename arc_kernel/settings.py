@@ -79,10 +79,12 @@ class Settings(Checked):
     out: str = setting("runs/latest", "output folder; a killed run started again on it continues", resume=False)
     seed: int = setting(0, "seed of views and training", low=0)
     scratch: str = setting("", "folder for the adapters, which are not part of the result; empty: inside out", resume=False)
-    devices: int = setting(0, "worker processes, one per GPU, or sharing the CPU's cores; 0: one per GPU, or one", low=0, high=64, resume=False)
+    devices: int = setting(0, "worker processes, one per GPU, or sharing the CPU's cores; 0: one per GPU, or one",
+                           low=0, high=64, resume=False)
     profile: str = setting("auto", "machine whose vLLM arguments are used (kaggle/profiles.toml); auto: by the device")
     backend: str = setting("auto", "inference engine; auto: vllm where it is installed", choices=BACKENDS)
-    dtype: str = setting("auto", "inference dtype; auto: bfloat16 where native, else float16 where it is faster than float32", choices=DTYPES)
+    dtype: str = setting("auto", "inference dtype; auto: bfloat16 where native, else float16 where it is faster than float32",
+                         choices=DTYPES)
     ttt_dtype: str = setting("auto", "dtype of the frozen weights in training; auto as above", choices=DTYPES)
     grid_encoder: str = setting("shape+rows+digits", "grid text: [fenced+][shape+][rows+](digits|spaced)")
     prompt: str = setting("chat", "prompt kind", choices=PROMPTS)
@@ -95,6 +97,7 @@ class Settings(Checked):
     lora_rank: int = setting(32, "rank of a task's LoRA (ignored with `adapter`)", low=1, high=512)
     views: int = setting(8, "predictions per test input", low=1)
     early_stop: bool = setting(True, "ask for no more predictions of a test input once none can change its attempts", resume=False)
-    time_budget: float = setting(0.0, "seconds the run may take; what is not answered by then gets the fallback; 0: no limit", low=0.0, resume=False)
+    time_budget: float = setting(0.0, "seconds the run may take; what is not answered by then gets the fallback; 0: no limit",
+                                 low=0.0, resume=False)
     self_test: bool = setting(False, "one short task per device goes through everything, the others get the fallback")
     max_new_tokens: int = setting(0, "tokens of an answer; 0: what a 30x30 grid needs", low=0)

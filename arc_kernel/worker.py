@@ -96,7 +96,8 @@ class Worker:
         """Load the model in the first of these dtypes that may train it; False where there is none."""
         job, self._trainer = self.job, None  # the old model goes before the new one comes
         free_memory()
-        recipe = adapt.Recipe(job.ttt_steps, job.ttt_batch, job.ttt_lr, job.lora_rank, job.max_seq_len, job.permute_background, job.seed, job.ttt_loss == "all")
+        recipe = adapt.Recipe(job.ttt_steps, job.ttt_batch, job.ttt_lr, job.lora_rank, job.max_seq_len, job.permute_background,
+                              job.seed, job.ttt_loss == "all")
         for dtype in dtypes:
             try:
                 variant = self.model.variant(dtype)
@@ -112,7 +113,8 @@ class Worker:
         is the second task in a row: then it is the model, and the wider dtype is kept."""
         before = self._trainer.dtype
         while self._load_trainer(self._dtypes[self._dtypes.index(self._trainer.dtype) + 1:]):
-            self.tell("precision", task=task.id, stage="adapt", dtype=self._trainer.dtype, text=f"task {task.id}: {error}: trained in {self._trainer.dtype}")
+            self.tell("precision", task=task.id, stage="adapt", dtype=self._trainer.dtype,
+                      text=f"task {task.id}: {error}: trained in {self._trainer.dtype}")
             try:
                 tokens = self._adapt(task)
             except FloatingPointError as again:
@@ -150,7 +152,8 @@ class Worker:
 
         try:
             facts = self._trainer.train(task, Path(self.job.adapters) / task.id, on_step, on_trouble)
-            self.tell("adapted", task=task.id, seconds=round(time.perf_counter() - begun, 3), tokens=total, dtype=self._trainer.dtype, **facts)
+            self.tell("adapted", task=task.id, seconds=round(time.perf_counter() - begun, 3), tokens=total,
+                      dtype=self._trainer.dtype, **facts)
         except FloatingPointError:
             raise
         except ArcKernelError as error:

@@ -67,7 +67,8 @@ def main() -> None:
                 answers = canary(engine, model.canary_prompts())
                 engine.close()
                 judged = verdict.judge(answers, model.reference(), False)
-                scales = f"  residual 2^-{variant.rescale.residual}, gate*up up to 2^-{max(variant.rescale.product)}, values up to 2^-{max(variant.rescale.value)}" if variant.rescale else ""
+                scales = (f"  residual 2^-{variant.rescale.residual}, gate*up up to 2^-{max(variant.rescale.product)}, "
+                          f"values up to 2^-{max(variant.rescale.value)}" if variant.rescale else "")
                 print(f"{name:18}{label:16}{judged}{scales}", flush=True)
                 if dtype is None:
                     tokens = {t for ids, _ in answers for t in ids}

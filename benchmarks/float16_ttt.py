@@ -42,8 +42,9 @@ def main() -> None:
                 facts = trainer.train(task, Path(scratch) / task.id, lambda step, loss, n: (losses.append(loss), tokens.append(n)))
                 seconds = (time.perf_counter() - begun) / options.steps
                 last = np.mean(losses[-max(1, options.steps // 4):])
-                print(f"{dtype:10}{task.id:10} loss {losses[0]:.3f} to {last:.3f}, skipped {facts['skipped']}, rollbacks {facts['rollbacks']}, "
-                      f"{np.mean(tokens):.0f} tokens and {seconds:.2f} s a step  {variant.rescale or ''}", flush=True)
+                print(f"{dtype:10}{task.id:10} loss {losses[0]:.3f} to {last:.3f}, skipped {facts['skipped']}, "
+                      f"rollbacks {facts['rollbacks']}, {np.mean(tokens):.0f} tokens and {seconds:.2f} s a step  "
+                      f"{variant.rescale or ''}", flush=True)
         trainer = adapt.TaskTrainer(folder, builder, recipe, None, device, verdict.candidates("auto", device)[0])
         real, calls = trainer._loss, []
 
@@ -52,7 +53,8 @@ def main() -> None:
             return real(example) * (float("nan") if len(calls) == options.steps // 2 + 1 else 1.0)
 
         trainer._loss, losses = poisoned, []
-        facts = trainer.train(tasks[0], Path(scratch) / "nan", lambda step, loss, n: losses.append(loss), lambda text: print(f"forced NaN: {text}"))
+        facts = trainer.train(tasks[0], Path(scratch) / "nan", lambda step, loss, n: losses.append(loss),
+                              lambda text: print(f"forced NaN: {text}"))
         print(f"forced NaN: {facts}, ends at loss {np.mean(losses[-max(1, options.steps // 4):]):.3f}")
 
 

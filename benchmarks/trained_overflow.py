@@ -36,7 +36,8 @@ def write_grown(source: Path, factor: float, folder: Path) -> None:
     """Write the model with everything that writes into its residual stream times `factor`, in float32."""
     model = checkpoint.load_model(source, "float32", "cpu")
     with torch.no_grad():
-        for weight in (model.model.embed_tokens.weight, *(w for layer in model.model.layers for w in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight))):
+        for weight in (model.model.embed_tokens.weight,
+                       *(w for layer in model.model.layers for w in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight))):
             weight.mul_(factor)
         model.model.norm.weight.div_(factor)
     model.config.rms_norm_eps *= factor**2
@@ -65,7 +66,8 @@ def main() -> None:
     options = parser.parse_args()
     work = options.out or Path(tempfile.mkdtemp())
     tasks = load_challenges(SET).select(options.task_ids.split(","), 0).tasks
-    builder = PromptBuilder(checkpoint.load_tokenizer(checkpoint.open_model(checkpoint.EMBEDDED)), GridEncoder.from_name("shape+rows+digits"), "chat")
+    builder = PromptBuilder(checkpoint.load_tokenizer(checkpoint.open_model(checkpoint.EMBEDDED)),
+                            GridEncoder.from_name("shape+rows+digits"), "chat")
     folder = work / "model"
     if not folder.is_dir():
         write_grown(checkpoint.open_model(checkpoint.EMBEDDED), options.grow, folder)

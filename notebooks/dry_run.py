@@ -1,4 +1,5 @@
-"""Run notebooks/submission.ipynb with papermill on real tasks and the embedded model, from the bundles that `make dry-run` puts into runs/bundles/.
+"""Run notebooks/submission.ipynb with papermill on real tasks and the embedded model,
+from the bundles that `make dry-run` puts into runs/bundles/.
 
     python notebooks/dry_run.py [--out runs/dry-run] [name=value ...]
 

@@ -93,14 +93,16 @@ def check(out: Path, scratch: Path, root: Path, seconds: float) -> None:
     size, aside = (sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e9 for folder in (out, scratch))
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     print(f"submission: {len(wanted)} tasks, {len(found)} outputs, complete and valid, {path.stat().st_size / 1e6:.2f} MB")
-    print(f"{answered} tasks answered, the others have the fallback; {seconds:.0f} s, largest process {memory:.1f} GB, {size:.2f} GB in the working folder, {aside:.2f} GB aside")
+    print(f"{answered} tasks answered, the others have the fallback; {seconds:.0f} s, largest process {memory:.1f} GB, "
+          f"{size:.2f} GB in the working folder, {aside:.2f} GB aside")
 
 
 def main() -> int:
     """Exit status 0 where the session ended and the submission passes a scorer's checks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--as", dest="kind", choices=("scoring", "commit"), default="scoring", help="which of Kaggle's two runs")
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "runs" / "rehearse", help="folder for mounts, environment and output, made anew")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "runs" / "rehearse",
+                        help="folder for mounts, environment and output, made anew")
     parser.add_argument("--seconds", type=float, default=900.0, help="time budget, in place of Kaggle's twelve hours")
     parser.add_argument("parameters", nargs="*", metavar="name=value", help="notebook parameters")
     options = parser.parse_args()
@@ -114,7 +116,8 @@ def main() -> int:
         print(f"environment from the wheelhouse, no index: {time.perf_counter() - begun:.0f} s", flush=True)
         begun = time.perf_counter()
         out.mkdir()
-        given = {"input_root": root, "out": out, "scratch": scratch, "time_budget": options.seconds, **SMALLER} | dict(p.split("=", 1) for p in options.parameters)
+        given = ({"input_root": root, "out": out, "scratch": scratch, "time_budget": options.seconds, **SMALLER}
+                 | dict(p.split("=", 1) for p in options.parameters))
         words = [str(word) for name, value in given.items() for word in ("-p", name, value)]
         sealed([python, "-m", "papermill", REPOSITORY / "notebooks" / "submission.ipynb", out / "submission.ipynb", "--cwd", out,
                 "--log-output", "--no-progress-bar", *words], root, env={**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"})

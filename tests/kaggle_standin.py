@@ -22,13 +22,15 @@ class Standin:
     """Answers as Kaggle does; `requests` are (endpoint, body) as they came, `blobs` the uploaded bytes by name.
 
     `datasets` maps ids to version numbers, `slow` is how many status calls a new version takes to be ready, `outcome` what
-    it then is; a pushed kernel has run at once, and left `output`. `answers` maps an endpoint such as `kernels.KernelsApiService/SaveKernel` to the (status, body) it gives.
+    it then is; a pushed kernel has run at once, and left `output`. `answers` maps an endpoint such as
+    `kernels.KernelsApiService/SaveKernel` to the (status, body) it gives.
     """
 
     def __init__(self, folder):
         self.requests, self.blobs, self.tokens, self.datasets, self.pending, self.answers = [], {}, {}, {}, {}, {}
         self.slow, self.outcome, self.users, self.hosts = 0, "READY", set(), set()
-        self.log, self.output = [{"stream_name": "stdout", "time": 1.0, "data": "submission: submission.json\n"}], {"submission.json": b"{}"}
+        self.log, self.output = ([{"stream_name": "stdout", "time": 1.0, "data": "submission: submission.json\n"}],
+                                 {"submission.json": b"{}"})
         self.tls = _tls(folder)
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"standin": self}))
         self.address = f"http://127.0.0.1:{self.server.server_port}"
@@ -92,7 +94,8 @@ class Standin:
         return 200, {"status": "COMPLETE"}
 
     def on_ListKernelSessionOutput(self, body):
-        return 200, {"files": [{"url": f"{self.address}/output/{name}", "fileName": name} for name in self.output], "log": json.dumps(self.log)}
+        return 200, {"files": [{"url": f"{self.address}/output/{name}", "fileName": name} for name in self.output],
+                     "log": json.dumps(self.log)}
 
     def on_GetAcceleratorQuotaStatistics(self, body):
         return 200, {"gpuQuota": {"timeUsed": "3600s", "totalTimeAllowed": "108000s"}}

@@ -14,39 +14,45 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from arc_kernel.prompts import QUESTION, SYSTEM
 
-CHATML = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful assistant<|im_end|>\n' }}"
+CHATML = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+          "{{ '<|im_start|>system\nYou are a helpful assistant<|im_end|>\n' }}"
           "{% endif %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 WORDS = f"{QUESTION} {SYSTEM} Input Output Test input output system user assistant grid".replace(".", " .").split()
-LLAMA = {"attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02, "model_type": "llama", "pretraining_tp": 1,
-         "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000.0, "use_cache": True, "torch_dtype": "bfloat16",
-         "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2}
-QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02, "model_type": "qwen2",
-         "num_attention_heads": 14, "num_key_value_heads": 2, "hidden_size": 448, "intermediate_size": 512, "num_hidden_layers": 2,
-         "max_position_embeddings": 32768, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
-         "use_cache": True, "use_sliding_window": False, "max_window_layers": 2, "sliding_window": 32768}
+LLAMA = {"attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02, "model_type": "llama",
+         "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000.0, "use_cache": True,
+         "torch_dtype": "bfloat16", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2}
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02,
+         "model_type": "qwen2", "num_attention_heads": 14, "num_key_value_heads": 2, "hidden_size": 448, "intermediate_size": 512,
+         "num_hidden_layers": 2, "max_position_embeddings": 32768, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+         "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True, "use_sliding_window": False,
+         "max_window_layers": 2, "sliding_window": 32768}
 
 CONFIGS = {
     # a base model with Llama-2's tokenizer: no chat template, no markers, no pad token; a head of its own
-    "AMD-Llama-135m": LLAMA | {"bos_token_id": 1, "eos_token_id": 2, "hidden_size": 384, "intermediate_size": 256, "num_attention_heads": 12,
-                               "num_key_value_heads": 12, "max_position_embeddings": 2048, "tie_word_embeddings": False},
+    "AMD-Llama-135m": LLAMA | {"bos_token_id": 1, "eos_token_id": 2, "hidden_size": 384, "intermediate_size": 256,
+                               "num_attention_heads": 12, "num_key_value_heads": 12, "max_position_embeddings": 2048,
+                               "tie_word_embeddings": False},
     # 9 heads, 3 key/value heads, tied
     "SmolLM-135M-Instruct": LLAMA | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "hidden_size": 288, "intermediate_size": 256,
-                                     "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 2048, "tie_word_embeddings": True},
+                                     "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 2048,
+                                     "tie_word_embeddings": True},
     # a sliding window of 32 tokens, four heads to a key/value head
     "TinyMistral-248M-Instruct": {"architectures": ["MistralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
                                   "hidden_act": "silu", "hidden_size": 256, "initializer_range": 0.02, "intermediate_size": 512,
-                                  "max_position_embeddings": 32768, "model_type": "mistral", "num_attention_heads": 8, "num_hidden_layers": 2,
-                                  "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 32,
-                                  "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True},
+                                  "max_position_embeddings": 32768, "model_type": "mistral", "num_attention_heads": 8,
+                                  "num_hidden_layers": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 10000.0,
+                                  "sliding_window": 32, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True},
     # code of its own, heads and feed-forward by layer, float32, and no tokenizer in its folder (Llama-2's is put there)
     "OpenELM-270M": {"activation_fn_name": "swish", "architectures": ["OpenELMForCausalLM"],
-                     "auto_map": {"AutoConfig": "configuration_openelm.OpenELMConfig", "AutoModelForCausalLM": "modeling_openelm.OpenELMForCausalLM"},
+                     "auto_map": {"AutoConfig": "configuration_openelm.OpenELMConfig",
+                                  "AutoModelForCausalLM": "modeling_openelm.OpenELMForCausalLM"},
                      "bos_token_id": 1, "eos_token_id": 2, "ffn_dim_divisor": 16, "ffn_multipliers": [0.5, 2.0, 4.0], "ffn_with_glu": True,
                      "head_dim": 32, "initializer_range": 0.02, "max_context_length": 2048, "model_dim": 64, "model_type": "openelm",
-                     "normalization_layer_name": "rms_norm", "normalize_qk_projections": True, "num_gqa_groups": 4, "num_kv_heads": [1, 2, 3],
-                     "num_query_heads": [4, 8, 12], "num_transformer_layers": 3, "qkv_multipliers": [0.5, 1.0], "rope_freq_constant": 10000,
-                     "rope_max_length": 4096, "share_input_output_layers": True, "torch_dtype": "float32", "use_cache": True},
+                     "normalization_layer_name": "rms_norm", "normalize_qk_projections": True, "num_gqa_groups": 4,
+                     "num_kv_heads": [1, 2, 3], "num_query_heads": [4, 8, 12], "num_transformer_layers": 3,
+                     "qkv_multipliers": [0.5, 1.0], "rope_freq_constant": 10000, "rope_max_length": 4096,
+                     "share_input_output_layers": True, "torch_dtype": "float32", "use_cache": True},
     # biases of q, k and v, tied
     "NanoLM-0.3B-Instruct-v2": QWEN2 | {"max_position_embeddings": 4096},
     "Qwen2.5-0.5B-Instruct": QWEN2,
@@ -64,7 +70,8 @@ def standin(name: str, folder: Path, seed: int = 0) -> Path:
     if config["model_type"] == "qwen2":
         ids = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id
         config |= {"bos_token_id": ids("<|endoftext|>"), "eos_token_id": ids("<|im_end|>")}
-        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [ids("<|im_end|>"), ids("<|endoftext|>")], "pad_token_id": ids("<|endoftext|>")}))
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [ids("<|im_end|>"), ids("<|endoftext|>")],
+                                                                   "pad_token_id": ids("<|endoftext|>")}))
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     torch.manual_seed(seed)
@@ -85,10 +92,13 @@ def openelm_weights(config: dict) -> dict:
     d, head, made = config["model_dim"], config["head_dim"], {}
     for i, (q, k, m) in enumerate(zip(config["num_query_heads"], config["num_kv_heads"], config["ffn_multipliers"])):
         units, at = int(m * d), f"transformer.layers.{i}."
-        for part, shape in {"attn.qkv_proj": ((q + 2 * k) * head, d), "attn.out_proj": (d, q * head), "ffn.proj_1": (2 * units, d), "ffn.proj_2": (d, units)}.items():
+        for part, shape in {"attn.qkv_proj": ((q + 2 * k) * head, d), "attn.out_proj": (d, q * head),
+                            "ffn.proj_1": (2 * units, d), "ffn.proj_2": (d, units)}.items():
             made[f"{at}{part}.weight"] = torch.randn(shape) * 0.1
-        made |= {f"{at}{part}.weight": 1 + 0.1 * torch.randn(size) for part, size in {"attn.q_norm": head, "attn.k_norm": head, "attn_norm": d, "ffn_norm": d}.items()}
-    return made | {"transformer.token_embeddings.weight": torch.randn(config["vocab_size"], d) * 0.3, "transformer.norm.weight": 1 + 0.1 * torch.randn(d)}
+        made |= {f"{at}{part}.weight": 1 + 0.1 * torch.randn(size)
+                 for part, size in {"attn.q_norm": head, "attn.k_norm": head, "attn_norm": d, "ffn_norm": d}.items()}
+    return made | {"transformer.token_embeddings.weight": torch.randn(config["vocab_size"], d) * 0.3,
+                   "transformer.norm.weight": 1 + 0.1 * torch.randn(d)}
 
 
 def sentencepiece_tokenizer(folder: Path, kind: str) -> int:
@@ -97,17 +107,20 @@ def sentencepiece_tokenizer(folder: Path, kind: str) -> int:
     trained.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     trained.train_from_iterator(WORDS, trainers.BpeTrainer(vocab_size=500, initial_alphabet=list("0123456789x<|>_:`"), show_progress=False))
     learnt = json.loads(trained.to_str())["model"]
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *(t for t in sorted(learnt["vocab"], key=learnt["vocab"].get) if t != "<unk>")]
-    backend = Tokenizer(models.BPE({t: i for i, t in enumerate(pieces)}, [tuple(m) for m in learnt["merges"]], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)),
+              *(t for t in sorted(learnt["vocab"], key=learnt["vocab"].get) if t != "<unk>")]
+    backend = Tokenizer(models.BPE({t: i for i, t in enumerate(pieces)}, [tuple(m) for m in learnt["merges"]],
+                                   unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     backend.normalizer = trained.normalizer
-    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                         decoders.Strip(" ", 1, 0)])
     backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in pieces[:3]])
     backend.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 1)])
     backend.save(str(folder / "tokenizer.json"))
     token = lambda t: {"__type": "AddedToken", "content": t, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    config = {"add_bos_token": True, "add_eos_token": False, "bos_token": token("<s>"), "clean_up_tokenization_spaces": False, "eos_token": token("</s>"),
-              "legacy": False, "model_max_length": 1000000000000000019884624838656, "pad_token": None, "sp_model_kwargs": {},
-              "tokenizer_class": "LlamaTokenizer", "unk_token": token("<unk>")}
+    config = {"add_bos_token": True, "add_eos_token": False, "bos_token": token("<s>"), "clean_up_tokenization_spaces": False,
+              "eos_token": token("</s>"), "legacy": False, "model_max_length": 1000000000000000019884624838656, "pad_token": None,
+              "sp_model_kwargs": {}, "tokenizer_class": "LlamaTokenizer", "unk_token": token("<unk>")}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return len(pieces)
 
@@ -118,10 +131,12 @@ def byte_level_tokenizer(folder: Path, kind: str) -> int:
     backend = Tokenizer(models.BPE())
     words = Regex(r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
     backend.normalizer, backend.decoder = normalizers.NFC() if qwen else None, decoders.ByteLevel()
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated") if qwen else pre_tokenizers.Digits(individual_digits=True),
-                                                     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not qwen)])
-    backend.train_from_iterator([" ".join(WORDS)], trainers.BpeTrainer(vocab_size=500, special_tokens=[] if qwen else markers, show_progress=False,
-                                                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    backend.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(words, "isolated") if qwen else pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not qwen)])
+    backend.train_from_iterator([" ".join(WORDS)],
+                                trainers.BpeTrainer(vocab_size=500, special_tokens=[] if qwen else markers, show_progress=False,
+                                                    initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     backend.add_special_tokens(markers)
     backend.save(str(folder / "tokenizer.json"))
     backend.model.save(str(folder))
@@ -138,7 +153,9 @@ def gguf_of(folder, path):
     """Write a model folder of Llama's architecture as a GGUF in float32; returns the folder."""
     from gguf import GGUFWriter
 
-    config, tokenizer, weights = json.loads((folder / "config.json").read_text()), json.loads((folder / "tokenizer.json").read_text()), load_file(folder / "model.safetensors")
+    config, tokenizer, weights = (json.loads((folder / "config.json").read_text()),
+                                  json.loads((folder / "tokenizer.json").read_text()),
+                                  load_file(folder / "model.safetensors"))
     heads, kv = config["num_attention_heads"], config["num_key_value_heads"]
     writer = GGUFWriter(path, "llama")
     writer.add_license("apache-2.0")
@@ -158,7 +175,8 @@ def gguf_of(folder, path):
     writer.add_token_merges([" ".join(m) for m in tokenizer["model"]["merges"]])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm",
+             "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
              "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
              "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
     for name, weight in weights.items():

@@ -62,7 +62,8 @@ def test_adapter_does_not_depend_on_tasks_trained_before(trainer, tiny, builder,
 
 def test_training_lowers_the_loss_and_moves_every_adapter_matrix(tiny, builder, arc_training, tmp_path):
     recipe = dataclasses.replace(RECIPE, steps=30, batch=1)
-    weights, losses = trained(adapt.TaskTrainer(tiny, builder, recipe, None, "cpu", "bfloat16"), arc_training.tasks["25ff71a9"], tmp_path / "a")
+    weights, losses = trained(adapt.TaskTrainer(tiny, builder, recipe, None, "cpu", "bfloat16"), arc_training.tasks["25ff71a9"],
+                              tmp_path / "a")
     assert len(losses) == 30 and np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.2
     assert len(weights) == 2 * 7 * 2 and all(np.abs(v).max() > 0 for v in weights.values())
     assert all(v.dtype == np.float32 for v in weights.values())
@@ -159,7 +160,8 @@ def test_nan_in_the_middle_of_training_goes_back_to_the_last_good_state_and_fini
     recipe = dataclasses.replace(RECIPE, steps=24, batch=1)
     trainer, steps, said = adapt.TaskTrainer(tiny, builder, recipe, None, "cpu", "float32"), [], []
     failing_once(trainer, monkeypatch, 18)
-    facts = trainer.train(arc_training.tasks["25ff71a9"], tmp_path / "a", lambda step, loss, tokens: steps.append((step, loss)), said.append)
+    facts = trainer.train(arc_training.tasks["25ff71a9"], tmp_path / "a", lambda step, loss, tokens: steps.append((step, loss)),
+                          said.append)
     assert facts == {"rollbacks": 1, "skipped": 0}
     assert [step for step, _ in steps] == [*range(1, 18), *range(11, 25)] and all(np.isfinite(loss) for _, loss in steps)
     assert said == ["loss is not finite at step 18 in float32: back to step 10 at 0.5 of the learning rate"]

@@ -56,7 +56,8 @@ def test_logits_of_all_positions_are_never_held_at_once(model_folder, tmp_path, 
     model = AutoModelForCausalLM.from_pretrained(tiny_model(model_folder, tmp_path / "tiny"), dtype=torch.float32)
     model.get_output_embeddings().requires_grad_(False)
     rows, linear = [], torch.nn.functional.linear
-    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, w, b=None: (rows.append(len(x)) if len(w) == 49152 else None) or linear(x, w, b))
+    monkeypatch.setattr(torch.nn.functional, "linear",
+                        lambda x, w, b=None: (rows.append(len(x)) if len(w) == 49152 else None) or linear(x, w, b))
     ours(model, *example)
     assert sum(rows) == (example[1][1:] >= 0).sum() and max(rows) == answer_loss.CHUNK
 

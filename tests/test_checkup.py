@@ -26,8 +26,10 @@ def grown(tiny, tmp_path_factory):
 
 
 def precision(**options):
-    flags = [part for name, value in options.items() for part in ([f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)]))]
-    return subprocess.run([sys.executable, "-m", "arc_kernel", "precision", "--backend", "transformers", *flags], capture_output=True, text=True, timeout=300)
+    flags = [part for name, value in options.items()
+             for part in ([f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)]))]
+    return subprocess.run([sys.executable, "-m", "arc_kernel", "precision", "--backend", "transformers", *flags],
+                          capture_output=True, text=True, timeout=300)
 
 
 def test_model_that_float16_cannot_hold_is_shown_rescued_and_written(grown, tmp_path):
@@ -35,7 +37,8 @@ def test_model_that_float16_cannot_hold_is_shown_rescued_and_written(grown, tmp_
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert any("final norm in" in line and "overflows" in line for line in lines)
-    assert any(line.startswith("float16, 2 bits of headroom: rescaled: residual stream 2^-") and "values up to 2^-" in line for line in lines)
+    assert any(line.startswith("float16, 2 bits of headroom: rescaled: residual stream 2^-") and "values up to 2^-" in line
+               for line in lines)
     assert any(line.startswith("float16 (transformers): healthy: ") for line in lines)
     assert any(line.startswith("verdict for dtype=float16 on cpu") and line.endswith(": float16") for line in lines)
     page = (tmp_path / "out" / "report.html").read_text()
@@ -72,7 +75,8 @@ def test_model_that_no_dtype_helps_is_said_so(tiny, tmp_path):
 def test_bench_prints_a_row_for_each_dtype(tiny):
     done = precision(model=tiny, bench=True)
     assert done.returncode == 0, done.stderr
-    rows = {line.split()[0]: line for line in done.stdout.splitlines() if line.startswith(("bfloat16", "float16", "float32")) and "(" in line}
+    rows = {line.split()[0]: line for line in done.stdout.splitlines()
+            if line.startswith(("bfloat16", "float16", "float32")) and "(" in line}
     assert len(rows) == 3 and all(line.count("(") == 4 for line in rows.values()) and "(1.00)" in done.stdout
 
 

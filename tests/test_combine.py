@@ -71,7 +71,8 @@ def test_other_tasks_and_other_numbers_of_test_inputs_are_put_together(tmp_path)
 ATTEMPT = st.sampled_from([[[1]], [[2]], [[3, 3]], None, [], [[0, 1], [2]]])
 
 
-@given(sources=st.lists(st.lists(st.tuples(ATTEMPT, ATTEMPT), min_size=1, max_size=2), min_size=2, max_size=3), rule=st.sampled_from(["first", "fill"]))
+@given(sources=st.lists(st.lists(st.tuples(ATTEMPT, ATTEMPT), min_size=1, max_size=2), min_size=2, max_size=3),
+       rule=st.sampled_from(["first", "fill"]))
 def test_no_valid_attempt_gives_way_to_an_empty_one(sources, rule, tmp_path_factory):
     folder = tmp_path_factory.mktemp("drawn")
     rows, _ = combined(folder, rule, *(submission(folder / f"{n}.json", t=pairs) for n, pairs in enumerate(sources)))

@@ -174,7 +174,8 @@ print("peak", int(peak.split()[1]) * 1024)
 def test_engine_with_four_adapters_stays_under_6_gb(model_folder, builder, prompts, tmp_path):
     rows = [(p.token_ids, str(p.adapter)) for p in prompts if p.adapter]
     (tmp_path / "prompts.json").write_text(json.dumps(rows))
-    done = subprocess.run([sys.executable, "-c", MEMORY, str(model_folder), str(builder.end_token), str(tmp_path / "prompts.json"), verdict.candidates("auto", "cpu")[0]],
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(model_folder), str(builder.end_token), str(tmp_path / "prompts.json"),
+                           verdict.candidates("auto", "cpu")[0]],
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(rows) == 4 and int(done.stdout.split()[-1]) < 6e9

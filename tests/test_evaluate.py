@@ -94,7 +94,8 @@ def test_the_interval_of_a_share_is_about_two_standard_errors_each_side():
     values = np.repeat([1.0, 0.0], [100, 300])
     interval = Bootstrap(400, 4000, 1).interval(values, np.ones(400))
     half = 1.96 * (0.25 * 0.75 / 400) ** 0.5
-    assert interval.value == 0.25 and interval.low == pytest.approx(0.25 - half, abs=0.006) and interval.high == pytest.approx(0.25 + half, abs=0.006)
+    assert (interval.value == 0.25 and interval.low == pytest.approx(0.25 - half, abs=0.006)
+            and interval.high == pytest.approx(0.25 + half, abs=0.006))
     assert Bootstrap(400, 4000, 1).interval(values, np.ones(400)) == interval
     assert Bootstrap(400, 4000, 1).interval(values, np.zeros(400)) is None
 
@@ -116,11 +117,13 @@ def test_a_paired_difference_is_far_surer_than_the_runs_themselves(tmp_path):
 def test_runs_on_other_tasks_are_compared_on_those_they_share(tmp_path):
     first = write_tasks(tmp_path / "1.json", {"a": [[[1]]], "b": [[[2]]], "c": [[[3]]], "d": [None]})
     second = write_tasks(tmp_path / "2.json", {"b": [[[2]]], "c": [[[9]]], "e": [[[5]]]})
-    runs = [write_run(tmp_path / "x", first, {(i, 0): [[[2]]] for i in "abc"}, views=1), write_run(tmp_path / "y", second, {("b", 0): [[[1]]]}, views=1)]
+    runs = [write_run(tmp_path / "x", first, {(i, 0): [[[2]]] for i in "abc"}, views=1),
+            write_run(tmp_path / "y", second, {("b", 0): [[[1]]]}, views=1)]
     result = evaluate(list(map(read_run, runs)), 100, 0)
     assert (result["tasks"], result["outputs"]) == (1, 1)
     assert of(result, "per_task")["accuracy"] == 1 and of(result, "per_task", 1)["accuracy"] == 0
-    assert any(n.startswith("x: 1 of its 4 tasks are compared") for n in result["notes"]) and any(n.startswith("y: 1 of its 3") for n in result["notes"])
+    assert (any(n.startswith("x: 1 of its 4 tasks are compared") for n in result["notes"])
+            and any(n.startswith("y: 1 of its 3") for n in result["notes"]))
 
 
 def test_predictions_that_were_not_made_and_tasks_without_answers_are_told(tmp_path, tasks):

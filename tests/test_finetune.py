@@ -54,13 +54,15 @@ def nothing_that_takes_seconds(monkeypatch, request):
 
 @pytest.fixture
 def settings(tiny, pool, tmp_path):
-    return FinetuneSettings(data=(str(pool), f"{pool}:inputs:0.5"), model=str(tiny), out=str(tmp_path / "run"), dtype="float32", grid_encoder="digits", prompt="compact",
-                            lora_rank=4, steps=20, batch=3, micro_tokens=256, lr=1e-2, evaluation_tasks="", save_every=5, sample_every=4)
+    return FinetuneSettings(data=(str(pool), f"{pool}:inputs:0.5"), model=str(tiny), out=str(tmp_path / "run"), dtype="float32",
+                            grid_encoder="digits", prompt="compact", lora_rank=4, steps=20, batch=3, micro_tokens=256, lr=1e-2,
+                            evaluation_tasks="", save_every=5, sample_every=4)
 
 
 @pytest.fixture(scope="module")
 def prepared(tiny, pool):
-    return run.prepare(FinetuneSettings(data=(str(pool), f"{pool}:inputs:0.5"), model=str(tiny), grid_encoder="digits", prompt="compact", evaluation_tasks=""))
+    return run.prepare(FinetuneSettings(data=(str(pool), f"{pool}:inputs:0.5"), model=str(tiny), grid_encoder="digits",
+                                        prompt="compact", evaluation_tasks=""))
 
 
 @pytest.fixture
@@ -107,11 +109,13 @@ def test_20_steps_at_once_are_10_and_10_more_after_a_kill(settings, prepared, tm
 def test_a_run_learns_and_leaves_an_adapter_a_report_and_figures(settings, prepared):
     made = run.finetune(dataclasses.replace(settings, steps=30), prepared)
     assert made["loss"] < made["first_loss"] - 0.15 and not made["diverged"] and made["tokens"] > 3000 and made["tokens_per_second"] > 0
-    assert made["result"] == settings.out_path / "adapter" and Learner(checkpoint.open_model(settings.model), 1, made["result"], "float32").result == "adapter"
+    assert (made["result"] == settings.out_path / "adapter"
+            and Learner(checkpoint.open_model(settings.model), 1, made["result"], "float32").result == "adapter")
     text = made["report"].read_text()
     assert text.count("<svg") == 1 and "largest activation" in text and "inputs" in text and settings.data[0] in text
     rows = rows_of(settings)
-    assert [r["step"] for r in rows if "largest" in r] == [1, 5, 9, 13, 17, 21, 25, 29] and all(r["largest"] > 0 for r in rows if "largest" in r)
+    assert ([r["step"] for r in rows if "largest" in r] == [1, 5, 9, 13, 17, 21, 25, 29]
+            and all(r["largest"] > 0 for r in rows if "largest" in r))
     assert all(0 < r["peak_share"] and set(r["kinds"]) <= {"output", "inputs"} for r in rows)
     assert max(r["lr"] for r in rows) == pytest.approx(1e-2) and rows[-1]["lr"] < 1e-3
 
@@ -140,9 +144,11 @@ def test_the_loss_does_not_depend_on_how_examples_are_put_together(settings, pre
 
 
 def test_processes_share_a_step_and_agree_on_its_counts(settings, prepared):
-    made = [train.Steps(prepared.stream, dataclasses.replace(settings, batch=7), prepared.lengths, ceilings.shape_of(prepared.folder), rank, world)[3]
+    made = [train.Steps(prepared.stream, dataclasses.replace(settings, batch=7), prepared.lengths,
+                        ceilings.shape_of(prepared.folder), rank, world)[3]
             for rank, world in ((0, 1), (0, 2), (1, 2))]
-    rows = [sorted(tuple(row) for ids, labels, _ in step["passes"] for row in labels.clamp(min=0).sort(1, True).values[:, :30].tolist()) for step in made]
+    rows = [sorted(tuple(row) for ids, labels, _ in step["passes"]
+                   for row in labels.clamp(min=0).sort(1, True).values[:, :30].tolist()) for step in made]
     assert rows[0] == sorted(rows[1] + rows[2]) and len(rows[0]) == 7 and len(rows[1]) == 4
     assert len({(step["answers"], step["tokens"], step["flop"]) for step in made}) == 1
 
@@ -237,7 +243,8 @@ def test_a_study_ends_in_one_page_with_each_rate_and_the_best_of_them(settings):
     assert rows.keys() == {1e-3, 1e-2} and rows[1e-2]["loss"] < rows[1e-3]["loss"] and not rows[1e-3]["diverged"]
     text, best = path.read_text(), min((r for r in rows.values() if not r["diverged"]), key=lambda r: r["loss"])
     assert text.count("<svg") == 1 and f"Lowest loss at the end: <b>{best['lr']:g}</b>" in text
-    first = [[json.loads(line)["loss"] for line in (settings.out_path / f"lr-{lr}" / "events.jsonl").read_text().splitlines() if '"step", "at"' in line][0]
+    first = [[json.loads(line)["loss"] for line in (settings.out_path / f"lr-{lr}" / "events.jsonl").read_text().splitlines()
+              if '"step", "at"' in line][0]
              for lr in ("0.001", "0.01")]
     assert len(set(first)) == 1  # the same data, from the same start
 
@@ -259,7 +266,8 @@ def test_a_study_goes_on_after_a_rate_whose_gradients_are_not_finite(settings, m
 
 
 def test_a_run_whose_loss_rises_again_or_is_nan_has_diverged():
-    made = lambda losses: [{"event": "step", "step": i, "loss": v, "gradient": 1.0, "tokens": 10, "seconds": 1.0, "peak_share": 0.5, "skipped": False, "kinds": {}}
+    made = lambda losses: [{"event": "step", "step": i, "loss": v, "gradient": 1.0, "tokens": 10, "seconds": 1.0,
+                            "peak_share": 0.5, "skipped": False, "kinds": {}}
                            for i, v in enumerate(losses, 1)]
     falling = [3.0 - 0.1 * i for i in range(20)]
     assert not page.figures(made(falling))["diverged"]

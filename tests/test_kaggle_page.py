@@ -74,7 +74,8 @@ def test_the_page_leads_to_two_pushes_and_two_submissions(walked):
     assert {(body["competitionName"], body["kernelSlug"]) for body in submitted} == {("arc-prize-2026-arc-agi-2", "arc-kernel-submission")}
     assert (repository / "runs/kaggle/submission.json").read_bytes() == standin.output["submission.json"]
     for words in ("kaggle_datasets/arc-kernel-notebook: no fault", "Kernel version 1 successfully pushed",
-                  "Kernel version 2 successfully pushed", 'you/arc-kernel-submission has status "KernelWorkerStatus.COMPLETE"', "submission: submission.json", "29.00h", "4.17"):
+                  "Kernel version 2 successfully pushed", 'you/arc-kernel-submission has status "KernelWorkerStatus.COMPLETE"',
+                  "submission: submission.json", "29.00h", "4.17"):
         assert words in said
 
 

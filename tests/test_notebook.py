@@ -40,7 +40,8 @@ def mounted(tmp_path_factory, model_folder):
     return root
 
 
-FAST = ("tasks=arc-agi_test_challenges.json", "task_ids=''", "ttt_steps=2", "views=2", "max_new_tokens=8", "backend=transformers", "lora_rank=4")
+FAST = ("tasks=arc-agi_test_challenges.json", "task_ids=''", "ttt_steps=2", "views=2", "max_new_tokens=8",
+        "backend=transformers", "lora_rank=4")
 
 
 def test_ipynb_is_what_its_source_gives(tmp_path):
@@ -80,7 +81,8 @@ def test_unknown_parameter_is_an_error(mounted, tmp_path):
     assert not (tmp_path / "out" / "submission.json").exists()
 
 
-@pytest.mark.parametrize("kind, file", [("code", "arc_kernel/views.py"), ("code", "arc_kernel/bundle.py"), ("weights", "model/model.safetensors")])
+@pytest.mark.parametrize("kind, file", [
+    ("code", "arc_kernel/views.py"), ("code", "arc_kernel/bundle.py"), ("weights", "model/model.safetensors")])
 @pytest.mark.parametrize("damage", ["changed", "missing"])
 def test_damaged_bundle_is_named_before_anything_is_loaded(mounted, tmp_path, kind, file, damage):
     root = shutil.copytree(mounted, tmp_path / "input")
@@ -129,7 +131,8 @@ def test_two_versions_of_a_bundle_are_both_named(mounted, tmp_path, model_folder
 def test_changed_byte_in_a_wheel_is_named(mounted, tmp_path):
     root = shutil.copytree(mounted, tmp_path / "input")
     wheel = make_wheel(tmp_path / "wheels", "small")
-    house = datasets.build(root / "arc-kernel-wheels-local-cpu", "wheels", {"profile": "local-cpu"}, {f"wheels/{wheel.name}": wheel}, "someone", print)
+    house = datasets.build(root / "arc-kernel-wheels-local-cpu", "wheels", {"profile": "local-cpu"},
+                           {f"wheels/{wheel.name}": wheel}, "someone", print)
     victim = house / "wheels" / wheel.name
     victim.write_bytes(victim.read_bytes()[:-1] + b"?")
     faulty(root, tmp_path / "out", f"wheels/{wheel.name} has changed bytes")

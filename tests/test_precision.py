@@ -67,7 +67,8 @@ def test_auto_takes_the_fastest_dtype_of_the_device(monkeypatch, native, float32
 
 
 def test_verdict_is_taken_up_again_only_for_what_it_is_about(tmp_path):
-    made = verdict.Precision("float32", None, None, ({"dtype": "float16", "ok": False, "seen": "logprob is not finite"},), {"weights": "ab"})
+    made = verdict.Precision("float32", None, None, ({"dtype": "float16", "ok": False, "seen": "logprob is not finite"},),
+                             {"weights": "ab"})
     made.save(tmp_path / "precision.json")
     assert verdict.Precision.load(tmp_path / "precision.json", {"weights": "ab"}) == made
     assert verdict.Precision.load(tmp_path / "precision.json", {"weights": "other"}) is None

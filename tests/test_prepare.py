@@ -101,9 +101,11 @@ def test_openelm_unprepared_without_a_tokenizer_or_a_tensor_is_told_what_to_do(c
         checkpoint.open_model(str(source))
     weights = load_file(source / "model.safetensors")
     save_file({n: w for n, w in weights.items() if n != "transformer.layers.1.ffn.proj_1.weight"}, source / "model.safetensors")
-    assert refused(["--model", source, "--out", tmp_path / "out"], capsys, source, "tensor transformer.layers.1.ffn.proj_1.weight is missing")
+    assert refused(["--model", source, "--out", tmp_path / "out"], capsys, source,
+                   "tensor transformer.layers.1.ffn.proj_1.weight is missing")
     (source / "tokenizer.json").unlink()
-    assert refused(["--model", source, "--out", tmp_path / "out"], capsys, "no tokenizer (tokenizer.json): copy the one the model was trained with")
+    assert refused(["--model", source, "--out", tmp_path / "out"], capsys,
+                   "no tokenizer (tokenizer.json): copy the one the model was trained with")
     assert not (tmp_path / "out").exists()
 
 
@@ -120,7 +122,8 @@ def test_disk_that_is_full_leaves_nothing_and_says_so_in_one_line(published, tmp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
-    assert refused(["--model", published["AMD-Llama-135m"], "--out", tmp_path / "out"], capsys, tmp_path / "out", "No space left", "make room")
+    assert refused(["--model", published["AMD-Llama-135m"], "--out", tmp_path / "out"], capsys,
+                   tmp_path / "out", "No space left", "make room")
     assert not list(tmp_path.iterdir())
 
 
@@ -136,7 +139,8 @@ def test_first_missing_tensor_is_named_when_preparing_checking_and_loading(copy_
         checkpoint.load_model(source, "float32", "cpu")
     assert str(raised.value) == said and not (tmp_path / "out").exists()
     save_file(weights | {lost[0]: weights[lost[0]][:-1]}, source / "model.safetensors")
-    assert refused(["--model", source, "--out", tmp_path / "out"], capsys, f"tensor {lost[0]} has shape [511, 448], config.json says [512, 448]")
+    assert refused(["--model", source, "--out", tmp_path / "out"], capsys,
+                   f"tensor {lost[0]} has shape [511, 448], config.json says [512, 448]")
 
 
 @pytest.mark.parametrize("name", [n for n in CONFIGS if not n.startswith("OpenELM")])
@@ -155,7 +159,8 @@ def test_template_context_and_vocabulary_in_one_call_give_the_same_logits_for_th
     shutil.copytree(standin("SmolLM-135M-Instruct", tmp_path / "smollm"), plain)
     edit(plain / "tokenizer_config.json", chat_template="left out")
     report = prepare(str(plain), str(tmp_path / "out"), "llama3", 8192, 50_000.0, "arc")
-    assert [line.split(":")[0] for line in report] == ["chat template", "end token", "new tokens", "context", "vocabulary", str(tmp_path / "out")]
+    assert [line.split(":")[0] for line in report] == ["chat template", "end token", "new tokens", "context", "vocabulary",
+                                                       str(tmp_path / "out")]
     full, arc = (checkpoint.load_tokenizer(f) for f in (plain, tmp_path / "out"))
     assert arc.eos_token == "<|eot_id|>" and checkpoint.context_length(tmp_path / "out") == arc.model_max_length == 8192
     kept = [(full.convert_tokens_to_ids(t), i) for t, i in arc.get_vocab().items() if t in full.get_vocab()]
@@ -170,7 +175,8 @@ def test_end_token_is_the_same_everywhere_and_a_trained_answer_stops_at_it(publi
     prepare(str(published["AMD-Llama-135m"]), str(out), "chatml")
     tokenizer, weights = checkpoint.load_tokenizer(out), load_file(out / "model.safetensors")
     end, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "</s>"])
-    for named in (checkpoint.read_config(out), json.loads((out / "generation_config.json").read_text()), {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}):
+    for named in (checkpoint.read_config(out), json.loads((out / "generation_config.json").read_text()),
+                  {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}):
         assert (named["eos_token_id"], named["pad_token_id"]) == (end, pad)
     before = load_file(published["AMD-Llama-135m"] / "model.safetensors")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -180,7 +186,8 @@ def test_end_token_is_the_same_everywhere_and_a_trained_answer_stops_at_it(publi
     builder, cell = PromptBuilder(tokenizer, GridEncoder.from_name("digits"), "chat"), np.ones((1, 1), np.int8)
     example = builder.example((Pair(cell, cell),), Pair(cell, cell))
     recipe = adapt.Recipe(8, 1, 2e-2, 8, 512, False, 0)
-    adapt.TaskTrainer(out, builder, recipe, None, "cpu", "float32").train(task_of(cell), tmp_path / "adapter", lambda *_: None, examples=itertools.repeat(example))
+    adapt.TaskTrainer(out, builder, recipe, None, "cpu", "float32").train(
+        task_of(cell), tmp_path / "adapter", lambda *_: None, examples=itertools.repeat(example))
     engine = generate.start_engine("transformers", EngineSettings(out, "float32", 512, builder.end_token, 8), "cpu")
     answer, = engine.answer([Prompt((0,), builder.prompt_ids((Pair(cell, cell),), cell), tmp_path / "adapter")], 6)
     engine.close()
@@ -193,7 +200,8 @@ def task_of(cell):
 
 def test_jinja_file_is_taken_as_a_template_with_its_own_markers(published, tmp_path, capsys):
     jinja = tmp_path / "mine.jinja"
-    jinja.write_text("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|stop|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    jinja.write_text("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|stop|>{% endfor %}"
+                     "{% if add_generation_prompt %}<|assistant|>{% endif %}")
     report = prepare(str(published["TinyMistral-248M-Instruct"]), str(tmp_path / "out"), str(jinja))
     tokenizer = checkpoint.load_tokenizer(tmp_path / "out")
     assert tokenizer.eos_token == "<|stop|>" and tokenizer.chat_template == jinja.read_text()
@@ -241,11 +249,13 @@ def test_code_and_pickles_of_a_checkpoint_are_refused_with_the_mend(copy_of, tmp
     source = copy_of("AMD-Llama-135m")
     (source / "configuration_mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     edit(source / "config.json", auto_map={"AutoConfig": "configuration_mine.Mine", "AutoModelForCausalLM": "configuration_mine.Mine"})
-    assert "auto_map: left out" in prepare(str(source), str(tmp_path / "out"))[0] and not (tmp_path / "out" / "configuration_mine.py").exists()
+    assert ("auto_map: left out" in prepare(str(source), str(tmp_path / "out"))[0]
+            and not (tmp_path / "out" / "configuration_mine.py").exists())
     edit(source / "config.json", model_type="mine")
     assert refused(["--model", source, "--out", tmp_path / "no"], capsys, "no code for model_type 'mine'", "is not run")
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
-    assert refused(["--model", source, "--out", tmp_path / "no"], capsys, "pytorch_model.bin: pickled weights can run code", "take the model as safetensors")
+    assert refused(["--model", source, "--out", tmp_path / "no"], capsys,
+                   "pytorch_model.bin: pickled weights can run code", "take the model as safetensors")
     assert not (tmp_path / "ran").exists() and not (tmp_path / "no").exists()
 
 
@@ -255,7 +265,8 @@ def test_tokens_beyond_the_embedding_get_rows_of_the_mean(copy_of, tmp_path):
     state["added_tokens"].append(state["added_tokens"][0] | {"id": 382, "content": "[PAD]"})
     (source / "tokenizer.json").write_text(json.dumps(state))
     assert "new tokens: [PAD] (382); embedding (and an untied head) 382 -> 383 rows" in prepare(str(source), str(tmp_path / "out"))[0]
-    assert len(load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"]) == checkpoint.read_config(tmp_path / "out")["vocab_size"] == 383
+    assert (len(load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"])
+            == checkpoint.read_config(tmp_path / "out")["vocab_size"] == 383)
 
 
 def test_gguf_becomes_a_clean_folder_with_the_licence_it_states(tmp_path):

@@ -143,7 +143,8 @@ def test_what_fits_whole_fits_under_every_symmetry(build, task, kind_and_name, l
         assert max(len(builder.prompt(View(s, tuple(range(10)), order), task, 0)) for s in range(8)) + 20 <= limit
 
 
-@given(seed=st.integers(0, 99), task_id=st.sampled_from(TASK_IDS), kind_and_name=st.sampled_from(KINDS_AND_ENCODERS), share=st.floats(0.4, 1))
+@given(seed=st.integers(0, 99), task_id=st.sampled_from(TASK_IDS), kind_and_name=st.sampled_from(KINDS_AND_ENCODERS),
+       share=st.floats(0.4, 1))
 def test_the_kept_pairs_of_real_tasks_fit_under_every_view(build, arc_training, seed, task_id, kind_and_name, share):
     builder, task = build(*kind_and_name), arc_training.tasks[task_id]
     limit = int(share * (len(builder.prompt(identity(task), task, 0)) + builder.longest_answer))

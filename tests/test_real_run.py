@@ -33,7 +33,8 @@ def test_real_run_leaves_a_scored_submission_and_its_second_start_does_nothing(t
     assert {p.name for p in (out / "adapters").iterdir()} == set(SMALL.split(","))
     assert json.loads((out / "metrics.json").read_text())["counts"]["outputs"] == 4
     stages = {e["stage"] for e in events(out, "stage")}
-    assert {"read tasks", "import libraries", "load model", "adapt", "probe", "float32 reference", "start engine", "canary", "answer", "vote, score"} <= stages
+    assert {"read tasks", "import libraries", "load model", "adapt", "probe", "float32 reference", "start engine", "canary",
+            "answer", "vote, score"} <= stages
     assert all(stage in done.stdout for stage in stages) and "report.html" in done.stdout
     losses = [x for e in events(out, "loss") if e["task"] == "d037b0a7" for x in e["losses"]]
     assert len(losses) == 6

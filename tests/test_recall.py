@@ -20,7 +20,8 @@ def test_an_example_states_a_number_once_near_its_start_and_asks_for_it_at_its_e
         number = tokenizer.decode(example.input_ids[at[:-1]])
         text = tokenizer.decode(example.input_ids)
         assert len(number) == recall.DIGITS and number.isdigit() and (example.input_ids[at] == example.labels[at]).all()
-        assert text.count(number) == 3 and f"The pass key is {number}. Remember it." in text and text.endswith(f"The pass key is {number}<|im_end|>")
+        assert (text.count(number) == 3 and f"The pass key is {number}. Remember it." in text
+                and text.endswith(f"The pass key is {number}<|im_end|>"))
         assert text.index(number) < 80 and at[-1] == tokens - 1 and example.labels[-1] == tokenizer.eos_token_id
 
 

@@ -152,7 +152,8 @@ def test_adapter_is_converted_and_back_exactly(tmp_path, kind, tied):
     rescale.convert_adapter(tmp_path / "converted", tmp_path / "back", made, back=True)
     wanted = logits(PeftModel.from_pretrained(load(folder), adapter).eval())
     assert not torch.allclose(wanted, logits(load(folder)), atol=0.1)
-    assert torch.allclose(logits(PeftModel.from_pretrained(load(tmp_path / "rescaled"), tmp_path / "converted").eval()), wanted, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(logits(PeftModel.from_pretrained(load(tmp_path / "rescaled"), tmp_path / "converted").eval()), wanted,
+                          rtol=1e-5, atol=1e-5)
     one, other = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("adapter", "back"))
     assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
@@ -232,7 +233,8 @@ def test_small_weights_are_counted(tmp_path):
     weight = torch.ones_like(tensors["model.norm.weight"])
     weight[:3] = torch.tensor([0.0, 2.0**-26, 2.0**-15])
     total = sum(t.numel() for t in tensors.values())
-    save_file({k: torch.ones_like(t) for k, t in tensors.items()} | {"model.norm.weight": weight}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file({k: torch.ones_like(t) for k, t in tensors.items()} | {"model.norm.weight": weight},
+              folder / "model.safetensors", metadata={"format": "pt"})
     found = probe.small_weights(folder)
     assert found == {"smallest": 2.0**-26, "flushed": 1 / total, "subnormal": 1 / total}
 

@@ -59,7 +59,8 @@ def test_a_task_is_solved_when_all_its_outputs_are():
 
 def test_the_best_voted_candidate_counts_for_both_votes():
     figures = score(challenges_of(task_of("A", [[1]])), {("A", 0): (array([[1]]), array([[2]]))}, {"A": [ranked([[1]], [[2]])]})
-    assert [figures["per_output"][k] for k in ("accuracy", "pass_n", "vote_1", "vote_2", "correct_pixels", "unanswered")] == [1, 1, 1, 1, 1, 0]
+    assert [figures["per_output"][k]
+            for k in ("accuracy", "pass_n", "vote_1", "vote_2", "correct_pixels", "unanswered")] == [1, 1, 1, 1, 1, 0]
 
 
 def test_only_outputs_with_a_known_solution_are_scored():

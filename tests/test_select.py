@@ -56,7 +56,8 @@ def test_only_answers_that_ended_well_vote():
     assert select.candidates(answers[:3], DIGITS) == select.candidates([], DIGITS) == []
 
 
-@given(answers=st.lists(st.tuples(st.sampled_from(["1", "2", "12", "1\n2"]), st.integers(-8, 0), st.sampled_from([PLAIN, SWAPPED])), max_size=12),
+@given(answers=st.lists(st.tuples(st.sampled_from(["1", "2", "12", "1\n2"]), st.integers(-8, 0),
+                                  st.sampled_from([PLAIN, SWAPPED])), max_size=12),
        seed=st.integers(0, 9))
 def test_the_order_in_which_answers_come_changes_nothing(answers, seed):
     completions = [completion(text, logprob / 4, view=view, tokens=1) for text, logprob, view in answers]
@@ -157,7 +158,8 @@ def test_every_test_input_of_the_file_gets_attempts_the_broken_tasks_too():
 
 
 @pytest.mark.parametrize("ended, text, status", [
-    ("ok", "12", "ok"), ("ok", "1 2", "unparsable"), ("ok", "", "unparsable"), ("stopped", "12", "unparsable"), ("stopped", "x", "unparsable"),
+    ("ok", "12", "ok"), ("ok", "1 2", "unparsable"), ("ok", "", "unparsable"),
+    ("stopped", "12", "unparsable"), ("stopped", "x", "unparsable"),
     ("truncated", "12", "truncated"), ("truncated", "x", "truncated"), ("nan", "", "nan"),
 ])
 def test_the_status_says_how_an_answer_ended(ended, text, status):
@@ -177,7 +179,8 @@ def test_completions_read_back_as_written_and_a_nan_logprob_is_null_in_the_file(
     assert select.read_completions(path) == []
 
 
-@pytest.mark.parametrize("damage", [b'{"task_id": "t", "te', b"", b"[]", b"null", b"{}", b'"text"', b"\xff\xfe{", b'{"logprob": 1, "other": 2}'])
+@pytest.mark.parametrize("damage", [
+    b'{"task_id": "t", "te', b"", b"[]", b"null", b"{}", b'"text"', b"\xff\xfe{", b'{"logprob": 1, "other": 2}'])
 def test_a_damaged_line_is_named_by_file_and_number(tmp_path, damage):
     path = tmp_path / "t.jsonl"
     select.write_completions(path, [completion("1"), completion("2")])

@@ -23,9 +23,10 @@ from arc_kernel.tasks import Pair, Task
 from arc_kernel.views import View
 
 ENCODER = GridEncoder.from_name("digits")
-JOB = Job(model="", adapter="", out="", adapters="", profile="auto", backend="vllm", dtype="float32", ttt_dtype="auto", grid_encoder="digits",
-          prompt="compact", permute_background=False, max_seq_len=4096, max_new_tokens=100, views=8, early_stop=True, seed=0, ttt_steps=0, ttt_batch=1,
-          ttt_lr=1e-3, ttt_loss="last", lora_rank=8, adapt_until=math.inf, answer_until=math.inf, probe_tasks=())
+JOB = Job(model="", adapter="", out="", adapters="", profile="auto", backend="vllm", dtype="float32", ttt_dtype="auto",
+          grid_encoder="digits", prompt="compact", permute_background=False, max_seq_len=4096, max_new_tokens=100, views=8,
+          early_stop=True, seed=0, ttt_steps=0, ttt_batch=1, ttt_lr=1e-3, ttt_loss="last", lora_rank=8,
+          adapt_until=math.inf, answer_until=math.inf, probe_tasks=())
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,8 @@ class Engine:
 def served(tmp_path, builder, tasks, *engines, **changes):
     """The events told while these tasks are answered by these engines, one after the other."""
     told = []
-    server = Serving(dataclasses.replace(JOB, out=str(tmp_path), adapters=str(tmp_path / "adapters"), **changes), builder, SimpleNamespace(adapter=None),
+    server = Serving(dataclasses.replace(JOB, out=str(tmp_path), adapters=str(tmp_path / "adapters"), **changes), builder,
+                     SimpleNamespace(adapter=None),
                       lambda event, **facts: told.append({"event": event, **facts}),
                       lambda stage, **facts: told.append({"event": "stage", "stage": stage, **facts}))
     variants = [SimpleNamespace(dtype=name) for name in ("float16", "float32")]
@@ -243,4 +245,5 @@ def test_time_budget_keeps_what_is_answered_of_a_task_and_leaves_no_task_without
 
     now[0] = 0
     again = served(tmp_path, builder, [task], Engine(builder, lambda i, view: ONE), answer_until=3, early_stop=False)
-    assert len(completions(tmp_path, task)) == 8 and not (tmp_path / "completions" / f"{task.id}.jsonl.part").exists() and not of(again, "note")
+    assert (len(completions(tmp_path, task)) == 8 and not (tmp_path / "completions" / f"{task.id}.jsonl.part").exists()
+            and not of(again, "note"))

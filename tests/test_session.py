@@ -26,7 +26,8 @@ PROFILE = profiles.load("kaggle-t4")
     ({"python": "3.13.1"}, 2, "Python 3.13.1 here, profile kaggle-t4 is for 3.12: pin the image"),
     ({"python": "3.1.2"}, 2, "Python 3.1.2 here"),
     ({"gpus": (), "cuda": ""}, 2, "no GPU here, profile kaggle-t4 is for 2: choose accelerator NvidiaTeslaT4"),
-    ({"gpus": (T4,)}, 0, "1 GPU here (Tesla T4), 2 asked for: choose accelerator NvidiaTeslaT4 in the notebook's settings, or set devices=1"),
+    ({"gpus": (T4,)}, 0,
+     "1 GPU here (Tesla T4), 2 asked for: choose accelerator NvidiaTeslaT4 in the notebook's settings, or set devices=1"),
     ({"gpus": (P100,)}, 1, "Tesla P100-PCIE-16GB has compute capability 6.0, the wheels of profile kaggle-t4 want 7.5"),
     ({"cuda": "11.4"}, 2, "driver 550.90 speaks CUDA 11.4, the wheels of profile kaggle-t4 want 12.8"),
 ])
@@ -44,7 +45,8 @@ def test_this_machine_is_looked_at():
 
 def test_without_a_wheelhouse_what_is_missing_is_said_with_the_dataset_to_attach(tmp_path):
     wants = dataclasses.replace(profiles.load("local-cpu"), requirements=("no-such-distribution==1.0",))
-    with pytest.raises(ArcKernelError, match="wants no-such-distribution==1.0: there is none.*attach the dataset arc-kernel-wheels-local-cpu"):
+    with pytest.raises(ArcKernelError,
+                       match="wants no-such-distribution==1.0: there is none.*attach the dataset arc-kernel-wheels-local-cpu"):
         session.prepare(wants, None, 1, tmp_path, lambda line: None)
 
 
@@ -82,7 +84,8 @@ session._install(profile, Path({str(house)!r}), session.look().installed, print)
 print(sorted((k, v) for k, v in session.look().installed.items() if k.endswith(("one", "go"))))
 """
     site = [p for p in sys.path if p.endswith("site-packages")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(session.__file__).parents[2]), *_only(site, tmp_path, "packaging", "numpy")])}
+    env = {**os.environ,
+           "PYTHONPATH": os.pathsep.join([str(Path(session.__file__).parents[2]), *_only(site, tmp_path, "packaging", "numpy")])}
     done = subprocess.run([python, "-c", script], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [done.stdout.splitlines()[0], "[('newone', '2.0'), ('sameone', '1.0')]"]

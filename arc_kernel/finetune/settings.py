@@ -37,7 +37,8 @@ class FinetuneSettings(Checked):
     clip: float = setting(1.0, "gradient norm above which gradients are scaled down; 0: never", low=0.0)
     gradient_checkpointing: bool = setting(False, "compute activations twice instead of keeping them: a third slower, far less memory")
     loss: str = setting("all", "outputs of an example that are learnt: the last pair's, or all but the first pair's", choices=LOSSES)
-    compose: float = setting(0.5, "share of examples with one transform more on a side: symmetry, mirror, border, upscale", low=0.0, high=1.0)
+    compose: float = setting(0.5, "share of examples with one transform more on a side: symmetry, mirror, border, upscale",
+                             low=0.0, high=1.0)
     max_tokens: int = setting(0, "examples longer than this are drawn again instead of shortened; 0: none are", low=0)
     short_first: float = setting(0.0, "share of the steps in which examples grow from the shortest tenth to all lengths", low=0.0, high=1.0)
     max_too_long: float = setting(0.2, "share of examples longer than max_seq_len (max_tokens) that is put up with", low=0.0, high=1.0)

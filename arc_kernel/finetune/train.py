@@ -59,7 +59,8 @@ class Steps(Dataset):
         limit = growing_limit(self.lengths, step, s.steps, s.short_first)
         drawn = sorted((self.stream.draw(step * s.batch + i, limit) for i in range(s.batch)), key=lambda d: -len(d.example.input_ids))
         mine = drawn[self.rank::self.world]
-        passes = [(*map(torch.from_numpy, padded([mine[i].example for i in group])), torch.tensor([KINDS.index(mine[i].kind) for i in group]))
+        passes = [(*map(torch.from_numpy, padded([mine[i].example for i in group])),
+                   torch.tensor([KINDS.index(mine[i].kind) for i in group]))
                   for group in together([d.example for d in mine], s.micro_tokens)]
         sizes = [(len(d.example.input_ids), int((d.example.labels != IGNORED).sum())) for d in drawn]
         return {"passes": passes, "answers": sum(n for _, n in sizes), "tokens": sum(n for n, _ in sizes),
@@ -152,8 +153,8 @@ class Watch(TrainerCallback):
         self.broken = self.broken + 1 if self.skipped else 0
         if self.broken >= (SKIPS if self.dtype == "float16" else BROKEN):
             last = next(reversed(found_checkpoints(self.out)), None)
-            raise Diverged(f"finetune: step {state.global_step + 1}: gradients are not finite {self.broken} steps in a row in {self.dtype}: "
-                           f"the last good checkpoint is {last or 'none'}: lower lr, or give another dtype")
+            raise Diverged(f"finetune: step {state.global_step + 1}: gradients are not finite {self.broken} steps in a row "
+                           f"in {self.dtype}: the last good checkpoint is {last or 'none'}: lower lr, or give another dtype")
         if self.skipped and self.dtype != "float16":  # float16's loss scaling skips, and lowers its scale, by itself
             for p in self.trainer.model.parameters():
                 p.grad = None

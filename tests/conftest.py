@@ -42,7 +42,7 @@ def arc_training():
 
 
 SLOW_LAST = ("test_bad_input", "test_checkup", "test_adapt", "test_checkpoint", "test_notebook", "test_prepare", "test_standins",
-             "test_real_run", "test_engines", "test_run")
+             "test_real_run", "test_engines", "test_run_cut_short", "test_run")
 
 
 def pytest_collection_modifyitems(items):

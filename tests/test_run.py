@@ -1,43 +1,31 @@
-"""Whole runs from the command line: files, resume, failures of each stage; `python -m pytest tests/test_run.py`.
+"""Whole runs from the command line: files, failures of each stage; `python -m pytest tests/test_run.py`.
 
 Failures are provoked on a tiny random model of the real architecture with the transformers backend, in seconds; the real
-thing is test_real_run.py.
+thing is test_real_run.py. Runs that are cut short: test_run_cut_short.py.
 """
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import time
-from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from arc_kernel.precision import verdict
 from arc_kernel.run import Run
-from arc_kernel.run import solve as solve_here
 from arc_kernel.settings import Settings
 from arc_kernel.tasks import read_submission
 from models import nan_model, tiny_model
-from runs import SMALL, TRAINING, challenges, command, digests, events, solve
+from runs import FAST, SMALL, TRAINING, challenges, digests, events, solve
 
 
 @pytest.fixture(scope="module")
-def tiny(model_folder, tmp_path_factory):
-    return tiny_model(model_folder, tmp_path_factory.mktemp("models") / "tiny")
+def fast(model_folder, tmp_path_factory):
+    return FAST | {"model": tiny_model(model_folder, tmp_path_factory.mktemp("models") / "tiny")}
 
 
-@pytest.fixture
-def fast(tiny):
-    """Settings of a run that takes seconds."""
-    return {"model": tiny, "backend": "transformers", "ttt_steps": 2, "views": 2, "lora_rank": 4, "max_new_tokens": 8}
-
-
-def test_model_that_is_nan_in_every_dtype_ends_in_a_filled_submission(tmp_path, tiny, fast, arc_training):
+def test_model_that_is_nan_in_every_dtype_ends_in_a_filled_submission(tmp_path, fast, arc_training):
     out = tmp_path / "run"
-    done = solve(out, **fast | {"model": nan_model(tiny, tmp_path / "nan"), "tasks": TRAINING, "task_ids": SMALL})
+    done = solve(out, **fast | {"model": nan_model(fast["model"], tmp_path / "nan"), "tasks": TRAINING, "task_ids": SMALL})
     assert done.returncode == 0, done.stderr
     settled = json.loads((out / "precision.json").read_text())
     assert settled["dtype"] is None and [e["ok"] for e in settled["evidence"]] == [False] * len(settled["evidence"])
@@ -168,92 +156,3 @@ def test_two_devices_give_the_same_submission_as_one(tmp_path, fast):
     assert {e["worker"] for e in events(two, "stage") if "worker" in e and e["stage"] == "import libraries"} == {0, 1}
     contents = lambda out: {name: digest for name, (digest, _) in digests(out, "adapters").items()}
     assert contents(one) == contents(two)
-
-
-def started(out, **options):
-    return subprocess.Popen(command(out, **options), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
-
-
-def wait_for(condition, process, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end and process.poll() is None, "the run ended or hung before the moment to test"
-        time.sleep(0.02)
-
-
-def wait_for_end(pids, seconds=10):
-    """Until each process is gone or only waits to be collected."""
-    end = time.monotonic() + seconds
-    for pid in pids:
-        while Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
-            assert time.monotonic() < end, f"worker {pid} outlives the run"
-            time.sleep(0.05)
-
-
-def test_killed_run_finishes_when_started_again_and_keeps_what_was_done(tmp_path, fast):
-    out, options = tmp_path / "run", fast | {"tasks": TRAINING, "task_ids": SMALL, "ttt_steps": 40}
-    process = started(out, **options)
-    wait_for(lambda: (out / "adapters").is_dir() and any(p.name[0] != "." for p in (out / "adapters").iterdir()), process)
-    assert set(json.loads((out / "submission.json").read_text())) == set(SMALL.split(","))
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    process.kill()
-    process.communicate()
-    wait_for_end(map(int, workers))
-    finished = {k: v for k, v in digests(out, "adapters").items() if not k.startswith("adapters/.")}
-    assert finished and not (out / "report.html").exists()
-    done = solve(out, **options)
-    assert done.returncode == 0, done.stderr
-    after = digests(out, "adapters")
-    assert {k: after[k] for k in finished} == finished
-    assert {p.stem for p in (out / "completions").iterdir()} == set(SMALL.split(",")) and (out / "report.html").exists()
-
-
-def test_worker_that_is_killed_is_replaced(tmp_path, fast):
-    out = tmp_path / "run"
-    process = started(out, **fast | {"tasks": TRAINING, "task_ids": SMALL, "ttt_steps": 60})
-    wait_for(lambda: (out / "events.jsonl").is_file() and events(out, "loss"), process)
-    children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "arc_kernel.worker"], capture_output=True, text=True).stdout.split()
-    os.kill(int(children[0]), signal.SIGKILL)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    assert [e["returncode"] for e in events(out, "worker-died")] == [-signal.SIGKILL]
-    assert {p.stem for p in (out / "completions").iterdir()} == set(SMALL.split(","))
-    assert {p.name for p in (out / "adapters").iterdir() if p.name[0] != "."} == set(SMALL.split(","))
-
-
-def test_workers_that_cannot_live_end_in_a_filled_submission(tmp_path, fast):
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "torch.py").write_text("raise ImportError('a damaged installation')")
-    done = subprocess.run(command(tmp_path / "run", **fast | {"tasks": TRAINING, "task_ids": SMALL}), capture_output=True, text=True,
-                          timeout=300, env=os.environ | {"PYTHONPATH": str(tmp_path / "broken")})
-    assert done.returncode == 0, done.stderr
-    assert len(events(tmp_path / "run", "worker-died")) == 3 and "worker-2.log" in done.stderr
-    assert "a damaged installation" in (tmp_path / "run" / "worker-2.log").read_text()
-    assert len(read_submission(tmp_path / "run" / "submission.json")) == 4
-
-
-def test_self_test_takes_one_short_task_per_device_and_submits_all(tmp_path, fast):
-    done = solve(tmp_path / "run", tasks=TRAINING, task_ids=SMALL, devices=1, **fast, **{"self-test": None})
-    assert done.returncode == 0, done.stderr
-    assert [p.stem for p in (tmp_path / "run" / "completions").iterdir()] == ["d037b0a7"]  # the smallest
-    assert {i for i, _ in read_submission(tmp_path / "run" / "submission.json")} == set(SMALL.split(","))
-
-
-def test_training_that_outlasts_its_share_of_the_time_budget_is_ended(tmp_path, fast, monkeypatch):
-    monkeypatch.setattr("arc_kernel.run.ADAPT_SHARE", 0.1)
-    options = {k: v if isinstance(v, int) else str(v) for k, v in fast.items()} | {"ttt_steps": 1_000_000}
-    begun = time.time()
-    result = solve_here(Settings(tasks=TRAINING, task_ids=SMALL, **options, time_budget=120.0, out=str(tmp_path / "run")))
-    assert time.time() - begun < 120
-    failed = events(tmp_path / "run", "adapt-failed")
-    assert len(failed) <= 1 and all("time budget: training ends at step" in e["error"] for e in failed)
-    assert events(tmp_path / "run", "out-of-time")[0]["stage"] == "adapt"
-    assert {p.stem for p in (tmp_path / "run" / "completions").iterdir()} == set(SMALL.split(","))
-    assert set(read_submission(result["submission"])) == {("d037b0a7", 0), ("3c9b0459", 0), ("25ff71a9", 0), ("25ff71a9", 1)}
-
-
-def test_time_budget_that_is_over_leaves_a_complete_submission(tmp_path, fast):
-    done = solve(tmp_path / "run", tasks=TRAINING, task_ids=SMALL, **fast, **{"time-budget": 1})
-    assert done.returncode == 0, done.stderr
-    assert "time budget: 3 tasks are left out of 'answer'" in done.stderr
-    assert len(read_submission(tmp_path / "run" / "submission.json")) == 4

@@ -63,7 +63,7 @@ def test_real_run_leaves_a_scored_submission_and_its_second_start_does_nothing(t
 def test_model_that_overflows_float16_is_rescaled_and_answered_in_float16(tmp_path, model_folder, adapted):
     sick = overflowing_model(model_folder, tmp_path / "model")
     out = tmp_path / "run"
-    options = {"tasks": TRAINING, "task_ids": "d037b0a7", "model": sick, "dtype": "float16", "views": 2, "max_new_tokens": 16,
+    options = {"tasks": TRAINING, "task_ids": "d037b0a7", "model": sick, "dtype": "float16", "views": 2, "max_new_tokens": 16, "prompt": "compact", "grid_encoder": "digits",
                "ttt_steps": 2 if adapted else 0}
     done = solve(out, **options)
     assert done.returncode == 0, done.stderr

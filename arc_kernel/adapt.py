@@ -25,7 +25,7 @@ import numpy as np
 
 from .checkpoint import load_model, write_json
 from .errors import ArcKernelError
-from .passes import padded, together
+from .passes import answers, padded, together
 from .precision.probe import collected, recording
 from .precision.rescale import Rescale
 from .prompts import Example, PromptBuilder
@@ -114,13 +114,14 @@ class TaskTrainer:
         self.model.train()
         while step < self.recipe.steps:
             drawn = [next(examples) for _ in range(self.recipe.batch)]
-            answers, losses = sum(int((e.labels[1:] >= 0).sum()) for e in drawn), []
+            count, loss = sum(map(answers, drawn)), 0.0
             for group in together(drawn, self.recipe.max_seq_len):
-                losses.append(self._loss([drawn[i] for i in group]) / answers)
-                scaler.scale(losses[-1]).backward()
+                part = self._loss([drawn[i] for i in group]) / count
+                scaler.scale(part).backward()
+                loss += part.detach()
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(self.weights, GRADIENT_NORM)
-            loss, norm = torch.stack([sum(x.detach() for x in losses), norm]).tolist()
+            loss, norm = torch.stack([loss, norm]).tolist()  # both at once: a GPU is waited for once
             finite = math.isfinite(loss)
             overflowed = finite and not math.isfinite(norm) and self.dtype == "float16" and skips < SKIPS
             if overflowed:  # the scaled gradient did not fit: once more with a smaller scale

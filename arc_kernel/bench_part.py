@@ -122,7 +122,7 @@ class Part:
         name = lambda batch, n: f"{batch} x {n} tokens" if batch > 1 else f"{n} tokens"
         speed = self.gemm()
         kinds = [kind for kind in flop if flop[kind] / speed < TOO_LONG]
-        for kind in flop.keys() - set(kinds):
+        for kind in (kind for kind in flop if kind not in kinds):
             self.note(f"no step of {name(*kind)}: its matrix products alone take {flop[kind] / speed:.0f} s")
         if self.asked["rounds"] == 0 or not kinds:
             return

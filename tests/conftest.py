@@ -2,15 +2,18 @@
 
 import os
 
-import hypothesis
-import pytest
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each; before torch is loaded, which counts them: two threads on one core wait for each other
+    cores, number = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    os.sched_setaffinity(0, {cores[number % len(cores)]})
 
-from arc_kernel import checkpoint, loopback, pool, tasks
-from models import tiny_model
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each, before torch counts them: two with all threads slow each other down
-    number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
-    os.sched_setaffinity(0, {pool.cores()[number % len(pool.cores())]})
+from arc_kernel import checkpoint, loopback, tasks  # noqa: E402
+from models import tiny_model  # noqa: E402
+
+assert torch.get_num_threads() <= len(os.sched_getaffinity(0)), "torch was loaded before this process was given its core"
 
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=30)
 hypothesis.settings.load_profile("repeatable")

@@ -25,10 +25,10 @@ def open_checked(model: str, adapter: str, tasks: str, grid_encoder: str, prompt
     folder = open_model(model)
     if adapter:
         check_adapter(Path(adapter))
-    builder = PromptBuilder(load_tokenizer(folder), GridEncoder.from_name(grid_encoder), prompt)
     sample = probe.sample(load_challenges(tasks).tasks.values())
     if not sample:
         raise ArcKernelError(f"{tasks}: no task with a train pair to probe the model on: give another --tasks")
+    builder = PromptBuilder(load_tokenizer(folder), GridEncoder.from_name(grid_encoder), prompt)
     return Model(folder, Path(adapter).resolve() if adapter else None, builder, sample, verdict.device_name(), max_seq_len, headroom)
 
 
@@ -37,6 +37,8 @@ def check(model: Model, dtype: str, backend: str, out: Path, rescaled: str) -> N
 
     `rescaled` names a folder for the rescaled model (empty: none is wanted).
     """
+    if rescaled and Path(rescaled).exists():
+        raise ArcKernelError(f"{rescaled}: exists: give another --rescaled, or delete it")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     begun = time.perf_counter()
     ranges = model.ranges
@@ -73,7 +75,5 @@ def _write(model: Model, made: rescale.Rescale | None, reason: str, target: Path
     """Write the rescaled model where a person asked for it."""
     if made is None:
         raise ArcKernelError(f"{target}: not written: {reason or 'the model fits float16 as it is'}")
-    if target.exists():
-        raise ArcKernelError(f"{target}: exists: give another --rescaled, or delete it")
     lost = model.write_rescaled(made, target)
     print(f"{target}: written; float16 changes no label's logits by more than {lost:.2g} through underflow")

@@ -61,8 +61,14 @@ def engines(model_folder, builder):
 
 
 @pytest.fixture(scope="module")
-def reference(engines, prompts):
-    return answers(engines["transformers"], prompts)
+def answered(engines, prompts):
+    """Both backends' answers to `prompts`."""
+    return {backend: answers(engine, prompts) for backend, engine in engines.items()}
+
+
+@pytest.fixture(scope="module")
+def reference(answered):
+    return answered["transformers"]
 
 
 @pytest.fixture(params=["transformers", pytest.param("vllm", marks=needs_vllm)])
@@ -75,8 +81,8 @@ def answers(engine, prompts, **options):
 
 
 @needs_vllm
-def test_vllm_gives_the_tokens_and_logprobs_of_transformers_for_mixed_adapters(engines, reference, prompts):
-    given = answers(engines["vllm"], prompts)
+def test_vllm_gives_the_tokens_and_logprobs_of_transformers_for_mixed_adapters(answered, reference, prompts):
+    given = answered["vllm"]
     assert set(given) == {p.key for p in prompts}
     for key, answer in given.items():
         assert (answer.token_ids, answer.status) == (reference[key].token_ids, reference[key].status), key
@@ -90,8 +96,9 @@ def test_adapters_change_answers_and_the_base_model_is_left_alone(reference):
         assert reference[task_id, "adapted"].token_ids != reference[task_id, "base"].token_ids
 
 
-def test_answer_ends_at_the_closing_token_or_says_truncated(engine, prompts, builder):
-    given = answers(engine, prompts)
+@pytest.mark.parametrize("backend", ["transformers", pytest.param("vllm", marks=needs_vllm)])
+def test_answer_ends_at_the_closing_token_or_says_truncated(answered, engines, backend, prompts, builder):
+    given, engine = answered[backend], engines[backend]
     assert {a.status for a in given.values()} <= {"ok", "truncated"}
     for answer in given.values():
         assert builder.end_token not in answer.token_ids

@@ -20,7 +20,7 @@ FILES = {"settings.json", "precision.json", "adapters", "completions", "submissi
 def test_real_run_leaves_a_scored_submission_and_its_second_start_does_nothing(tmp_path, arc_training):
     out = tmp_path / "run"
     options = {"tasks": challenges(tmp_path / "a_challenges.json", arc_training, SMALL.split(",")),
-               "ttt_steps": 6, "ttt_lr": 1e-3, "views": 3, "lora_rank": 8}
+               "ttt_steps": 6, "ttt_lr": 1e-3, "views": 2, "lora_rank": 8, "prompt": "compact"}
     done = solve(out, **options)
     assert done.returncode == 0, done.stderr
     assert FILES <= {p.name for p in out.iterdir()}
@@ -29,7 +29,7 @@ def test_real_run_leaves_a_scored_submission_and_its_second_start_does_nothing(t
     assert set(attempts) == {("d037b0a7", 0), ("3c9b0459", 0), ("25ff71a9", 0), ("25ff71a9", 1)}
     assert all(a.tolist() != b.tolist() for a, b in attempts.values())
     completions = [json.loads(line) for p in (out / "completions").iterdir() for line in p.read_text().splitlines()]
-    assert len(completions) == 4 * 3 and sum(c["status"] == "ok" for c in completions) >= 2
+    assert len(completions) == 4 * 2 and sum(c["status"] == "ok" for c in completions) >= 2
     assert {p.name for p in (out / "adapters").iterdir()} == set(SMALL.split(","))
     assert json.loads((out / "metrics.json").read_text())["counts"]["outputs"] == 4
     stages = {e["stage"] for e in events(out, "stage")}
@@ -49,7 +49,7 @@ def test_real_run_leaves_a_scored_submission_and_its_second_start_does_nothing(t
     assert time.perf_counter() - begun < 10
     other = solve(out, **options | {"views": 4})
     assert other.returncode == 1 and other.stderr.count("\n") == 1
-    assert "views: 4 vs 3" in other.stderr and "give another --out" in other.stderr
+    assert "views: 4 vs 2" in other.stderr and "give another --out" in other.stderr
 
     scored = subprocess.run([sys.executable, "-m", "arc_kernel", "score", "--submission", str(out / "submission.json"),
                              "--tasks", str(options["tasks"])], capture_output=True, text=True)
@@ -63,8 +63,8 @@ def test_real_run_leaves_a_scored_submission_and_its_second_start_does_nothing(t
 def test_model_that_overflows_float16_is_rescaled_and_answered_in_float16(tmp_path, model_folder, adapted):
     sick = overflowing_model(model_folder, tmp_path / "model")
     out = tmp_path / "run"
-    options = {"tasks": TRAINING, "task_ids": "d037b0a7", "model": sick, "dtype": "float16", "views": 2, "max_new_tokens": 16, "prompt": "compact", "grid_encoder": "digits",
-               "ttt_steps": 2 if adapted else 0}
+    options = {"tasks": TRAINING, "task_ids": "d037b0a7", "model": sick, "dtype": "float16", "views": 2, "max_new_tokens": 16,
+               "prompt": "compact", "grid_encoder": "digits", "ttt_steps": 2 if adapted else 0}
     done = solve(out, **options)
     assert done.returncode == 0, done.stderr
     settled = json.loads((out / "precision.json").read_text())
@@ -73,8 +73,3 @@ def test_model_that_overflows_float16_is_rescaled_and_answered_in_float16(tmp_pa
     assert max(settled["peaks"]["final norm in"]) > 65504 and [e["ok"] for e in settled["evidence"]] == [True]
     statuses = [json.loads(line)["status"] for line in (out / "completions" / "d037b0a7.jsonl").read_text().splitlines()]
     assert len(statuses) == 2 and "nan" not in statuses
-    if not adapted:
-        again = solve(tmp_path / "again", **options)
-        seconds = {e["stage"]: e["seconds"] for e in events(tmp_path / "again", "stage")}
-        assert again.returncode == 0 and "canary" not in seconds and seconds["probe"] + seconds["float32 reference"] < 1
-        assert json.loads((tmp_path / "again" / "precision.json").read_text()) == settled

@@ -97,6 +97,7 @@ def test_model_that_overflows_is_planned_into_float16(tmp_path, kind, tied):
     assert not logits(load(tmp_path / "grown", "float16")).isfinite().all()
     made = rescale.plan(ranges, rescale.unscaled(tmp_path / "grown"), 2.0)
     assert made.residual > 0 and made.product[0] > 0 and made.value[1] > 0 and made.product[1] == made.value[0] == 0
+    assert rescale.plan(ranges, rescale.unscaled(tmp_path / "grown"), 5.0).residual == made.residual + 3
     rescale.write_model(tmp_path / "grown", made, tmp_path / "fit")
     wanted = logits(load(folder))
     assert torch.equal(logits(load(tmp_path / "fit")), wanted)

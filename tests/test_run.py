@@ -7,14 +7,40 @@ thing is test_real_run.py. Runs that are cut short: test_run_cut_short.py.
 import json
 import shutil
 
+import pytest
 from safetensors.numpy import load_file, save_file
 
 from arc_kernel.precision import verdict
 from arc_kernel.run import Run
 from arc_kernel.settings import Settings
 from arc_kernel.tasks import read_submission
-from models import nan_model
+from models import nan_model, tiny_model
 from runs import SMALL, TRAINING, challenges, digests, events, solve
+
+
+@pytest.fixture(scope="module")
+def float16(fast):
+    """Settings of a fast run on SMALL that is answered in float16."""
+    return {k: v if isinstance(v, int) else str(v) for k, v in fast.items()} | {"tasks": TRAINING, "task_ids": SMALL, "dtype": "float16"}
+
+
+@pytest.fixture(scope="module")
+def plain(float16, tmp_path_factory):
+    """What such a run leaves behind when nothing goes wrong."""
+    return run_with(lambda adapters: None, tmp_path_factory.mktemp("runs") / "plain", float16)
+
+
+def run_with(change, out, settings):
+    """A run whose adapters are changed, `change(folder)`, before anything is answered."""
+    run = Run(Settings(**settings, out=str(out)))
+    try:
+        run.adapt()
+        change(out / "adapters")
+        run.answer()
+        run.finish()
+    finally:
+        run.stop()
+    return out
 
 
 def test_model_that_is_nan_in_every_dtype_ends_in_a_filled_submission(tmp_path, fast, arc_training):
@@ -29,38 +55,26 @@ def test_model_that_is_nan_in_every_dtype_ends_in_a_filled_submission(tmp_path, 
     assert json.loads((out / "metrics.json").read_text())["per_output"]["unanswered"] == 1
 
 
-def test_broken_and_overlong_tasks_cost_the_others_nothing(tmp_path, fast, arc_training):
+def test_odd_tasks_are_named_and_cost_the_others_nothing(tmp_path, fast, arc_training):
     broken = {"train": [{"input": [[1, 2], [3]], "output": [[1]]}], "test": [{"input": [[1]]}, {"input": [[2]]}]}
     none = {"train": [], "test": [{"input": [[1]]}]}
     huge = {"train": [{"input": [[1] * 30] * 30, "output": [[2] * 30] * 30}], "test": [{"input": [[3] * 30] * 30}]}
-    path = challenges(tmp_path / "a_challenges.json", arc_training, ["d037b0a7"], broken=broken, none=none, huge=huge)
+    flat = {"train": [{"input": [[0]], "output": [[0]]}], "test": [{"input": [[0]]}]}
+    path = challenges(tmp_path / "a_challenges.json", arc_training, ["d037b0a7", "3c9b0459"], broken=broken, none=none, huge=huge, flat=flat)
     out = tmp_path / "run"
-    done = solve(out, tasks=path, **fast | {"max_seq_len": 512})
+    done = solve(out, tasks=path, **fast | {"max_seq_len": 256, "max_new_tokens": 100})
     assert done.returncode == 0, done.stderr
     assert "task broken, train pair 1: input row 2 has 1 cells, expected 2" in done.stderr
     assert "task none: no train pair: answered without an adapter" in done.stderr
-    assert "task huge, test input 1: longer than max_seq_len 512 even with one pair: fallback answer" in done.stderr
+    assert "task huge, test input 1: longer than max_seq_len 256 even with one pair: fallback answer" in done.stderr
+    assert "task flat, test input 1: only 1 distinct views of 2 asked" in done.stderr
+    assert "task d037b0a7, test input 1: 2 of 3 train pairs dropped to fit max_seq_len 256" in done.stderr
     assert "Traceback" not in done.stderr
     attempts = read_submission(out / "submission.json")
-    assert [key for key in attempts] == [("d037b0a7", 0), ("broken", 0), ("broken", 1), ("none", 0), ("huge", 0)]
-    assert {p.name for p in (out / "adapters").iterdir()} == {"d037b0a7"}
+    assert [key for key in attempts] == [("d037b0a7", 0), ("3c9b0459", 0), ("broken", 0), ("broken", 1), ("none", 0), ("huge", 0), ("flat", 0)]
+    assert {p.name for p in (out / "adapters").iterdir()} == {"d037b0a7", "3c9b0459", "flat"}
     assert (out / "completions" / "none.jsonl").read_text().count("\n") == 2
     assert "input row 2 has 1 cells" in (out / "report.html").read_text()
-
-
-def test_task_that_loses_pairs_to_fit_is_said_so(tmp_path, fast):
-    out = tmp_path / "run"
-    done = solve(out, tasks=TRAINING, task_ids="d037b0a7", **fast | {"max_seq_len": 256, "ttt_steps": 0, "max_new_tokens": 100})
-    assert done.returncode == 0, done.stderr
-    assert [e["text"] for e in events(out, "note")] == ["task d037b0a7, test input 1: 2 of 3 train pairs dropped to fit max_seq_len 256"]
-    assert not (out / "adapters").exists()
-
-
-def test_fewer_distinct_views_than_asked_is_said(tmp_path, fast):
-    (tmp_path / "t.json").write_text(json.dumps({"flat": {"train": [{"input": [[0]], "output": [[0]]}], "test": [{"input": [[0]]}]}}))
-    done = solve(tmp_path / "run", tasks=tmp_path / "t.json", **fast)
-    assert done.returncode == 0, done.stderr
-    assert "task flat, test input 1: only 1 distinct views of 2 asked" in done.stderr
 
 
 def test_failure_while_one_task_is_adapted_leaves_it_to_the_base_model(tmp_path, fast):
@@ -75,20 +89,13 @@ def test_failure_while_one_task_is_adapted_leaves_it_to_the_base_model(tmp_path,
     assert {p.stem for p in (out / "completions").iterdir()} == set(SMALL.split(","))
 
 
-def test_adapter_that_overflows_after_the_verdict_costs_only_its_own_answers(tmp_path, fast):
-    options = {k: v if isinstance(v, int) else str(v) for k, v in fast.items()} | {"tasks": TRAINING, "task_ids": SMALL, "dtype": "float16"}
-    for name in ("well", "sick"):
-        run = Run(Settings(**options, out=str(tmp_path / name)))
-        try:
-            run.adapt()
-            if name == "sick":
-                path = tmp_path / name / "adapters" / "3c9b0459" / "adapter_model.safetensors"
-                save_file({k: v * 1e8 if "lora_B" in k else v for k, v in load_file(path).items()}, path)
-            run.answer()
-            run.finish()
-        finally:
-            run.stop()
-    well, sick = (digests(tmp_path / name, "completions") for name in ("well", "sick"))
+def test_adapter_that_overflows_after_the_verdict_costs_only_its_own_answers(tmp_path, float16, plain):
+    def overflow(adapters):
+        path = adapters / "3c9b0459" / "adapter_model.safetensors"
+        save_file({k: v * 1e8 if "lora_B" in k else v for k, v in load_file(path).items()}, path)
+
+    run_with(overflow, tmp_path / "sick", float16)
+    well, sick = (digests(out, "completions") for out in (plain, tmp_path / "sick"))
     assert [n for n in well if well[n][0] != sick[n][0]] == ["completions/3c9b0459.jsonl"]
     rows = [json.loads(line) for line in (tmp_path / "sick" / "completions" / "3c9b0459.jsonl").read_text().splitlines()]
     assert [r["status"] == "nan" for r in rows] == [True, False] * 2 and rows[0]["view"] == rows[1]["view"] != rows[2]["view"]
@@ -98,21 +105,16 @@ def test_adapter_that_overflows_after_the_verdict_costs_only_its_own_answers(tmp
     assert json.loads((tmp_path / "sick" / "precision.json").read_text())["dtype"] == "float16"
     again = next(e for e in events(tmp_path / "sick", "stage") if e["stage"] == f"answer again in {second}")
     assert again["tokens"] > 0 and again["predictions"] == 2
-    assert not events(tmp_path / "well", "precision")
+    assert not events(plain, "precision")
 
 
-def test_adapter_known_to_overflow_is_served_in_the_next_dtype_from_the_start(tmp_path, fast):
-    options = {k: v if isinstance(v, int) else str(v) for k, v in fast.items()} | {"tasks": TRAINING, "task_ids": SMALL, "dtype": "float16"}
-    run = Run(Settings(**options, out=str(tmp_path / "run")))
-    try:
-        run.adapt()
-        path = tmp_path / "run" / "adapters" / "25ff71a9" / "range.json"
+def test_adapter_known_to_overflow_is_served_in_the_next_dtype_from_the_start(tmp_path, float16):
+    def known(adapters):
+        path = adapters / "25ff71a9" / "range.json"
         ranges = json.loads(path.read_text())
         path.write_text(json.dumps({"peaks": ranges["peaks"] | {"gate": [1e6, 1.0]}}))
-        run.answer()
-        run.finish()
-    finally:
-        run.stop()
+
+    run_with(known, tmp_path / "run", float16)
     said = [e["text"] for e in events(tmp_path / "run", "precision")]
     assert "task 25ff71a9: its adapter is not served in float16: gate of layer 0 peaks at 1,000,000" in said[0]
     for task_id in SMALL.split(","):
@@ -120,17 +122,20 @@ def test_adapter_known_to_overflow_is_served_in_the_next_dtype_from_the_start(tm
         assert rows and not [r for r in rows if r["status"] == "nan"]
 
 
-def test_adapters_in_scratch_are_kept_for_the_next_start_and_not_in_the_result(tmp_path, fast):
-    options = {**fast, "tasks": TRAINING, "task_ids": SMALL, "scratch": tmp_path / "scratch"}
+def test_next_start_has_the_adapters_of_scratch_and_the_verdict_on_the_dtype(tmp_path, fast, model_folder):
+    model = tiny_model(model_folder, tmp_path / "model", tied=False)  # one that no other test has a verdict on
+    options = {**fast, "model": model, "tasks": TRAINING, "task_ids": SMALL, "scratch": tmp_path / "scratch"}
     out = tmp_path / "run"
     assert solve(out, **options).returncode == 0
-    assert not (out / "adapters").exists()
+    assert not (out / "adapters").exists() and [e["stage"] for e in events(out, "stage")].count("canary") == 1
     (adapters,) = (tmp_path / "scratch").glob("*/adapters")
     assert {p.name for p in adapters.iterdir()} == set(SMALL.split(","))
+    settled = (out / "precision.json").read_text()
     shutil.rmtree(out / "completions")
     assert solve(out, **options).returncode == 0
     assert len(events(out, "adapted")) == 3 and len(events(out, "answered")) == 6
-    assert solve(tmp_path / "other", **options | {"ttt_steps": 3}).returncode == 0, "another run in the same scratch"
+    assert [e["stage"] for e in events(out, "stage")].count("canary") == 1 and (out / "precision.json").read_text() == settled
+    assert solve(tmp_path / "other", **options | {"ttt_steps": 3, "time_budget": 1}).returncode == 0, "another run in the same scratch"
     assert len(list((tmp_path / "scratch").glob("*/adapters"))) == 2
 
 
@@ -141,12 +146,11 @@ def test_scratch_that_cannot_be_made_is_told_before_anything_is_trained(tmp_path
     assert len(read_submission(tmp_path / "run" / "submission.json")) == 4 and not events(tmp_path / "run", "loss")
 
 
-def test_two_devices_give_the_same_submission_as_one(tmp_path, fast):
-    for devices in (1, 2):
-        done = solve(tmp_path / str(devices), tasks=TRAINING, task_ids=SMALL, devices=devices, **fast)
-        assert done.returncode == 0, done.stderr
-    one, two = tmp_path / "1", tmp_path / "2"
-    assert (one / "submission.json").read_bytes() == (two / "submission.json").read_bytes()
+def test_two_devices_give_the_same_submission_as_one(tmp_path, float16, plain):
+    done = solve(tmp_path / "two", devices=2, **float16)
+    assert done.returncode == 0, done.stderr
+    two = tmp_path / "two"
+    assert (plain / "submission.json").read_bytes() == (two / "submission.json").read_bytes()
     assert {e["worker"] for e in events(two, "stage") if "worker" in e and e["stage"] == "import libraries"} == {0, 1}
     contents = lambda out: {name: digest for name, (digest, _) in digests(out, "adapters").items()}
-    assert contents(one) == contents(two)
+    assert contents(plain) == contents(two)

@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterator
@@ -94,14 +95,18 @@ class TaskTrainer:
         self._start = None if start is None else [w.detach().clone() for w in self.weights]
 
     def train(self, task: Task, folder: Path, on_step: Callable[[int, float, int], None],
-              on_trouble: Callable[[str], None] = lambda text: None, examples: Iterator[Example] | None = None) -> dict:
+              on_trouble: Callable[[str], None] = lambda text: None, examples: Iterator[Example] | None = None,
+              seconds: float = math.inf) -> dict:
         """Fine-tune on `task` and save the adapter as `folder` by write-then-rename, with its range.json.
+
+        Where the recipe's steps do not fit into `seconds`, there are fewer, at least one: the learning rate then falls with
+        the time instead of the steps, so that it has come down when the time is over.
 
         `on_step(step, loss, tokens)` is called after each step with its mean loss per answer token (nats) and its tokens.
         Where a loss or gradient is not finite, the adapter goes back to its last good state and on at a lower learning
-        rate; `on_trouble` is told. `examples` are trained on instead of the task's own, for benchmarks. Returns how often:
-        `rollbacks`, and `skipped`, float16 steps lost to loss scaling. Raises CannotTrain where the task gives no
-        example, FloatingPointError where ROLLBACKS did not help.
+        rate; `on_trouble` is told. `examples` are trained on instead of the task's own, for benchmarks. Returns the `steps`
+        taken, and how often: `rollbacks`, and `skipped`, float16 steps lost to loss scaling. Raises CannotTrain where the
+        task gives no example, FloatingPointError where ROLLBACKS did not help.
         """
         import torch
 
@@ -112,7 +117,8 @@ class TaskTrainer:
         scaler = torch.amp.GradScaler(self.device, init_scale=LOSS_SCALE, enabled=self.dtype == "float16")
         good, step, factor, facts, skips = None, 0, 1.0, {"rollbacks": 0, "skipped": 0}, 0
         self.model.train()
-        while step < self.recipe.steps:
+        begun = time.perf_counter()
+        while (done := max(step, self.recipe.steps * (time.perf_counter() - begun) / seconds)) < self.recipe.steps or not step:
             drawn = [next(examples) for _ in range(self.recipe.batch)]
             count, loss = sum(map(answers, drawn)), 0.0
             for group in together(drawn, self.recipe.max_seq_len):
@@ -143,7 +149,7 @@ class TaskTrainer:
             if step % KEEP_EVERY == 0:
                 good = self._keep(step, optimizer)
             for group in optimizer.param_groups:
-                group["lr"] = self.recipe.lr * factor * _schedule(step, self.recipe.steps)
+                group["lr"] = self.recipe.lr * factor * _schedule(done, self.recipe.steps)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
@@ -152,7 +158,7 @@ class TaskTrainer:
         if not all(torch.isfinite(w).all() for w in self.weights):
             raise FloatingPointError(f"adapter weights are not finite after training in {self.dtype}")
         save_adapter(self.model, folder, {"range.json": {"peaks": self._peaks(task)}})
-        return facts
+        return {"steps": step} | facts
 
     def _keep(self, step: int, optimizer) -> tuple:
         """A copy of the adapter and the optimizer's state before the update of `step`."""
@@ -276,8 +282,7 @@ def leave_one_out(task: Task, builder: PromptBuilder, recipe: Recipe, rng: np.ra
     return rounds()
 
 
-
-def _schedule(step: int, steps: int) -> float:
-    """Share of the peak learning rate at a step: linear warmup, then linear to zero."""
+def _schedule(done: float, steps: int) -> float:
+    """Share of the peak learning rate after so many of the steps: linear warmup, then linear to zero."""
     warmup = max(1, round(WARMUP * steps))
-    return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+    return min((done + 1) / warmup, max(0.0, steps - done) / max(1, steps - warmup))

@@ -21,7 +21,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 
 from .errors import ArcKernelError
 
@@ -32,9 +32,14 @@ DEATHS = 3  # of workers with no task finished in between, after which what is l
 
 
 class Pool:
-    """`devices` workers over `todo[stage]`, lists of task ids in the order in which they are to be given out."""
+    """`devices` workers over `todo[stage]`, lists of task ids in the order in which they are to be given out.
 
-    def __init__(self, devices: int, job: dict, tasks: dict[str, dict], todo: dict[str, list[str]], logs: Path):
+    `seconds(task)` says how long a worker may take to adapt a task that is given out now.
+    """
+
+    def __init__(self, devices: int, job: dict, tasks: dict[str, dict], todo: dict[str, list[str]], logs: Path,
+                 seconds: Callable[[str], float]):
+        self._seconds = seconds
         self.todo = {stage: list(todo[stage]) for stage in STAGES}
         self._job, self._tasks, self._logs = job, tasks, logs
         self._held: dict[int, dict[str, set[str]]] = {}  # worker -> stage -> tasks given out and not yet reported
@@ -138,10 +143,12 @@ class Pool:
             if stage not in self._open:
                 continue
             task_id = self.todo[stage].pop(0) if self.todo[stage] else None
+            reply = {"task": None}
             if task_id:
                 self._held[number][stage].add(task_id)
+                reply = {"task": self._tasks[task_id]} | ({"seconds": self._seconds(task_id)} if stage == "adapt" else {})
             del self._wanting[number]
-            self._send(number, {"task": self._tasks[task_id] if task_id else None})
+            self._send(number, reply)
 
     def _bury(self, number: int) -> Iterator[dict]:
         """Take a dead worker's tasks back, or give them up after TRIES, and start another in its place where work is left."""

@@ -58,7 +58,9 @@ class Run:
         self._stage("read tasks", time.perf_counter() - self.begun)
 
     def adapt(self) -> None:
-        """Fine-tune one LoRA per task that has neither an adapter nor answers yet, within its share of the time budget."""
+        """Fine-tune one LoRA per task that has neither an adapter nor answers yet, within its share of the time budget.
+
+        Where the steps of all tasks do not fit, each task has fewer."""
         todo = self._todo()
         if not todo["answer"]:
             return
@@ -71,9 +73,9 @@ class Run:
                 size = disk.adapter_bytes(Path(self.job.model), self.job.lora_rank, adapt.TARGET_MODULES)
                 self._say("disk", text=disk.forecast(len(todo["adapt"]), size, self.adapters))
         tasks = {i: task_to_json(self.challenges.tasks[i]) for i in todo["answer"]}
-        self._pool = Pool(self.devices, dataclasses.asdict(self.job), tasks, todo, self.out)
+        self._pool = Pool(self.devices, dataclasses.asdict(self.job), tasks, todo, self.out, self._training_seconds)
         steps, tokens = len(todo["adapt"]) * self.job.ttt_steps, defaultdict(int)
-        done, finished = defaultdict(int), 0
+        done, finished, cut = defaultdict(int), 0, []
         with progress.bar(steps, "adapt", "step") as bar:
             for message in self._events("adapt", self.job.adapt_until, math.inf):
                 task, event = message.get("task"), message["event"]
@@ -81,7 +83,10 @@ class Run:
                     tokens[task], done[task] = message["tokens"], message["step"]
                 elif event in ("adapted", "adapt-failed"):
                     done[task], finished = self.job.ttt_steps, finished + 1
+                    cut += [taken for taken in [message.get("steps", self.job.ttt_steps)] if taken < self.job.ttt_steps]
                 progress.move(bar, sum(done.values()), sum(tokens.values()), f"{finished}/{len(todo['adapt'])} tasks")
+        if cut:
+            self._say("note", text=f"time budget: {len(cut)} tasks were trained for {min(cut)} to {max(cut)} of {self.job.ttt_steps} steps")
 
     def answer(self) -> None:
         """Answer every task that has no completions yet; submission.json is replaced as answers arrive."""
@@ -142,6 +147,11 @@ class Run:
         """The clock (`time.time`) at which this share of the time budget is over; infinite without one."""
         budget = self.settings.time_budget
         return time.time() - (time.perf_counter() - self.begun) + share * budget if budget else math.inf
+
+    def _training_seconds(self, task_id: str) -> float:
+        """What a task given out now may take of the time left for training: its share, by cells, among those that wait."""
+        mine, waiting = cells(self.challenges.tasks[task_id]), sum(cells(self.challenges.tasks[i]) for i in self._pool.todo["adapt"])
+        return max(0.0, self.job.adapt_until - time.time()) * min(1.0, self.devices * mine / (mine + waiting))
 
     def _last_call(self) -> float:
         """The clock at which no more tasks are given out to be answered."""

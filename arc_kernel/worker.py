@@ -44,13 +44,17 @@ class Worker:
         self._out.flush()
 
     def ask(self, stage: str) -> Task | None:
-        """The next task of a stage ('adapt' or 'answer'), None where there is none left; waits for the reply."""
+        """The next task of a stage ('adapt' or 'answer'), None where there is none left; waits for the reply.
+
+        `seconds` is then what its training may take.
+        """
         self.tell("want", stage=stage)
         line = self._in.readline()
         if not line:  # run is gone
             sys.exit(1)
-        reply = json.loads(line)["task"]
-        return reply and task_from_json(reply)
+        reply = json.loads(line)
+        self.seconds = reply.get("seconds")
+        return reply["task"] and task_from_json(reply["task"])
 
     def lap(self, stage: str, **facts) -> None:
         """Report the seconds since the last lap as spent on `stage`."""
@@ -133,25 +137,29 @@ class Worker:
         """Train one task's adapter; its training tokens. Any failure but a NaN leaves the task to the base model."""
         begun = told = time.perf_counter()
         waiting, total = [], 0
+        seconds = max(0.001, min(self.seconds, self.job.adapt_until - time.time()))
 
         def on_step(step: int, loss: float, tokens: int) -> None:
             nonlocal told, total
-            if time.time() > self.job.adapt_until:
-                raise ArcKernelError(f"task {task.id}: time budget: training ends at step {step}: answered without an adapter")
             total += tokens
             waiting.append(round(loss, 5))
-            now = time.perf_counter()
-            if now - told > PROGRESS_SECONDS or step == self.job.ttt_steps:
-                self.tell("loss", task=task.id, step=step, losses=waiting[:], tokens=total)
-                waiting.clear()
-                told = now
+            if time.perf_counter() - told > PROGRESS_SECONDS:
+                tell_losses(step)
+
+        def tell_losses(step: int) -> None:
+            nonlocal told
+            self.tell("loss", task=task.id, step=step, losses=waiting[:], tokens=total)
+            waiting.clear()
+            told = time.perf_counter()
 
         def on_trouble(text: str) -> None:
             waiting.clear()
             self.tell("precision", task=task.id, stage="adapt", dtype=self._trainer.dtype, text=f"task {task.id}: {text}")
 
         try:
-            facts = self._trainer.train(task, Path(self.job.adapters) / task.id, on_step, on_trouble)
+            facts = self._trainer.train(task, Path(self.job.adapters) / task.id, on_step, on_trouble, seconds=seconds)
+            if waiting:
+                tell_losses(facts["steps"])
             self.tell("adapted", task=task.id, seconds=round(time.perf_counter() - begun, 3), tokens=total,
                       dtype=self._trainer.dtype, **facts)
         except FloatingPointError:

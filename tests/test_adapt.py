@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import numpy as np
 import pytest
@@ -162,11 +163,30 @@ def test_nan_in_the_middle_of_training_goes_back_to_the_last_good_state_and_fini
     failing_once(trainer, monkeypatch, 18)
     facts = trainer.train(arc_training.tasks["25ff71a9"], tmp_path / "a", lambda step, loss, tokens: steps.append((step, loss)),
                           said.append)
-    assert facts == {"rollbacks": 1, "skipped": 0}
+    assert facts == {"steps": 24, "rollbacks": 1, "skipped": 0}
     assert [step for step, _ in steps] == [*range(1, 18), *range(11, 25)] and all(np.isfinite(loss) for _, loss in steps)
     assert said == ["loss is not finite at step 18 in float32: back to step 10 at 0.5 of the learning rate"]
     weights = load_file(tmp_path / "a" / "adapter_model.safetensors")
     assert all(np.isfinite(w).all() for w in weights.values()) and np.mean([x for _, x in steps[-5:]]) < steps[0][1]
+
+
+def test_training_that_does_not_fit_into_its_seconds_is_shorter_and_comes_down_to_no_learning_rate(
+        tiny, builder, arc_training, tmp_path, monkeypatch):
+    recipe, rates, losses = dataclasses.replace(RECIPE, steps=100_000, batch=1), [], []
+    whole = adapt._schedule
+    monkeypatch.setattr(adapt, "_schedule", lambda *done: rates.append(whole(*done)) or rates[-1])
+    trainer, begun = adapt.TaskTrainer(tiny, builder, recipe, None, "cpu", "float32"), time.perf_counter()
+    facts = trainer.train(arc_training.tasks["25ff71a9"], tmp_path / "a", lambda step, loss, tokens: losses.append(loss), seconds=4)
+    assert time.perf_counter() - begun < 8 and 10 < facts["steps"] == len(losses) < 100_000
+    assert max(rates) > 0.8 and rates[-1] < 0.2 and np.mean(losses[-5:]) < losses[0]
+    assert (tmp_path / "a" / "adapter_model.safetensors").is_file()
+
+
+def test_time_enough_changes_nothing(trainer, arc_training, tmp_path):
+    for name, limit in (("none", {}), ("enough", {"seconds": 1e6})):
+        trainer.train(arc_training.tasks["25ff71a9"], tmp_path / name, lambda *_: None, **limit)
+    none, enough = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("none", "enough"))
+    assert all(np.array_equal(none[k], enough[k]) for k in none)
 
 
 def test_training_that_keeps_failing_is_given_up(trainer, arc_training, tmp_path, monkeypatch):

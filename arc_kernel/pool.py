@@ -34,12 +34,12 @@ DEATHS = 3  # of workers with no task finished in between, after which what is l
 class Pool:
     """`devices` workers over `todo[stage]`, lists of task ids in the order in which they are to be given out.
 
-    `seconds(task)` says how long a worker may take to adapt a task that is given out now.
+    `share(stage, task)` says how much of the time that is left a worker may take for a task that is given out now (0 to 1).
     """
 
     def __init__(self, devices: int, job: dict, tasks: dict[str, dict], todo: dict[str, list[str]], logs: Path,
-                 seconds: Callable[[str], float]):
-        self._seconds = seconds
+                 share: Callable[[str, str], float]):
+        self._share = share
         self.todo = {stage: list(todo[stage]) for stage in STAGES}
         self._job, self._tasks, self._logs = job, tasks, logs
         self._held: dict[int, dict[str, set[str]]] = {}  # worker -> stage -> tasks given out and not yet reported
@@ -146,7 +146,7 @@ class Pool:
             reply = {"task": None}
             if task_id:
                 self._held[number][stage].add(task_id)
-                reply = {"task": self._tasks[task_id]} | ({"seconds": self._seconds(task_id)} if stage == "adapt" else {})
+                reply = {"task": self._tasks[task_id], "share": self._share(stage, task_id)}
             del self._wanting[number]
             self._send(number, reply)
 

@@ -73,7 +73,7 @@ class Run:
                 size = disk.adapter_bytes(Path(self.job.model), self.job.lora_rank, adapt.TARGET_MODULES)
                 self._say("disk", text=disk.forecast(len(todo["adapt"]), size, self.adapters))
         tasks = {i: task_to_json(self.challenges.tasks[i]) for i in todo["answer"]}
-        self._pool = Pool(self.devices, dataclasses.asdict(self.job), tasks, todo, self.out, self._training_seconds)
+        self._pool = Pool(self.devices, dataclasses.asdict(self.job), tasks, todo, self.out, self._share)
         steps, tokens = len(todo["adapt"]) * self.job.ttt_steps, defaultdict(int)
         done, finished, cut = defaultdict(int), 0, []
         with progress.bar(steps, "adapt", "step") as bar:
@@ -89,11 +89,13 @@ class Run:
             self._say("note", text=f"time budget: {len(cut)} tasks were trained for {min(cut)} to {max(cut)} of {self.job.ttt_steps} steps")
 
     def answer(self) -> None:
-        """Answer every task that has no completions yet; submission.json is replaced as answers arrive."""
+        """Answer every task that has no completions yet; submission.json is replaced as answers arrive.
+
+        Where the predictions of all tasks do not fit into the time budget, each task has fewer."""
         if self._pool is None:
             return
         expected = {i: self.challenges.outputs[i] * self.job.views for i in self._todo()["answer"]}
-        done, tokens, finished, written, given_up = defaultdict(int), 0, 0, time.perf_counter(), False
+        done, tokens, finished, written, given_up, cut = defaultdict(int), 0, 0, time.perf_counter(), False, []
         with progress.bar(sum(expected.values()), "answer", "prediction") as bar:
             for message in self._events("answer", self._last_call(), GRACE_SHARE * self.settings.time_budget):
                 if message["event"] == "completion":
@@ -104,11 +106,14 @@ class Run:
                 elif message["event"] == "answered":
                     done[message["task"]], finished = expected[message["task"]], finished + 1
                     self.candidates[message["task"]] = self._read_candidates(message["task"])
+                    cut += [message["cut"]] if message["cut"] else []
                     if time.perf_counter() - written > SUBMISSION_SECONDS:
                         self._write_submission()
                         written = time.perf_counter()
                 given_up = given_up or bool(message.get("held"))
                 progress.move(bar, sum(done.values()), tokens, f"{finished}/{len(expected)} tasks")
+        if cut:
+            self._say("note", text=f"time budget: {len(cut)} tasks have {min(cut)} to {max(cut)} predictions fewer than asked")
         if given_up:
             self.stop()
 
@@ -148,10 +153,10 @@ class Run:
         budget = self.settings.time_budget
         return time.time() - (time.perf_counter() - self.begun) + share * budget if budget else math.inf
 
-    def _training_seconds(self, task_id: str) -> float:
-        """What a task given out now may take of the time left for training: its share, by cells, among those that wait."""
-        mine, waiting = cells(self.challenges.tasks[task_id]), sum(cells(self.challenges.tasks[i]) for i in self._pool.todo["adapt"])
-        return max(0.0, self.job.adapt_until - time.time()) * min(1.0, self.devices * mine / (mine + waiting))
+    def _share(self, stage: str, task_id: str) -> float:
+        """The share of the time left for a stage that a task given out now may take, by cells, among those that wait."""
+        size = lambda i: cells(self.challenges.tasks[i]) * (1 if stage == "adapt" else self.challenges.outputs[i])
+        return min(1.0, self.devices * size(task_id) / (size(task_id) + sum(map(size, self._pool.todo[stage]))))
 
     def _last_call(self) -> float:
         """The clock at which no more tasks are given out to be answered."""

@@ -6,6 +6,7 @@ only that, is answered again by the next one.
 
 from __future__ import annotations
 
+import math
 import time
 import traceback
 from collections import Counter
@@ -26,22 +27,38 @@ from .views import shared_views
 class Work:
     """A task on its way: prompts not sent yet, sent and not answered, answered with NaN; completions there are.
 
-    A prompt's key is the task's id and the predictions it stands for, each (test index, view): more than one where a
+    `share` of the time left is the task's; when that `ends` (`time.time`), what is not sent is left out: `cut` predictions. A
+    prompt's key is the task's id and the predictions it stands for, each (test index, view): more than one where a
     task shows the same under several. `decided` are the test inputs no further prediction of which is needed.
     """
 
     task: Task
     waiting: list[Prompt]
+    share: float = 1.0
+    ends: float = math.inf
+    cut: int = 0
     sent: dict[tuple, Prompt] = field(default_factory=dict)
     failed: list[Prompt] = field(default_factory=list)
     done: list[Completion] = field(default_factory=list)
     decided: set[int] = field(default_factory=set)
+
+    def begin(self, before: list[Work], until: float, latency: float) -> None:
+        """Say when its time ends, which begins after that of the tasks `before` it: a share of what is left to send prompts
+        whose answers, `latency` seconds later, are there before `until`."""
+        left = max(0.0, until - latency - time.time())
+        self.ends = max([time.time(), *(w.ends for w in before)]) + self.share * left
 
     def send(self) -> Prompt:
         """The next prompt, from now on under way."""
         prompt = self.waiting.pop(0)
         self.sent[prompt.key] = prompt
         return prompt
+
+    def cut_short(self) -> None:
+        """Leave out what is not sent, where its time is over, every test input was asked once, and something is under way."""
+        if time.time() > self.ends and self.sent and len(self.sent) + len(self.done) >= len(self.task.test):
+            self.cut += sum(len(self.needed(p)) for p in self.waiting)
+            self.waiting = []
 
     def take(self, prompt: Prompt, completions: list[Completion]) -> None:
         """Put the answer of a prompt under way, as the completions it stands for, where it belongs."""
@@ -74,8 +91,8 @@ class Serving:
         self.out, self.max_new_tokens = Path(job.out), job.max_new_tokens or builder.longest_answer
         self._chooser = Chooser(model, job.dtype, job.backend, job.max_seq_len, job.lora_rank, Path(job.adapters), tell, lap, job.profile)
 
-    def answer(self, tasks: Iterable[Task]) -> None:
-        """Answer tasks as they come. A task is finished when every prompt has a finite answer, or no dtype is left."""
+    def answer(self, tasks: Iterable[tuple[Task, float]]) -> None:
+        """Answer tasks as they come, each with its share of the time left (0 to 1). A task is finished when every prompt has a finite answer, or no dtype is left."""
         waiting: Iterable[Work] = self._works(tasks)
         again = False
         for engine, variant, left_out in self._chooser.engines():
@@ -92,9 +109,9 @@ class Serving:
             lost = f"{sum(len(work.needed(p)) for p in work.waiting)} predictions lost" if work.done else "fallback answer"
             self._finish(work, error=f"task {work.task.id}: no dtype gives finite answers: {lost}")
 
-    def _works(self, tasks: Iterable[Task]) -> Iterator[Work]:
+    def _works(self, tasks: Iterable[tuple[Task, float]]) -> Iterator[Work]:
         """Each task with its prompts; those that have none are finished at once."""
-        for task in tasks:
+        for task, share in tasks:
             try:
                 prompts, notes = self._prompts(task)
             except Exception as error:  # one task's trouble is its own
@@ -102,7 +119,7 @@ class Serving:
                 prompts, notes = [], [f"task {task.id}: {type(error).__name__}: {error}: fallback answer"]
             for note in notes:
                 self.tell("note", task=task.id, text=note)
-            work = Work(task, prompts)
+            work = Work(task, prompts, share)
             if prompts:
                 yield work
             else:
@@ -149,15 +166,20 @@ class Serving:
         """Answer work as it comes, streaming; given back is what has prompts without a finite answer."""
         open_works: dict[str, Work] = {}
         unfinished, counts, works = [], Counter(), iter(works)
+        sent_at, latency = {}, 0.0  # when prompts were sent; seconds from there to the newest answer
         share = max(1, engine.in_flight // 2)  # of a batch for one task: what is not sent yet need not be, once its vote is decided
 
         def feed() -> Iterator[Prompt | None]:
             """Prompts of the oldest task with room in its share, of a new one where the batch may hold its adapter; else None."""
             exhausted = False
             while in_time() and (not exhausted or any(w.waiting for w in open_works.values())):
+                for work in open_works.values():
+                    work.cut_short()
                 ready = next((w for w in open_works.values() if w.waiting and len(w.sent) < share), None)
                 if ready:
-                    yield ready.send()
+                    prompt = ready.send()
+                    sent_at[prompt.key] = time.time()
+                    yield prompt
                 elif exhausted or len({self._adapter_of(w.task) for w in open_works.values()} - {None}) >= engine.adapters:
                     yield None
                 elif (work := next(works, None)) is None:
@@ -165,6 +187,7 @@ class Serving:
                 elif work.waiting[0].adapter in left_out:
                     unfinished.append(work)
                 else:
+                    work.begin([w for w in open_works.values() if w.waiting], self.job.answer_until, latency)
                     open_works[work.task.id] = work
 
         viable = lambda ids: self.builder.encoder.may_begin(self.builder.text_of(ids))
@@ -173,7 +196,7 @@ class Serving:
         for answer in engine.answer(feed(), self.max_new_tokens, viable, wanted):
             if not wanted(answer.prompt):  # it ended in the step that decided its vote
                 continue
-            work = open_works[answer.prompt.key[0]]
+            work, latency = open_works[answer.prompt.key[0]], time.time() - sent_at[answer.prompt.key]
             completions = self._completions(answer, work)
             work.take(answer.prompt, completions)
             counts.update(prompt_tokens=len(answer.prompt.token_ids), cached_tokens=answer.cached, tokens=completions[0].tokens,
@@ -215,18 +238,21 @@ class Serving:
                 for i, view in work.needed(answer.prompt)]
 
     def _break_off(self, work: Work) -> None:
-        """Keep what there is of a task at the end of the time budget, beside the files of those that are finished."""
-        asked = len(work.done) + sum(len(work.needed(p)) for p in work.left())
+        """Keep what there is of a task at the end of the time budget."""
+        work.cut += sum(len(work.needed(p)) for p in work.left())
         work.done = [c for c in work.done if c.status != "nan"]
-        self.tell("note", task=work.task.id, text=f"task {work.task.id}: time budget: {len(work.done)} of {asked} predictions made")
-        self._finish(work, suffix=PARTIAL)
+        made = len(work.done)
+        self.tell("note", task=work.task.id, text=f"task {work.task.id}: time budget: {made} of {made + work.cut} predictions made")
+        self._finish(work)
 
-    def _finish(self, work: Work, error: str = "", suffix: str = "") -> None:
+    def _finish(self, work: Work, error: str = "") -> None:
+        """Write a task's completions; those of a task that was cut short beside the files of the others, to be made anew."""
         order = sorted(work.done, key=lambda c: (c.test_index, c.view, c.status != "nan"))
         path = self.out / "completions" / f"{work.task.id}.jsonl"
-        write_completions(path.with_name(path.name + suffix), order)
-        if not suffix:
-            path.with_name(path.name + PARTIAL).unlink(missing_ok=True)
+        partial = path.with_name(path.name + PARTIAL)
+        write_completions(partial if work.cut else path, order)
+        if not work.cut:
+            partial.unlink(missing_ok=True)
         counts = {s: sum(c.status == s for c in order) for s in {c.status for c in order}}
-        self.tell("answered", task=work.task.id, tokens=sum(c.tokens for c in order), statuses=counts,
+        self.tell("answered", task=work.task.id, tokens=sum(c.tokens for c in order), statuses=counts, cut=work.cut,
                   **({"error": error} if error else {}))

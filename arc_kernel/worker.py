@@ -43,18 +43,14 @@ class Worker:
         self._out.write(json.dumps({"event": event, **facts}) + "\n")
         self._out.flush()
 
-    def ask(self, stage: str) -> Task | None:
-        """The next task of a stage ('adapt' or 'answer'), None where there is none left; waits for the reply.
-
-        `seconds` is then what its training may take.
-        """
+    def ask(self, stage: str) -> tuple[Task, float] | None:
+        """The next task of a stage ('adapt' or 'answer') and its share of the time left for it (0 to 1); None where none is left."""
         self.tell("want", stage=stage)
         line = self._in.readline()
         if not line:  # run is gone
             sys.exit(1)
         reply = json.loads(line)
-        self.seconds = reply.get("seconds")
-        return reply["task"] and task_from_json(reply["task"])
+        return reply["task"] and (task_from_json(reply["task"]), reply["share"])
 
     def lap(self, stage: str, **facts) -> None:
         """Report the seconds since the last lap as spent on `stage`."""
@@ -76,8 +72,8 @@ class Worker:
         self._answer_all()
 
     def _adapt_all(self) -> None:
-        task = self.ask("adapt")
-        if task is None:
+        asked = self.ask("adapt")
+        if asked is None:
             return
         self._strikes = 0  # tasks in a row that needed a wider dtype
         self._dtypes = verdict.candidates(self.job.ttt_dtype, self.device)
@@ -85,13 +81,13 @@ class Worker:
             raise ArcKernelError(f"{self.job.model}: no dtype is left to train in: set ttt_steps=0")
         self.lap("load model")
         tokens = 0
-        while task is not None:
+        while asked is not None:
             try:
-                tokens += self._adapt(task)
+                tokens += self._adapt(*asked)
                 self._strikes = 0
             except FloatingPointError as error:
-                tokens += self._adapt_in_wider_dtype(task, error)
-            task = self.ask("adapt")
+                tokens += self._adapt_in_wider_dtype(*asked, error)
+            asked = self.ask("adapt")
         self._trainer = None
         free_memory()
         self.lap("adapt", tokens=tokens)
@@ -112,7 +108,7 @@ class Worker:
             return True
         return False
 
-    def _adapt_in_wider_dtype(self, task: Task, error: FloatingPointError) -> int:
+    def _adapt_in_wider_dtype(self, task: Task, share: float, error: FloatingPointError) -> int:
         """Train a task that did not stay finite in the dtypes that may follow. Later tasks are trained as before, unless it
         is the second task in a row: then it is the model, and the wider dtype is kept."""
         before = self._trainer.dtype
@@ -120,7 +116,7 @@ class Worker:
             self.tell("precision", task=task.id, stage="adapt", dtype=self._trainer.dtype,
                       text=f"task {task.id}: {error}: trained in {self._trainer.dtype}")
             try:
-                tokens = self._adapt(task)
+                tokens = self._adapt(task, share)
             except FloatingPointError as again:
                 error = again
                 continue
@@ -133,11 +129,11 @@ class Worker:
             self._load_trainer([before])
         return 0
 
-    def _adapt(self, task: Task) -> int:
-        """Train one task's adapter; its training tokens. Any failure but a NaN leaves the task to the base model."""
+    def _adapt(self, task: Task, share: float) -> int:
+        """Train one task's adapter in this share of the time left; its training tokens. Any failure but a NaN leaves the task to the base model."""
         begun = told = time.perf_counter()
         waiting, total = [], 0
-        seconds = max(0.001, min(self.seconds, self.job.adapt_until - time.time()))
+        seconds = share * max(0.001, self.job.adapt_until - time.time())
 
         def on_step(step: int, loss: float, tokens: int) -> None:
             nonlocal told, total

@@ -18,6 +18,7 @@ from arc_kernel.engine import Answer
 from arc_kernel.grids import GridEncoder
 from arc_kernel.job import Job
 from arc_kernel.prompts import PromptBuilder
+from arc_kernel.run_folder import completions_file
 from arc_kernel.serving import Serving
 from arc_kernel.tasks import Pair, Task
 from arc_kernel.views import View
@@ -70,8 +71,8 @@ class Engine:
         pass
 
 
-def served(tmp_path, builder, tasks, *engines, **changes):
-    """The events told while these tasks are answered by these engines, one after the other."""
+def served(tmp_path, builder, tasks, *engines, share=lambda task: 1.0, **changes):
+    """The events told while these tasks, each in its `share(task)` of the time left, are answered by these engines, one after the other."""
     told = []
     server = Serving(dataclasses.replace(JOB, out=str(tmp_path), adapters=str(tmp_path / "adapters"), **changes), builder,
                      SimpleNamespace(adapter=None),
@@ -79,7 +80,7 @@ def served(tmp_path, builder, tasks, *engines, **changes):
                       lambda stage, **facts: told.append({"event": "stage", "stage": stage, **facts}))
     variants = [SimpleNamespace(dtype=name) for name in ("float16", "float32")]
     server._chooser = SimpleNamespace(engines=lambda: ((e, v, set()) for e, v in zip(engines, variants)))
-    server.answer(tasks)
+    server.answer((t, share(t)) for t in tasks)
     return told
 
 
@@ -247,3 +248,25 @@ def test_time_budget_keeps_what_is_answered_of_a_task_and_leaves_no_task_without
     again = served(tmp_path, builder, [task], Engine(builder, lambda i, view: ONE), answer_until=3, early_stop=False)
     assert (len(completions(tmp_path, task)) == 8 and not (tmp_path / "completions" / f"{task.id}.jsonl.part").exists()
             and not of(again, "note"))
+
+
+def test_predictions_that_do_not_fit_into_the_time_are_left_out_of_every_task_alike(tmp_path, builder, task, monkeypatch):
+    now, tasks, budget = [0.0], small_tasks(60, task), 240
+    monkeypatch.setattr(serving, "time", SimpleNamespace(time=lambda: now[0]))
+
+    def second(i, view):
+        now[0] += 1
+        return ONE
+
+    begun = []
+
+    def share(task):
+        begun.append(task)
+        return 1 / (len(tasks) - len(begun) + 1)
+
+    told = served(tmp_path, builder, tasks, Engine(builder, second), share=share, answer_until=budget, early_stop=False)
+    by_task = {t.id: len(select.read_completions(completions_file(tmp_path, t.id))) for t in tasks}
+    made = list(by_task.values())
+    assert 0.9 * budget < sum(made) <= budget and min(made) >= 1 and np.median(made) == 4 and sum(n in (3, 4, 5) for n in made) > 40
+    assert {e["task"]: 8 - e["cut"] for e in of(told, "answered")} == by_task
+    assert not (tmp_path / "completions" / f"{tasks[-1].id}.jsonl").exists(), "what was cut short is answered anew by a next start"

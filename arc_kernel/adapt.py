@@ -41,6 +41,7 @@ ROLLBACKS = 3  # of a task before its dtype is given up
 LR_DROP = 0.5  # of the learning rate at each of them
 GRADIENT_NORM = 1.0  # transformers' TrainingArguments.max_grad_norm, which arc24 keeps
 WARMUP = 0.05  # share of the steps
+FEWEST = 1 / 8  # of the steps a task is trained for where its time is short; a guess, 40 of 320: one step teaches nothing
 
 
 def default_lr(parameters: int) -> float:
@@ -99,8 +100,8 @@ class TaskTrainer:
               seconds: float = math.inf) -> dict:
         """Fine-tune on `task` and save the adapter as `folder` by write-then-rename, with its range.json.
 
-        Where the recipe's steps do not fit into `seconds`, there are fewer, at least one: the learning rate then falls with
-        the time instead of the steps, so that it has come down when the time is over.
+        Where the recipe's steps do not fit into `seconds`, there are fewer, FEWEST of them at least: the learning rate then falls
+        with the time instead of the steps, so that it has come down when the time is over.
 
         `on_step(step, loss, tokens)` is called after each step with its mean loss per answer token (nats) and its tokens.
         Where a loss or gradient is not finite, the adapter goes back to its last good state and on at a lower learning
@@ -118,7 +119,8 @@ class TaskTrainer:
         good, step, factor, facts, skips = None, 0, 1.0, {"rollbacks": 0, "skipped": 0}, 0
         self.model.train()
         begun = time.perf_counter()
-        while (done := max(step, self.recipe.steps * (time.perf_counter() - begun) / seconds)) < self.recipe.steps or not step:
+        done_by_time = lambda: min(self.recipe.steps * (time.perf_counter() - begun) / seconds, step / FEWEST)
+        while (done := max(step, done_by_time())) < self.recipe.steps:
             drawn = [next(examples) for _ in range(self.recipe.batch)]
             count, loss = sum(map(answers, drawn)), 0.0
             for group in together(drawn, self.recipe.max_seq_len):

@@ -22,6 +22,8 @@ from .select import PARTIAL, Completion, decided, status_of, write_completions
 from .tasks import Task
 from .views import shared_views
 
+FEWEST = 2  # predictions a test input where time is short: as many as attempts
+
 
 @dataclass
 class Work:
@@ -55,8 +57,8 @@ class Work:
         return prompt
 
     def cut_short(self) -> None:
-        """Leave out what is not sent, where its time is over, every test input was asked once, and something is under way."""
-        if time.time() > self.ends and self.sent and len(self.sent) + len(self.done) >= len(self.task.test):
+        """Leave out what is not sent, where its time is over, there are FEWEST predictions a test input, and some under way."""
+        if time.time() > self.ends and self.sent and len(self.sent) + len(self.done) >= FEWEST * len(self.task.test):
             self.cut += sum(len(self.needed(p)) for p in self.waiting)
             self.waiting = []
 
@@ -92,7 +94,10 @@ class Serving:
         self._chooser = Chooser(model, job.dtype, job.backend, job.max_seq_len, job.lora_rank, Path(job.adapters), tell, lap, job.profile)
 
     def answer(self, tasks: Iterable[tuple[Task, float]]) -> None:
-        """Answer tasks as they come, each with its share of the time left (0 to 1). A task is finished when every prompt has a finite answer, or no dtype is left."""
+        """Answer tasks as they come, each with its share of the time left (0 to 1).
+
+        A task is finished when every prompt has a finite answer, no dtype is left, or its time is over.
+        """
         waiting: Iterable[Work] = self._works(tasks)
         again = False
         for engine, variant, left_out in self._chooser.engines():

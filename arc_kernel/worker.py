@@ -130,13 +130,16 @@ class Worker:
         return 0
 
     def _adapt(self, task: Task, share: float) -> int:
-        """Train one task's adapter in this share of the time left; its training tokens. Any failure but a NaN leaves the task to the base model."""
+        """Train one task's adapter in this share of the time left; its training tokens. Any failure but a NaN leaves the task
+        to the base model."""
         begun = told = time.perf_counter()
         waiting, total = [], 0
         seconds = share * max(0.001, self.job.adapt_until - time.time())
 
         def on_step(step: int, loss: float, tokens: int) -> None:
-            nonlocal told, total
+            nonlocal total
+            if time.time() > self.job.adapt_until and step < adapt.FEWEST * self.job.ttt_steps:
+                raise ArcKernelError(f"task {task.id}: time budget: training ends at step {step}: answered without an adapter")
             total += tokens
             waiting.append(round(loss, 5))
             if time.perf_counter() - told > PROGRESS_SECONDS:

@@ -2,7 +2,8 @@
 
 import os
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each; before torch is loaded, which counts them: two threads on one core wait for each other
+# A core for each process, before torch is loaded, which counts them: two threads on one core wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
     cores, number = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
     os.sched_setaffinity(0, {cores[number % len(cores)]})
 

@@ -172,14 +172,21 @@ def test_nan_in_the_middle_of_training_goes_back_to_the_last_good_state_and_fini
 
 def test_training_that_does_not_fit_into_its_seconds_is_shorter_and_comes_down_to_no_learning_rate(
         tiny, builder, arc_training, tmp_path, monkeypatch):
-    recipe, rates, losses = dataclasses.replace(RECIPE, steps=100_000, batch=1), [], []
-    whole = adapt._schedule
+    task, rates, whole = arc_training.tasks["25ff71a9"], [], adapt._schedule
     monkeypatch.setattr(adapt, "_schedule", lambda *done: rates.append(whole(*done)) or rates[-1])
-    trainer, begun = adapt.TaskTrainer(tiny, builder, recipe, None, "cpu", "float32"), time.perf_counter()
-    facts = trainer.train(arc_training.tasks["25ff71a9"], tmp_path / "a", lambda step, loss, tokens: losses.append(loss), seconds=4)
-    assert time.perf_counter() - begun < 8 and 10 < facts["steps"] == len(losses) < 100_000
+    trainer = adapt.TaskTrainer(tiny, builder, dataclasses.replace(RECIPE, steps=8, batch=1), None, "cpu", "float32")
+    begun = time.perf_counter()
+    trainer.train(task, tmp_path / "trial", lambda *_: None)
+    seconds = 5 * (time.perf_counter() - begun)  # of 40 steps
+
+    trainer.recipe, losses, begun = dataclasses.replace(trainer.recipe, steps=160), [], time.perf_counter()
+    facts = trainer.train(task, tmp_path / "a", lambda step, loss, tokens: losses.append(loss), seconds=seconds)
+    assert time.perf_counter() - begun < 2 * seconds and 20 <= facts["steps"] == len(losses) < 160
     assert max(rates) > 0.8 and rates[-1] < 0.2 and np.mean(losses[-5:]) < losses[0]
     assert (tmp_path / "a" / "adapter_model.safetensors").is_file()
+
+    facts = trainer.train(task, tmp_path / "b", lambda *_: None, seconds=1e-3)
+    assert facts["steps"] == 160 * adapt.FEWEST and rates[-1] < 0.2, "what is too short to learn anything is exceeded"
 
 
 def test_time_enough_changes_nothing(trainer, arc_training, tmp_path):

@@ -60,7 +60,8 @@ def test_odd_tasks_are_named_and_cost_the_others_nothing(tmp_path, fast, arc_tra
     none = {"train": [], "test": [{"input": [[1]]}]}
     huge = {"train": [{"input": [[1] * 30] * 30, "output": [[2] * 30] * 30}], "test": [{"input": [[3] * 30] * 30}]}
     flat = {"train": [{"input": [[0]], "output": [[0]]}], "test": [{"input": [[0]]}]}
-    path = challenges(tmp_path / "a_challenges.json", arc_training, ["d037b0a7", "3c9b0459"], broken=broken, none=none, huge=huge, flat=flat)
+    odd = {"broken": broken, "none": none, "huge": huge, "flat": flat}
+    path = challenges(tmp_path / "a_challenges.json", arc_training, ["d037b0a7", "3c9b0459"], **odd)
     out = tmp_path / "run"
     done = solve(out, tasks=path, **fast | {"max_seq_len": 256, "max_new_tokens": 100})
     assert done.returncode == 0, done.stderr
@@ -71,7 +72,7 @@ def test_odd_tasks_are_named_and_cost_the_others_nothing(tmp_path, fast, arc_tra
     assert "task d037b0a7, test input 1: 2 of 3 train pairs dropped to fit max_seq_len 256" in done.stderr
     assert "Traceback" not in done.stderr
     attempts = read_submission(out / "submission.json")
-    assert [key for key in attempts] == [("d037b0a7", 0), ("3c9b0459", 0), ("broken", 0), ("broken", 1), ("none", 0), ("huge", 0), ("flat", 0)]
+    assert list(attempts) == [(i, 0) for i in ("d037b0a7", "3c9b0459", "broken")] + [("broken", 1), ("none", 0), ("huge", 0), ("flat", 0)]
     assert {p.name for p in (out / "adapters").iterdir()} == {"d037b0a7", "3c9b0459", "flat"}
     assert (out / "completions" / "none.jsonl").read_text().count("\n") == 2
     assert "input row 2 has 1 cells" in (out / "report.html").read_text()

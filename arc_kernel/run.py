@@ -60,7 +60,7 @@ class Run:
     def adapt(self) -> None:
         """Fine-tune one LoRA per task that has neither an adapter nor answers yet, within its share of the time budget.
 
-        Where the steps of all tasks do not fit, each task has fewer."""
+        Where the steps of all tasks do not fit, long ones have fewer."""
         todo = self._todo()
         if not todo["answer"]:
             return
@@ -91,7 +91,7 @@ class Run:
     def answer(self) -> None:
         """Answer every task that has no completions yet; submission.json is replaced as answers arrive.
 
-        Where the predictions of all tasks do not fit into the time budget, each task has fewer."""
+        Where the predictions of all tasks do not fit into the time budget, long ones have fewer."""
         if self._pool is None:
             return
         expected = {i: self.challenges.outputs[i] * self.job.views for i in self._todo()["answer"]}
@@ -154,8 +154,10 @@ class Run:
         return time.time() - (time.perf_counter() - self.begun) + share * budget if budget else math.inf
 
     def _share(self, stage: str, task_id: str) -> float:
-        """The share of the time left for a stage that a task given out now may take, by cells, among those that wait."""
-        size = lambda i: cells(self.challenges.tasks[i]) * (1 if stage == "adapt" else self.challenges.outputs[i])
+        """The share of the time left for a stage that a task given out now may take: as much as each that waits, by outputs
+        where it is answered. Shortest first, a task needs no more than those that wait do on average: where the time is
+        enough for all, none is cut short, and what a short one leaves goes to the longer ones."""
+        size = lambda i: 1 if stage == "adapt" else self.challenges.outputs[i]
         return min(1.0, self.devices * size(task_id) / (size(task_id) + sum(map(size, self._pool.todo[stage]))))
 
     def _last_call(self) -> float:

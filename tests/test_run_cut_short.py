@@ -82,17 +82,21 @@ def test_self_test_takes_one_short_task_per_device_and_submits_all(tmp_path, fas
     assert {i for i, _ in read_submission(tmp_path / "run" / "submission.json")} == set(SMALL.split(","))
 
 
-def test_steps_that_do_not_fit_into_the_time_budget_leave_every_task_an_adapter_of_fewer(tmp_path, fast, monkeypatch, capsys):
+def test_steps_that_do_not_fit_into_the_time_budget_leave_tasks_an_adapter_of_fewer(tmp_path, fast, monkeypatch, capsys):
     monkeypatch.setattr("arc_kernel.run.ADAPT_SHARE", 0.25)
-    options = {k: v if isinstance(v, int) else str(v) for k, v in fast.items()} | {"ttt_steps": 200}
+    options = {k: v if isinstance(v, int) else str(v) for k, v in fast.items()} | {"ttt_steps": 320}
     begun = time.time()
     solve_here(Settings(tasks=TRAINING, task_ids=SMALL, **options, time_budget=160.0, out=str(tmp_path / "run")))
     assert time.time() - begun < 160
     steps = {e["task"]: e["steps"] for e in events(tmp_path / "run", "adapted")}
-    assert set(steps) == set(SMALL.split(",")) and min(steps.values()) >= 200 / 8 and max(steps.values()) < 200
+    failed = events(tmp_path / "run", "adapt-failed")  # on a machine so slow that not even an eighth of the steps fits
+    assert set(steps) | {e["task"] for e in failed} == set(SMALL.split(",")) and 1 <= len(steps)
+    assert all("time budget: training ends at step" in e["error"] for e in failed)
+    assert min(steps.values()) >= 320 / 8 and max(steps.values()) < 320
     for task, taken in steps.items():
         assert sum(len(e["losses"]) for e in events(tmp_path / "run", "loss") if e["task"] == task) == taken
-    assert f"3 tasks were trained for {min(steps.values())} to {max(steps.values())} of 200 steps" in capsys.readouterr().err
+    said = f"time budget: {len(steps)} tasks were trained for {min(steps.values())} to {max(steps.values())} of 320 steps"
+    assert said in capsys.readouterr().err
     assert {p.stem for p in (tmp_path / "run" / "completions").iterdir()} == set(SMALL.split(","))
 
 

@@ -41,7 +41,6 @@ ROLLBACKS = 3  # of a task before its dtype is given up
 LR_DROP = 0.5  # of the learning rate at each of them
 GRADIENT_NORM = 1.0  # transformers' TrainingArguments.max_grad_norm, which arc24 keeps
 WARMUP = 0.05  # share of the steps
-FEWEST = 1 / 8  # of the steps a task is trained for where its time is short; a guess, 40 of 320: one step teaches nothing
 
 
 def default_lr(parameters: int) -> float:
@@ -52,6 +51,11 @@ def default_lr(parameters: int) -> float:
     """
     size = min(max(parameters, 135e6), 494e6)
     return 8e-5 * 10 ** (math.log(494e6 / size) / math.log(494e6 / 135e6))
+
+
+def fewest_steps(steps: int) -> int:
+    """Of so many steps the fewest a task is trained for where its time is short: 40 of 320. A guess: one or two teach nothing."""
+    return min(steps, max(8, steps // 8))
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ class TaskTrainer:
               seconds: float = math.inf) -> dict:
         """Fine-tune on `task` and save the adapter as `folder` by write-then-rename, with its range.json.
 
-        Where the recipe's steps do not fit into `seconds`, there are fewer, FEWEST of them at least: the learning rate then falls
+        Where the recipe's steps do not fit into `seconds`, there are fewer, `fewest_steps` at least: the learning rate then falls
         with the time instead of the steps, so that it has come down when the time is over.
 
         `on_step(step, loss, tokens)` is called after each step with its mean loss per answer token (nats) and its tokens.
@@ -118,9 +122,9 @@ class TaskTrainer:
         scaler = torch.amp.GradScaler(self.device, init_scale=LOSS_SCALE, enabled=self.dtype == "float16")
         good, step, factor, facts, skips = None, 0, 1.0, {"rollbacks": 0, "skipped": 0}, 0
         self.model.train()
-        begun = time.perf_counter()
-        done_by_time = lambda: min(self.recipe.steps * (time.perf_counter() - begun) / seconds, step / FEWEST)
-        while (done := max(step, done_by_time())) < self.recipe.steps:
+        begun, steps = time.perf_counter(), self.recipe.steps
+        by_time = lambda: steps * min((time.perf_counter() - begun) / seconds, step / fewest_steps(steps))
+        while (done := max(step, by_time())) < steps:
             drawn = [next(examples) for _ in range(self.recipe.batch)]
             count, loss = sum(map(answers, drawn)), 0.0
             for group in together(drawn, self.recipe.max_seq_len):
@@ -151,7 +155,7 @@ class TaskTrainer:
             if step % KEEP_EVERY == 0:
                 good = self._keep(step, optimizer)
             for group in optimizer.param_groups:
-                group["lr"] = self.recipe.lr * factor * _schedule(done, self.recipe.steps)
+                group["lr"] = self.recipe.lr * factor * _schedule(done, steps)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)

@@ -60,7 +60,8 @@ class Run:
     def adapt(self) -> None:
         """Fine-tune one LoRA per task that has neither an adapter nor answers yet, within its share of the time budget.
 
-        Where the steps of all tasks do not fit, long ones have fewer."""
+        Where the steps of all tasks do not fit, long ones have fewer.
+        """
         todo = self._todo()
         if not todo["answer"]:
             return
@@ -83,7 +84,8 @@ class Run:
                     tokens[task], done[task] = message["tokens"], message["step"]
                 elif event in ("adapted", "adapt-failed"):
                     done[task], finished = self.job.ttt_steps, finished + 1
-                    cut += [taken for taken in [message.get("steps", self.job.ttt_steps)] if taken < self.job.ttt_steps]
+                    if message.get("steps", self.job.ttt_steps) < self.job.ttt_steps:
+                        cut.append(message["steps"])
                 progress.move(bar, sum(done.values()), sum(tokens.values()), f"{finished}/{len(todo['adapt'])} tasks")
         if cut:
             self._say("note", text=f"time budget: {len(cut)} tasks were trained for {min(cut)} to {max(cut)} of {self.job.ttt_steps} steps")
@@ -91,7 +93,8 @@ class Run:
     def answer(self) -> None:
         """Answer every task that has no completions yet; submission.json is replaced as answers arrive.
 
-        Where the predictions of all tasks do not fit into the time budget, long ones have fewer."""
+        Where the predictions of all tasks do not fit into the time budget, long ones have fewer.
+        """
         if self._pool is None:
             return
         expected = {i: self.challenges.outputs[i] * self.job.views for i in self._todo()["answer"]}
@@ -106,7 +109,8 @@ class Run:
                 elif message["event"] == "answered":
                     done[message["task"]], finished = expected[message["task"]], finished + 1
                     self.candidates[message["task"]] = self._read_candidates(message["task"])
-                    cut += [message["cut"]] if message["cut"] else []
+                    if message["cut"]:
+                        cut.append(message["cut"])
                     if time.perf_counter() - written > SUBMISSION_SECONDS:
                         self._write_submission()
                         written = time.perf_counter()
@@ -155,8 +159,9 @@ class Run:
 
     def _share(self, stage: str, task_id: str) -> float:
         """The share of the time left for a stage that a task given out now may take: as much as each that waits, by outputs
-        where it is answered. Shortest first, a task needs no more than those that wait do on average: where the time is
-        enough for all, none is cut short, and what a short one leaves goes to the longer ones."""
+        where it is answered. Shortest first, a task should need no more than those that wait do on average: where the time is
+        enough for all, none is cut short, and what a short one leaves goes to the longer ones.
+        """
         size = lambda i: 1 if stage == "adapt" else self.challenges.outputs[i]
         return min(1.0, self.devices * size(task_id) / (size(task_id) + sum(map(size, self._pool.todo[stage]))))
 

@@ -201,7 +201,7 @@ class Serving:
         for answer in engine.answer(feed(), self.max_new_tokens, viable, wanted):
             if not wanted(answer.prompt):  # it ended in the step that decided its vote
                 continue
-            work, latency = open_works[answer.prompt.key[0]], time.time() - sent_at[answer.prompt.key]
+            work, latency = open_works[answer.prompt.key[0]], time.time() - sent_at.pop(answer.prompt.key)
             completions = self._completions(answer, work)
             work.take(answer.prompt, completions)
             counts.update(prompt_tokens=len(answer.prompt.token_ids), cached_tokens=answer.cached, tokens=completions[0].tokens,

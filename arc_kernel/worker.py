@@ -138,7 +138,7 @@ class Worker:
 
         def on_step(step: int, loss: float, tokens: int) -> None:
             nonlocal total
-            if time.time() > self.job.adapt_until and step < adapt.FEWEST * self.job.ttt_steps:
+            if time.time() > self.job.adapt_until and step < adapt.fewest_steps(self.job.ttt_steps):
                 raise ArcKernelError(f"task {task.id}: time budget: training ends at step {step}: answered without an adapter")
             total += tokens
             waiting.append(round(loss, 5))

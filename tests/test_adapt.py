@@ -186,7 +186,7 @@ def test_training_that_does_not_fit_into_its_seconds_is_shorter_and_comes_down_t
     assert (tmp_path / "a" / "adapter_model.safetensors").is_file()
 
     facts = trainer.train(task, tmp_path / "b", lambda *_: None, seconds=1e-3)
-    assert facts["steps"] == 160 * adapt.FEWEST and rates[-1] < 0.2, "what is too short to learn anything is exceeded"
+    assert facts["steps"] == adapt.fewest_steps(160) == 20 and rates[-1] < 0.2, "what is too short to learn anything is exceeded"
 
 
 def test_time_enough_changes_nothing(trainer, arc_training, tmp_path):

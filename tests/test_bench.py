@@ -146,10 +146,19 @@ def test_random_adapter_changes_what_an_engine_answers(tiny, tmp_path):
 
 
 def test_plain_loop_and_trainer_take_the_same_steps(tiny):
-    rows = plain_ttt.compare(str(tiny), "float32", [64, 96], 2)
+    model = plain_ttt.opened(str(tiny))
+    rows = plain_ttt.compare(model, "float32", model.tasks[0], [measure.example(model, n, i) for i, n in enumerate([64, 96] * 3)], 1e-3)
     assert [r["tokens"] for r in rows] == [64, 96] * 3
     assert all(r["losses"][0] == pytest.approx(r["losses"][1], abs=1e-4) for r in rows)
     assert rows[0]["losses"][0] - rows[-1]["losses"][0] > 0.05  # both learn
+
+
+def test_plain_loop_and_trainer_learn_the_same_of_a_task(tiny, capsys):
+    model = plain_ttt.opened(str(tiny))
+    plain_ttt.by_task(model, "float32", [model.tasks[0]], 6)
+    task, _, _, _, _, start, plain, ours, apart = capsys.readouterr().out.splitlines()[-1].split()
+    assert task == model.tasks[0].id and float(apart) < 1e-3
+    assert float(ours) == pytest.approx(float(plain), abs=1e-3) and float(ours) < float(start)
 
 
 def test_growth_says_what_a_further_task_costs():

@@ -175,7 +175,20 @@ def load_model(folder: Path, dtype: str, device: str):
         raise ArcKernelError(f"{folder}: model cannot be loaded: {str(error).splitlines()[0]}") from None
     if info["missing_keys"]:
         raise missing_tensors(folder, info["missing_keys"], type(model).__name__)
+    if device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+        repeat_keys()
     return model.to(device).eval()
+
+
+def repeat_keys() -> None:
+    """Have transformers' attention repeat keys and values for the queries that share them, instead of leaving that to torch.
+
+    GPUs before sm_80 have no flash attention, and torch's memory-efficient kernel wants as many keys as queries: told
+    `enable_gqa`, it falls back to holding all T x T scores (transformers issue 48633).
+    """
+    from transformers.integrations import sdpa_attention
+
+    sdpa_attention.use_gqa_in_sdpa = lambda *args, **kwargs: False
 
 
 def missing_tensors(folder: Path, names: Iterable[str], architecture: str) -> ArcKernelError:
@@ -183,6 +196,14 @@ def missing_tensors(folder: Path, names: Iterable[str], architecture: str) -> Ar
     first, *more = sorted(names)
     return ArcKernelError(f"{folder}: tensor {first} is missing{f', and {len(more)} more' * bool(more)}: "
                           f"{architecture} needs it: copy the model again")
+
+
+def require_device(device: str) -> None:
+    """Raise torch's error where one before has left the GPU of no use to this process, as an illegal access does: only a new one helps."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def free_memory() -> None:

@@ -200,15 +200,16 @@ class Chooser:
             self._settle(None)
 
     def _start(self, dtype: str, last: bool, known: Precision | None) -> tuple[object, Variant, set[Path]] | None:
-        before = [e for e in known.evidence if e["dtype"] == dtype] if known else []
-        if known and known.dtype != dtype and before:
+        before = [e for e in known.evidence if e["dtype"] == dtype and e.get("judged")] if known else []
+        trusted = known is not None and known.dtype == dtype
+        if before and not trusted:
             self.evidence += before
             return None
-        backend, engine, wrong, seen = self._backend_for(dtype), None, "", ""
+        backend, engine, wrong, seen, judged = self._backend_for(dtype), None, "", "", True
         try:
             variant, left_out = self._variant(dtype)
             self.lap("probe", dtype=dtype)
-            reference = None if known else self.model.reference()
+            reference = None if trusted else self.model.reference()
             self.lap("float32 reference")
             settings = EngineSettings(variant.folder, dtype, self.max_seq_len, self.model.builder.end_token,
                                       self._rank if self.uses_adapters else 0,
@@ -216,17 +217,22 @@ class Chooser:
             engine = start_engine(backend, settings, self.model.device)
             self.lap("start engine", dtype=dtype)
             if reference is not None:
-                judged = verdict.judge(canary(engine, self.model.canary_prompts()), reference, last)
+                found = verdict.judge(canary(engine, self.model.canary_prompts()), reference, last)
                 self.lap("canary")
-                wrong, seen = judged.wrong, str(judged)
-        except ArcKernelError as error:
+                wrong, seen = found.wrong, str(found)
+        except Exception as error:  # vLLM and its kernels raise what they like: the next dtype may do
             traceback.print_exc()
-            wrong = seen = str(error)
-        self.evidence += before if known and not wrong else [{"dtype": dtype, "backend": backend, "ok": not wrong, "seen": seen}]
+            wrong = seen = str(error) if isinstance(error, ArcKernelError) else f"{type(error).__name__}: {error}".splitlines()[0]
+            judged = isinstance(error, Refused)  # else it may have been the moment's fault, and is tried again by the next start
+        self.evidence += before if trusted and not wrong else [{"dtype": dtype, "backend": backend, "ok": not wrong, "seen": seen,
+                                                                "judged": judged}]
         if not wrong:
             return engine, variant, left_out
         if engine is not None:
-            engine.close()
+            try:
+                engine.close()
+            except Exception:  # it had failed already
+                traceback.print_exc()
         self.tell("precision", stage="canary", dtype=dtype, text=f"{dtype} is not used: {wrong}")
         return None
 

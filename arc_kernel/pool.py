@@ -28,7 +28,9 @@ from .errors import ArcKernelError
 STAGES = ("adapt", "answer")
 TRIES = 2  # of a task in a worker that died over it
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG, linux/prctl.h
-DEATHS = 3  # of workers with no task finished in between, after which what is left is given up
+DEATHS = 3  # of a device's workers with no task finished in between, after which it gets no other
+KILLED_WITHIN = 10.0  # seconds
+PATIENCE = 60.0  # seconds a worker with nothing left to do is given to end
 
 
 class Pool:
@@ -48,9 +50,8 @@ class Pool:
         self._open = {"adapt"}  # stages from which tasks are given out
         self._messages: queue.Queue = queue.Queue()
         self._processes: dict[int, subprocess.Popen] = {}
-        self._devices, self._numbers, self._deaths = devices, 0, 0
-        for device in range(min(devices, max(1, max(map(len, self.todo.values()))))):
-            self._start(device)
+        self._devices, self._numbers = devices, 0
+        self._start_all()
 
     def events(self, until: str, deadline: float = math.inf, grace: float = 0.0) -> Iterator[dict]:
         """Messages of the workers, each with its `worker`, until the stage `until` ('adapt' or 'answer') has no task left.
@@ -84,7 +85,7 @@ class Pool:
                 self._wanting[number] = message["stage"]
             else:
                 if message["event"] in ("adapted", "adapt-failed", "answered"):
-                    self._deaths = 0
+                    self._deaths[self._processes[number].device] = 0
                     for held in self._held[number].values():
                         held.discard(message["task"])
                 yield {"worker": number, **message}
@@ -93,11 +94,15 @@ class Pool:
             self._give_out()
 
     def close(self) -> Iterator[dict]:
-        """Tell workers there is nothing left, yield what they still say, and wait for them."""
-        self._open = set(STAGES)
+        """Tell workers there is nothing left, yield what they still say, and wait for them; who does not end in time is stopped."""
+        self.todo, self._open, end = {stage: [] for stage in STAGES}, set(STAGES), time.monotonic() + PATIENCE
         while self._processes:
             self._give_out()
-            number, message = self._messages.get()
+            try:
+                number, message = self._messages.get(timeout=max(0.0, end - time.monotonic()))
+            except queue.Empty:
+                yield {"event": "note", "text": f"{len(self._processes)} workers did not end within {PATIENCE:g} s: stopped"}
+                return self.kill()
             if message is None:
                 self._reap(number)
             elif message["event"] == "want":
@@ -107,11 +112,26 @@ class Pool:
 
     def kill(self) -> None:
         """Stop every worker at once."""
-        for process in self._processes.values():
-            process.kill()
-        for process in self._processes.values():
-            process.wait()
+        self._stop(list(self._processes.values()))
         self._processes.clear()
+
+    def stop_holders(self, stage: str) -> None:
+        """Stop the workers that hold a task of this stage; their deaths are told, and they are replaced, as any other's."""
+        self._stop([self._processes[number] for number, held in self._held.items() if held[stage]])
+
+    @staticmethod
+    def _stop(processes: list[subprocess.Popen]) -> None:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in its driver does not even die
+                process.wait(KILLED_WITHIN)
+
+    def _start_all(self) -> None:
+        """A worker for each device, no more than tasks."""
+        self._deaths: Counter = Counter()  # by device
+        for device in range(min(self._devices, max(1, max(map(len, self.todo.values()))))):
+            self._start(device)
 
     def _start(self, device: int) -> None:
         number, self._numbers = self._numbers, self._numbers + 1
@@ -151,7 +171,11 @@ class Pool:
             self._send(number, reply)
 
     def _bury(self, number: int) -> Iterator[dict]:
-        """Take a dead worker's tasks back, or give them up after TRIES, and start another in its place where work is left."""
+        """Take a dead worker's tasks back, or give them up after TRIES, and start another in its place where work is left.
+
+        A device whose workers keep dying gets no other. Where no device is left, the tasks that wait for the stage are given up,
+        and workers are started once more for the next: what cannot train may answer.
+        """
         process, given_up, all_held = self._reap(number), {stage: [] for stage in STAGES}, self._held.pop(number)
         if process.returncode == 0 and not any(all_held.values()):  # it was told that nothing is left
             return
@@ -162,13 +186,15 @@ class Pool:
                     self.todo[stage].append(task_id)
                 else:
                     given_up[stage].append(task_id)
-        self._deaths += 1
-        if self._deaths >= DEATHS:
-            for stage, waiting in self.todo.items():
-                given_up[stage] += waiting
-                waiting.clear()
-        if any(self.todo.values()):
+        self._deaths[process.device] += 1
+        if any(self.todo.values()) and self._deaths[process.device] < DEATHS:
             self._start(process.device)
+        if not self._processes and any(self.todo.values()):
+            stage = next(stage for stage in STAGES if self.todo[stage])
+            given_up[stage] += self.todo[stage]
+            self.todo[stage] = []
+            if any(self.todo.values()):
+                self._start_all()
         log = self._logs / f"worker-{number}.log"
         yield {"event": "worker-died", "worker": number, "returncode": process.returncode, "given_up": given_up,
                "text": f"worker {number} died (status {process.returncode}, see {log}); given up: {sum(map(len, given_up.values()))} tasks"}

@@ -78,7 +78,7 @@ class Run:
         steps, tokens = len(todo["adapt"]) * self.job.ttt_steps, defaultdict(int)
         done, finished, cut = defaultdict(int), 0, []
         with progress.bar(steps, "adapt", "step") as bar:
-            for message in self._events("adapt", self.job.adapt_until, math.inf):
+            for message in self._events("adapt", self.job.adapt_until, GRACE_SHARE * self.settings.time_budget):
                 task, event = message.get("task"), message["event"]
                 if event == "loss":
                     tokens[task], done[task] = message["tokens"], message["step"]
@@ -86,6 +86,8 @@ class Run:
                     done[task], finished = self.job.ttt_steps, finished + 1
                     if message.get("steps", self.job.ttt_steps) < self.job.ttt_steps:
                         cut.append(message["steps"])
+                elif message.get("held"):  # no step ends: the worker hangs
+                    self._pool.stop_holders("adapt")
                 progress.move(bar, sum(done.values()), sum(tokens.values()), f"{finished}/{len(todo['adapt'])} tasks")
         if cut:
             self._say("note", text=f"time budget: {len(cut)} tasks were trained for {min(cut)} to {max(cut)} of {self.job.ttt_steps} steps")
@@ -114,10 +116,13 @@ class Run:
                     if time.perf_counter() - written > SUBMISSION_SECONDS:
                         self._write_submission()
                         written = time.perf_counter()
+                elif message["event"] == "worker-died":  # what it had answered of a task that waited for another dtype
+                    self.candidates |= {i: found for i in message["given_up"]["answer"] if (found := self._read_candidates(i))}
                 given_up = given_up or bool(message.get("held"))
                 progress.move(bar, sum(done.values()), tokens, f"{finished}/{len(expected)} tasks")
         if cut:
             self._say("note", text=f"time budget: {len(cut)} tasks have {min(cut)} to {max(cut)} predictions fewer than asked")
+        self._write_submission()
         if given_up:
             self.stop()
 

@@ -22,7 +22,7 @@ from .tasks import Attempts, Challenges, Grid, Task, replacing
 from .views import View
 
 STATUSES = ("ok", "unparsable", "truncated", "nan")
-PARTIAL = ".part"  # added to the name of a completions file that the time budget cut short: votes count it, a next start answers anew
+PARTIAL = ".part"  # added to the name of a completions file that holds a part of them (time over, a worker lost): it votes, and is answered anew
 
 
 @dataclass(frozen=True)

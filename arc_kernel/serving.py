@@ -47,8 +47,8 @@ class Work:
     def begin(self, before: list[Work], until: float, latency: float) -> None:
         """Say when its time ends, which begins after that of the tasks `before` it: a share of what is left to send prompts
         whose answers, `latency` seconds later, are there before `until`."""
-        left = max(0.0, until - latency - time.time())
-        self.ends = max([time.time(), *(w.ends for w in before)]) + self.share * left
+        begins = max([time.time(), *(w.ends for w in before)])
+        self.ends = begins + self.share * max(0.0, until - latency - begins)
 
     def send(self) -> Prompt:
         """The next prompt, from now on under way."""
@@ -58,7 +58,8 @@ class Work:
 
     def cut_short(self) -> None:
         """Leave out what is not sent, where its time is over, there are FEWEST predictions a test input, and some under way."""
-        if time.time() > self.ends and self.sent and len(self.sent) + len(self.done) >= FEWEST * len(self.task.test):
+        made = len(self.sent) + sum(c.status != "nan" for c in self.done)
+        if time.time() > self.ends and self.sent and made >= FEWEST * len(self.task.test):
             self.cut += sum(len(self.needed(p)) for p in self.waiting)
             self.waiting = []
 
@@ -106,6 +107,9 @@ class Serving:
             if not waiting:
                 return
             again = True
+            for place, work in enumerate(waiting):
+                work.share = 1 / (len(waiting) - place)
+                self._keep(work)
             lost, names = sum(len(w.needed(p)) for w in waiting for p in w.waiting), ", ".join(w.task.id for w in waiting)
             self.tell("precision", stage="answer", dtype=variant.dtype, tasks=[w.task.id for w in waiting], predictions=lost,
                       text=f"{lost} predictions ({names}) have no finite answer in {variant.dtype}: asked again where a dtype is left")
@@ -250,12 +254,19 @@ class Serving:
         self.tell("note", task=work.task.id, text=f"task {work.task.id}: time budget: {made} of {made + work.cut} predictions made")
         self._finish(work)
 
+    def _keep(self, work: Work) -> None:
+        """Write what there is of a task that another engine goes on with, should that one take the process with it."""
+        if finite := [c for c in work.done if c.status != "nan"]:
+            write_completions(self._partial(work), finite)
+
+    def _partial(self, work: Work) -> Path:
+        return self.out / "completions" / f"{work.task.id}.jsonl{PARTIAL}"
+
     def _finish(self, work: Work, error: str = "") -> None:
         """Write a task's completions; those of a task that was cut short beside the files of the others, to be made anew."""
         order = sorted(work.done, key=lambda c: (c.test_index, c.view, c.status != "nan"))
-        path = self.out / "completions" / f"{work.task.id}.jsonl"
-        partial = path.with_name(path.name + PARTIAL)
-        write_completions(partial if work.cut else path, order)
+        partial = self._partial(work)
+        write_completions(partial if work.cut else partial.with_suffix(""), order)
         if not work.cut:
             partial.unlink(missing_ok=True)
         counts = {s: sum(c.status == s for c in order) for s in {c.status for c in order}}

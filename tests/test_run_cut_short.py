@@ -7,6 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
+from arc_kernel import pool
 from arc_kernel.run import solve as solve_here
 from arc_kernel.settings import Settings
 from arc_kernel.tasks import read_submission
@@ -70,9 +71,21 @@ def test_workers_that_cannot_live_end_in_a_filled_submission(tmp_path, fast):
     done = subprocess.run(command(tmp_path / "run", **fast | {"tasks": TRAINING, "task_ids": SMALL}), capture_output=True, text=True,
                           timeout=300, env=os.environ | {"PYTHONPATH": str(tmp_path / "broken")})
     assert done.returncode == 0, done.stderr
-    assert len(events(tmp_path / "run", "worker-died")) == 3 and "worker-2.log" in done.stderr
+    assert len(events(tmp_path / "run", "worker-died")) == 6 and "worker-5.log" in done.stderr  # three to train, three to answer
     assert "a damaged installation" in (tmp_path / "run" / "worker-2.log").read_text()
     assert len(read_submission(tmp_path / "run" / "submission.json")) == 4
+
+
+def test_device_whose_workers_cannot_live_costs_no_task_its_answers(tmp_path, fast, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("import os\nif os.environ.get('SICK') == '1': os._exit(3)")
+    environment = pool._environment
+    monkeypatch.setattr(pool, "_environment", lambda device, devices: environment(device, devices) | {
+        "SICK": str(device), "PYTHONPATH": f"{tmp_path}{os.pathsep}{environment(device, devices)['PYTHONPATH']}"})
+    options = {k: v if isinstance(v, int) else str(v) for k, v in fast.items()}
+    solve_here(Settings(tasks=TRAINING, task_ids=SMALL, devices=2, out=str(tmp_path / "run"), **options))
+    assert [e["returncode"] for e in events(tmp_path / "run", "worker-died")] == [3] * pool.DEATHS
+    assert {p.stem for p in (tmp_path / "run" / "completions").iterdir()} == set(SMALL.split(","))
+    assert {e["task"] for e in events(tmp_path / "run", "adapted")} == set(SMALL.split(","))
 
 
 def test_self_test_takes_one_short_task_per_device_and_submits_all(tmp_path, fast):

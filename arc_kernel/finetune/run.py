@@ -59,7 +59,9 @@ def prepare(s: FinetuneSettings) -> Prepared:
              f"{source.name}: made as drawn, weight {source.weight:g}" for source in sources]
     held_out = hold_out(sources, s.hold_out, s.seed, builder, s.max_tokens or longest)
     if held_out:
-        sources = [source.without({t.id for t in held_out}) for source in sources]
+        named = {t.id for t in held_out}
+        twins = overlap.find(held_out, [source.without(named) for source in sources])  # the same under another name
+        sources = [source.without(named | {f.group for f in twins if f.source == source.name}) for source in sources]
         notes.append(f"{len(held_out)} tasks held out: {HELD_OUT}")
     if s.evaluation_tasks and any(source.groups for source in sources):
         found = overlap.find(load_challenges(s.evaluation_tasks).tasks.values(), sources)

@@ -29,7 +29,8 @@ class FinetuneSettings(Checked):
     steps: int = setting(1000, "optimizer steps", low=1)
     batch: int = setting(16, "examples per optimizer step, on all GPUs together", low=1)
     micro_tokens: int = setting(8192, "tokens of a pass: examples of like length are put together up to so many", low=1)
-    lr: float = setting(5e-4, "peak learning rate, a fifth of it in full training; several with commas: a study", low=0.0, high=1.0)
+    lr: float = setting(5e-4, "peak learning rate; for full training (lora_rank 0) give a fifth of it; several with commas: a study",
+                        low=0.0, high=1.0)
     schedule: str = setting("cosine", "learning rate after the warmup", choices=SCHEDULES)
     restarts: int = setting(3, "rounds of schedule cosine_with_restarts", low=1)
     warmup: float = setting(0.05, "share of the steps in which the learning rate rises", low=0.0, high=1.0)

@@ -75,10 +75,11 @@ class Steps(Dataset):
 class StepTrainer(Trainer):
     """Trainer whose batch is a whole step. `facts` holds what is known of the last step beside Trainer's own log."""
 
-    def __init__(self, learner: Learner, steps: Steps, arguments: TrainingArguments, sample_every: int, callbacks: list):
+    def __init__(self, learner: Learner, steps: Steps, arguments: TrainingArguments, sample_every: int, ends: float, callbacks: list):
         super().__init__(model=learner, args=arguments, train_dataset=steps, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
         self.facts, self.sample_every = {}, sample_every
+        self.ends, self.over = ends, False  # the time; whether it has come for any process, so that all stop after the same step
 
     def get_train_dataloader(self) -> DataLoader:
         on_gpu = self.args.device.type == "cuda"  # on a CPU they would take the model's cores
@@ -88,7 +89,7 @@ class StepTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and backward of a step; gradients are summed over processes in its last pass only."""
         model.train()
-        step, sums = self._prepare_inputs(inputs), torch.zeros(len(KINDS), 2, dtype=torch.float64, device=self.args.device)
+        step, sums = self._prepare_inputs(inputs), torch.zeros(len(KINDS) + 1, 2, dtype=torch.float64, device=self.args.device)
         sampled = self.sample_every and self.state.global_step % self.sample_every == 0
         with recording(self.model.network) if sampled else contextlib.nullcontext({}) as peaks:
             for number, (ids, labels, kinds) in enumerate(step["passes"], 1):
@@ -97,7 +98,9 @@ class StepTrainer(Trainer):
                         total, each, rows = model(ids, labels)
                     self.accelerator.backward(total * (self.args.world_size / step["answers"]))
                 sums.index_add_(0, kinds[rows], torch.stack([each, torch.ones_like(each)], 1).double())
-        sums = self.accelerator.reduce(sums).tolist()
+        sums[-1, 0] = time.perf_counter() > self.ends
+        *sums, (over, _) = self.accelerator.reduce(sums).tolist()
+        self.over = over > 0
         loss = sum(lost for lost, _ in sums) / step["answers"]
         self.facts = {"loss": loss, "kinds": {kind: lost / count for kind, (lost, count) in zip(KINDS, sums) if count},
                       "tokens": step["tokens"], "flop": step["flop"], "peaks": collected(peaks) if sampled else None}
@@ -136,10 +139,9 @@ class Watch(TrainerCallback):
     """Guards each update and tells of each step. A step whose gradient is not finite changes no weight; several in a row end
     the run with `Diverged`, which names the last good checkpoint."""
 
-    def __init__(self, dtype: str, out: Path, on_step: Callable[[int, dict], None], time_budget: float):
+    def __init__(self, dtype: str, out: Path, on_step: Callable[[int, dict], None]):
         self.dtype, self.out, self.on_step, self.lr, self.skipped, self.broken = dtype, out, on_step, 0.0, False, 0
         self.begun = time.perf_counter()
-        self.ends = self.begun + time_budget if time_budget else math.inf
         self.trainer: StepTrainer | None = None
 
     def on_train_begin(self, args, state, control, **_):
@@ -165,7 +167,7 @@ class Watch(TrainerCallback):
         seconds, self.begun = now - self.begun, now
         self.on_step(state.global_step, {"gradient": logs.get("grad_norm"), "lr": self.lr, "seconds": seconds, "skipped": self.skipped,
                                          **facts})
-        if now > self.ends and state.global_step < state.max_steps:
+        if self.trainer.over and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args, state, control, **_):
@@ -199,9 +201,11 @@ def train(learner: Learner, stream: Stream, settings: FinetuneSettings, lengths:
         raise ArcKernelError(f"finetune: a batch of {settings.batch} is less than an example for each of {world} processes: raise batch")
     for left in out.glob(".part-*"):
         shutil.rmtree(left, ignore_errors=True)
-    watch = Watch(dtype, out, on_step, settings.time_budget)
+    ends = time.perf_counter() + settings.time_budget if settings.time_budget else math.inf
+    watch = Watch(dtype, out, on_step)
     steps = Steps(stream, settings, lengths, shape, rank, world)
-    trainer = StepTrainer(learner, steps, arguments(settings, out, dtype, device), settings.sample_every, [watch, *callbacks])
+    trainer = StepTrainer(learner, steps, arguments(settings, out, dtype, device), settings.sample_every, ends,
+                          [watch, *callbacks])
     watch.trainer = trainer
     last = next(reversed(found_checkpoints(out)), None)
     if last and int(last.name.rpartition("-")[2]) >= settings.steps:

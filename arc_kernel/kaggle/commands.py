@@ -44,14 +44,16 @@ def check(out: Path, say: Callable[[str], None] = print) -> list[str]:
     return found
 
 
-def push_all(out: Path, message: str = "", dry_run: bool = False, say: Callable[[str], None] = print) -> list[str]:
+def push_all(out: Path, message: str = "", dry_run: bool = False, say: Callable[[str], None] = print,
+             again: bool = False) -> list[str]:
     """Upload the datasets of the notebook in `out`, wheels first, then push it; returns the ids that were uploaded.
 
+    What Kaggle has already is left alone, unless `again`.
     Raises ArcKernelError as `push.push` does.
     """
     notebook = Path(out) / NOTEBOOK
     metadata.check(notebook)
-    return push.push([folder for folder, _ in _datasets(out)], notebook, message=message, dry_run=dry_run, say=say)
+    return push.push([folder for folder, _ in _datasets(out)], notebook, message=message, dry_run=dry_run, say=say, again=again)
 
 
 def _datasets(out: Path) -> list[tuple[Path, str]]:
@@ -76,6 +78,6 @@ def _of_dataset(folder: Path, expected: str) -> list[str]:
         if manifest.get(bundle.KIND) != "wheels":
             return []
         profile = profiles.load(str(manifest.get("profile")))
-        return [f"{folder}: {fault}: {wheels.RENEW}" for fault in wheels.faults((folder / "wheels").glob("*.whl"), profile)]
+        return [f"{folder}: {fault}: {wheels.renewed(profile)}" for fault in wheels.faults((folder / "wheels").glob("*.whl"), profile)]
     except ArcKernelError as error:
         return [str(error)]

@@ -23,6 +23,7 @@ SHAPES = ("NvidiaTeslaT4", "NvidiaL4")  # https://github.com/Kaggle/kaggle-cli/b
 SLUG = r"[a-z0-9]+(?:-[a-z0-9]+)*"
 REF = rf"[A-Za-z0-9_-]+/{SLUG}"
 PINNED = r"\S+@sha256:[0-9a-f]{64}"  # an image that stays the same
+PROFILE_LINE = re.compile(rb'("profile = \\")[^"\\]*(\\")')  # of the notebook's first code cell, in the JSON text
 STAYS = "original"  # docker_image_pinning_type: the first push's image; valid_push_pinning_types in kaggle_api_extended.py
 LEFT_OUT = (".git", ".cache", ".huggingface")  # folders the client skips: DEFAULT_IGNORE_PATTERNS in kaggle_api_extended.py
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z")  # unpacked on arrival: https://www.kaggle.com/docs/datasets
@@ -46,7 +47,7 @@ def kernel(profile: Profile, username: str, datasets: Sequence[str], title: str 
 
 def write_kernel(folder: Path, notebook: Path, profile: Profile, username: str, datasets: Sequence[str], title: str = TITLE,
                  say: Callable[[str], None] = print) -> Path:
-    """Write `notebook` and its kernel-metadata.json into `folder`, ready to push; returns the folder.
+    """Write `notebook`, with the profile as its parameter, and its kernel-metadata.json into `folder`; returns the folder.
 
     `say` gets one line on what was done. Raises ArcKernelError as `kernel` does, when the notebook is missing, and when the
     folder cannot be written.
@@ -54,7 +55,8 @@ def write_kernel(folder: Path, notebook: Path, profile: Profile, username: str, 
     folder, notebook = Path(folder), Path(notebook)
     text = json.dumps(kernel(profile, username, datasets, title, notebook.name), indent=1) + "\n"
     try:
-        files = {folder / notebook.name: notebook.read_bytes(), folder / KERNEL: text.encode()}
+        code = PROFILE_LINE.sub(rb"\1" + profile.name.encode() + rb"\2", notebook.read_bytes())
+        files = {folder / notebook.name: code, folder / KERNEL: text.encode()}
         fresh = [file for file, data in files.items() if not file.is_file() or file.read_bytes() != data]
         folder.mkdir(parents=True, exist_ok=True)
         for file in fresh:

@@ -33,10 +33,11 @@ class State:
 
 
 def push(datasets: Sequence[Path], kernel: Path | None = None, *, message: str = "", dry_run: bool = False,
-         timeout: float = READY_WITHIN, poll: float = ASK_EVERY, say: Callable[[str], None] = print) -> list[str]:
+         timeout: float = READY_WITHIN, poll: float = ASK_EVERY, say: Callable[[str], None] = print, again: bool = False) -> list[str]:
     """Upload what has changed of the dataset folders, wait until Kaggle has unpacked it, push the kernel folder.
 
-    Returns the ids that were uploaded. `timeout` and `poll` are seconds per dataset; `dry_run` only says the commands.
+    Returns the ids that were uploaded. `timeout` and `poll` are seconds per dataset; `dry_run` only says the commands; `again` uploads
+    and pushes also what was uploaded before, should it have been changed or lost on Kaggle.
     Raises ArcKernelError for a fault of a folder (before anything is uploaded), a missing client and every refusal of
     Kaggle.
     """
@@ -50,9 +51,11 @@ def push(datasets: Sequence[Path], kernel: Path | None = None, *, message: str =
             raise ArcKernelError(f"{folders[-1] / metadata.KERNEL}: {missing[0]} is not among its dataset_sources: "
                                  "build all with one --username")
     if dry_run:
-        _dry_run(folders, len(datasets), message, say)
+        _dry_run(folders, len(datasets), message, say, again)
         return []
     client.check_installed()
+    for key in (*refs, *([f"kernel {_metadata(folders[-1])['id']}"] if kernel else [])) if again else ():
+        _remember(key, None)
     for ref, folder in zip(refs, folders):
         if not _known(ref, _digest(folder)):
             bundle.verify(bundle.Bundle("", folder, json.loads((folder / bundle.MANIFEST).read_bytes())))
@@ -118,11 +121,11 @@ def _push_kernel(folder: Path, datasets: Sequence[Path], say: Callable[[str], No
     return [ref]
 
 
-def _dry_run(folders: Sequence[Path], datasets: int, message: str, say: Callable[[str], None]) -> None:
+def _dry_run(folders: Sequence[Path], datasets: int, message: str, say: Callable[[str], None], again: bool) -> None:
     for folder in folders[:datasets]:
         ref = _metadata(folder)["id"]
         say(client.command("datasets", "status", ref, "--format", STATUS))
-        if _known(ref, _digest(folder)):
+        if not again and _known(ref, _digest(folder)):
             say(f"  if it is there: nothing, {ref} is unchanged since its last upload")
         else:
             say(f"  if it is there: {client.command(*_upload_command(folder, True, message))}")
@@ -130,7 +133,7 @@ def _dry_run(folders: Sequence[Path], datasets: int, message: str, say: Callable
         say(f"  until ready:    {client.command('datasets', 'status', ref, '--format', STATUS)}")
     for folder in folders[datasets:]:
         ref = _metadata(folder)["id"]
-        same = _known(f"kernel {ref}", _kernel_digest(folder, folders[:datasets]))
+        same = not again and _known(f"kernel {ref}", _kernel_digest(folder, folders[:datasets]))
         say(f"{ref}: unchanged since its last push" if same else client.command("kernels", "push", "-p", str(folder)))
 
 

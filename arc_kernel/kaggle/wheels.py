@@ -20,8 +20,7 @@ from .lock import differing, parse, render
 from .profiles import HERE, Profile
 from .templates import USERNAME
 
-__all__ = ["build", "differing", "faults", "lock_file", "name"]
-RENEW = "make it again with upgrade (build_kernel.py wheels --upgrade)"
+__all__ = ["build", "differing", "faults", "lock_file", "name", "renewed"]
 
 
 def build(out: Path, profile: Profile, username: str = USERNAME, say: Callable[[str], None] = print,
@@ -43,7 +42,7 @@ def build(out: Path, profile: Profile, username: str = USERNAME, say: Callable[[
     wheels = download.fetch(pins, profile, cache, say)
     if wrong := faults(wheels, profile):
         more = f", and {len(wrong) - 1} more" if wrong[1:] else ""
-        raise ArcKernelError(f"{lock}: would not work: {wrong[0]}{more}: {RENEW}")
+        raise ArcKernelError(f"{lock}: would not work: {wrong[0]}{more}: {renewed(profile)}")
     if renew:
         _write(lock, render([download.hashed(pin, wheel) for pin, wheel in zip(pins, wheels)], _header(profile)))
     extra = {"profile": profile.name, "python": profile.python, "platform": profile.platform, "cuda": profile.cuda,
@@ -55,6 +54,11 @@ def build(out: Path, profile: Profile, username: str = USERNAME, say: Callable[[
 def name(profile: Profile) -> str:
     """The name of the profile's wheels dataset."""
     return "arc-kernel-wheels-" + re.sub(r"[^a-z0-9]+", "-", profile.name)
+
+
+def renewed(profile: Profile) -> str:
+    """How the profile's lock is made again."""
+    return f"make it again with upgrade (build_kernel.py wheels --upgrade --profile {profile.name})"
 
 
 def lock_file(profile: Profile) -> Path:

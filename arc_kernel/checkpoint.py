@@ -29,9 +29,11 @@ EMBEDDED_FORMAT = 2  # raised whenever the conversion changes, so that a model c
 EMBEDDED_CONTEXT = 8192  # max_position_embeddings of SmolLM2-135M-Instruct
 WEIGHTS = "model*.safetensors"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+TRAINED_PROMPT = "trained_prompt.json"  # beside weights that were fine-tuned: trained_prompt.py
 TEXTS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
-         "merges.txt", "chat_template*", "model.safetensors.index.json", "LICENSE*")  # what a model folder holds beside weights
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "LICENSE*")  # what peft's save_pretrained leaves, and a licence
+         "merges.txt", "chat_template*", "model.safetensors.index.json", TRAINED_PROMPT,
+         "LICENSE*")  # what a model folder holds beside weights
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", TRAINED_PROMPT, "LICENSE*")  # what peft leaves, prompt, licence
 
 
 def open_model(name: str) -> Path:

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from . import report
+from . import report, trained_prompt
 from .checkpoint import check_adapter, load_tokenizer, open_model
 from .dtypes import Chooser, Model
 from .errors import ArcKernelError
@@ -28,6 +28,7 @@ def open_checked(model: str, adapter: str, tasks: str, grid_encoder: str, prompt
     sample = probe.sample(load_challenges(tasks).tasks.values())
     if not sample:
         raise ArcKernelError(f"{tasks}: no task with a train pair to probe the model on: give another --tasks")
+    prompt, grid_encoder = trained_prompt.choose(prompt, grid_encoder, model, adapter)
     builder = PromptBuilder(load_tokenizer(folder), GridEncoder.from_name(grid_encoder), prompt)
     return Model(folder, Path(adapter).resolve() if adapter else None, builder, sample, verdict.device_name(), max_seq_len, headroom)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from . import progress
 from .adapter_fit import HEAD, check_fit
-from .checkpoint import (TEXTS, WEIGHTS, check_model, load_model, load_tokenizer, make_portable, read_config, weight_shapes,
+from .checkpoint import (TEXTS, TRAINED_PROMPT, WEIGHTS, check_model, load_model, load_tokenizer, make_portable, read_config, weight_shapes,
                          weight_tensors, whole_folder, write_json)
 from .errors import ArcKernelError
 from .grids import GridEncoder
@@ -78,6 +78,8 @@ def _write(model: Path, adapter: Path, changed: set[str], dtype: str, out: Path,
             state[name].copy_(tensors[name])
     save_file(tensors, fresh / WEIGHTS.replace("*", ""), metadata={"format": "pt"})
     _copy_texts(model, fresh, dtype)
+    if (adapter / TRAINED_PROMPT).is_file():
+        shutil.copyfile(adapter / TRAINED_PROMPT, fresh / TRAINED_PROMPT)
     check_model(fresh)
     written = logits(load_model(fresh, "float32", "cpu"))
     _difference(written, logits(whole), f"{out}: read back")

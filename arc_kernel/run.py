@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from . import adapt, adapter_fit, checkpoint, disk, generate, progress, report, score, select
+from . import adapt, adapter_fit, checkpoint, disk, generate, progress, report, score, select, trained_prompt
 from .errors import ArcKernelError
 from .grids import GridEncoder
 from .job import Job
@@ -42,6 +42,7 @@ class Run:
 
     def __init__(self, settings: Settings):
         self.begun = time.perf_counter()
+        settings = trained_prompt.resolved(settings)
         self.settings, self.out, self.devices = settings, settings.out_path, settings.devices or gpu_count() or 1
         ids = [i.strip() for i in settings.task_ids.split(",") if i.strip()]
         self.challenges = load_challenges(settings.tasks, settings.solutions).select(ids, settings.limit)
@@ -253,6 +254,9 @@ class Run:
         """Settings with every default made explicit; checks model and adapter without loading them."""
         s = self.settings
         model = checkpoint.open_model(s.model)
+        for name, trained in trained_prompt.recorded(s.model, s.adapter).items():
+            if trained != getattr(s, name):
+                self._say("note", text=f"{name} is {getattr(s, name)}, but {s.adapter or s.model} was fine-tuned with {trained}")
         if s.adapter:
             adapter_fit.check_fit(Path(s.adapter), model)
         if s.profile != "auto":

@@ -22,7 +22,7 @@ from .tasks import Attempts, Challenges, Grid, Task, replacing
 from .views import View
 
 STATUSES = ("ok", "unparsable", "truncated", "nan")
-PARTIAL = ".part"  # added to the name of a completions file that holds a part of them (time over, a worker lost): it votes, and is answered anew
+PARTIAL = ".part"  # added to the name of a file of some completions (time over, a worker lost): they vote, the task is answered anew
 
 
 @dataclass(frozen=True)

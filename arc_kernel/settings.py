@@ -16,6 +16,7 @@ from .errors import ArcKernelError
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 BACKENDS = ("auto", "vllm", "transformers")
 PROMPTS = ("chat", "compact")
+AUTO = "auto"
 BACKGROUNDS = ("kept", "permuted")
 LOSSES = ("last", "all")
 
@@ -86,8 +87,9 @@ class Settings(Checked):
     dtype: str = setting("auto", "inference dtype; auto: bfloat16 where native, else float16 where it is faster than float32",
                          choices=DTYPES)
     ttt_dtype: str = setting("auto", "dtype of the frozen weights in training; auto as above", choices=DTYPES)
-    grid_encoder: str = setting("shape+rows+digits", "grid text: [fenced+][shape+][rows+](digits|spaced)")
-    prompt: str = setting("chat", "prompt kind", choices=PROMPTS)
+    grid_encoder: str = setting(AUTO, "grid text: [fenced+][shape+][rows+](digits|spaced); auto: as the adapter or model was "
+                                      "fine-tuned, else shape+rows+digits")
+    prompt: str = setting(AUTO, "prompt kind; auto: as the adapter or model was fine-tuned, else chat", choices=(AUTO, *PROMPTS))
     background: str = setting("kept", "colour 0 in colour permutations", choices=BACKGROUNDS)
     max_seq_len: int = setting(8192, "tokens of prompt plus answer", low=256)
     ttt_steps: int = setting(320, "test-time training steps per task; 0: no adapters", low=0)

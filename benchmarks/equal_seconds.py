@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from arc_kernel import adapt, checkpoint, run
+from arc_kernel import adapt, checkpoint, run, trained_prompt
 from arc_kernel.grids import GridEncoder
 from arc_kernel.precision import verdict
 from arc_kernel.prompts import PromptBuilder
@@ -38,7 +38,8 @@ def arm_settings(settings: Settings, arm: str) -> Settings:
     """The settings with an arm's `name=value,name=value` put in."""
     types = typing.get_type_hints(Settings)
     given = dict(part.split("=", 1) for part in arm.split(","))
-    return dataclasses.replace(settings, out=f"{settings.out}/{arm}", **{k: types[k](v) for k, v in given.items()})
+    made = dataclasses.replace(settings, out=f"{settings.out}/{arm}", **{k: types[k](v) for k, v in given.items()})
+    return trained_prompt.resolved(made)
 
 
 def step_seconds(tasks: list[Task], arms: dict[str, Settings]) -> dict[str, float]:

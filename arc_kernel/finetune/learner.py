@@ -16,7 +16,7 @@ from .. import fused_layer
 from ..adapt import save_adapter, with_lora
 from ..adapter_fit import check_fit
 from ..answer_loss import answer_losses
-from ..checkpoint import TEXTS, load_model, read_config, whole_folder
+from ..checkpoint import TEXTS, TRAINED_PROMPT, load_model, read_config, whole_folder, write_json
 from ..errors import ArcKernelError
 
 ADAPTER, MODEL = "adapter", "model"  # folders of the result in a run's folder, and of the weights in a checkpoint
@@ -60,10 +60,11 @@ class Learner(torch.nn.Module):
             (folder / MODEL).mkdir(parents=True, exist_ok=True)
             save_file(dict(self.network.named_parameters()), folder / MODEL / "model.safetensors", metadata={"format": "pt"})
 
-    def save_result(self, out: Path) -> Path:
-        """Write what `solve` and vLLM load, by write-then-rename: `out`/adapter, or `out`/model in the dtype the model had."""
+    def save_result(self, out: Path, prompt: dict[str, str]) -> Path:
+        """Write what `solve` and vLLM load, by write-then-rename: `out`/adapter, or `out`/model in the dtype the model had; beside
+        the weights the `prompt` they were trained with."""
         if self.result == ADAPTER:
-            self.save(out)
+            save_adapter(self.network, out / ADAPTER, {TRAINED_PROMPT: prompt})
             return out / ADAPTER
         config = read_config(self.folder)
         dtype = getattr(torch, str(config.get("torch_dtype") or config.get("dtype") or "float32"))
@@ -74,6 +75,7 @@ class Learner(torch.nn.Module):
             for file in {f for pattern in TEXTS for f in self.folder.glob(pattern)}:
                 if file.name != "model.safetensors.index.json":
                     shutil.copyfile(file, fresh / file.name)
+            write_json(fresh / TRAINED_PROMPT, prompt)
         return out / MODEL
 
     def load(self, folder: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .. import ceilings, checkpoint, progress, report
+from .. import ceilings, checkpoint, progress, report, trained_prompt
 from ..errors import ArcKernelError
 from ..grids import GridEncoder
 from ..precision import verdict
@@ -48,7 +48,7 @@ def prepare(s: FinetuneSettings) -> Prepared:
 
     Raises ArcKernelError in one line for data that cannot be used, that holds evaluation tasks, or that is too long.
     """
-    folder = checkpoint.open_model(s.model)
+    folder, s = checkpoint.open_model(s.model), trained_prompt.resolved(s)
     longest = min(s.max_seq_len, checkpoint.context_length(folder))
     builder = PromptBuilder(checkpoint.load_tokenizer(folder), GridEncoder.from_name(s.grid_encoder), s.prompt)
     sources = [open_source(argument) for argument in s.data]
@@ -105,7 +105,7 @@ class Run:
     """One run with everything resolved: its folder claimed, its events told."""
 
     def __init__(self, settings: FinetuneSettings, prepared: Prepared):
-        self.begun, self.s, self.prepared, self.out = time.perf_counter(), settings, prepared, settings.out_path
+        self.begun, self.s, self.prepared, self.out = time.perf_counter(), trained_prompt.resolved(settings), prepared, settings.out_path
         self.tokens, self.seconds = 0, 0.0
         if MAIN:
             self._claim_folder()
@@ -136,7 +136,7 @@ class Run:
                 raise
         if not MAIN:
             return {}
-        result = learner.save_result(self.out)
+        result = learner.save_result(self.out, {"prompt": s.prompt, "grid_encoder": s.grid_encoder})
         if reached < s.steps:
             self._say("out-of-time", text=f"stopped at step {reached} of {s.steps} after {s.time_budget:g} s: start again to go on")
         return {"result": result, "step": reached, "report": page.write_report(self.out, s)} | page.figures(report.read_events(self.out))

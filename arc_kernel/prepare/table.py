@@ -11,11 +11,10 @@ import re
 from pathlib import Path
 from statistics import median
 
-from .. import checkpoint
+from .. import checkpoint, trained_prompt
 from ..grids import GridEncoder
 from ..precision import probe, verdict
 from ..prompts import PromptBuilder
-from ..settings import Settings
 from ..tasks import Task, load_challenges
 from ..views import View
 from . import context
@@ -33,7 +32,7 @@ def inspect(models: list[str], tasks: str) -> dict:
     Raises ArcKernelError for the first model that is no readable folder.
     """
     sample = _sample(list(load_challenges(tasks).tasks.values()))
-    encoder = GridEncoder.from_name(Settings().grid_encoder)
+    encoder = GridEncoder.from_name(trained_prompt.FRESH["grid_encoder"])
     rows = [_facts(name, sample, encoder) for name in models]
     return {"models": rows, "tasks": tasks, "sampled": len(sample), "grid_encoder": encoder.name}
 

@@ -5,9 +5,12 @@ import json
 import shutil
 
 import pytest
+import torch
+from transformers.integrations import sdpa_attention
 
 from arc_kernel import checkpoint
 from arc_kernel.errors import ArcKernelError
+from models import tiny_model
 
 
 def test_embedded_model_is_whole_and_is_converted_only_once(model_folder):
@@ -50,6 +53,25 @@ def test_special_tokens_without_a_role_read_the_same_on_transformers_4_and_5(mod
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"extra_special_tokens": ["<file_sep>"]}))
     checkpoint.make_portable(folder)
     assert "<file_sep>" in checkpoint.load_tokenizer(folder).all_special_tokens
+
+
+def test_old_gpus_attend_with_a_key_for_every_query_and_compute_the_same(model_folder, tmp_path, monkeypatch):
+    model = checkpoint.load_model(tiny_model(model_folder, tmp_path / "tiny"), "float32", "cpu")
+    monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", sdpa_attention.use_gqa_in_sdpa)  # put back afterwards
+    attend, heads = torch.nn.functional.scaled_dot_product_attention, []
+
+    def seen(query, key, value, **options):
+        heads.append((query.shape[1], key.shape[1]))
+        return attend(query, key, value, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", seen)
+    ids = torch.arange(100, 140)[None]
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        heads.clear()
+        checkpoint.repeat_keys()
+        assert torch.allclose(model(input_ids=ids).logits, before, atol=1e-5)
+    assert heads == [(2, 2)] * 2
 
 
 def test_shard_named_by_the_index_and_missing_is_named(model_folder, tmp_path):

@@ -55,7 +55,7 @@ def write_kernel(folder: Path, notebook: Path, profile: Profile, username: str, 
     folder, notebook = Path(folder), Path(notebook)
     text = json.dumps(kernel(profile, username, datasets, title, notebook.name), indent=1) + "\n"
     try:
-        code = PROFILE_LINE.sub(rb"\1" + profile.name.encode() + rb"\2", notebook.read_bytes())
+        code = PROFILE_LINE.sub(rb"\g<1>" + profile.name.encode() + rb"\2", notebook.read_bytes())
         files = {folder / notebook.name: code, folder / KERNEL: text.encode()}
         fresh = [file for file, data in files.items() if not file.is_file() or file.read_bytes() != data]
         folder.mkdir(parents=True, exist_ok=True)

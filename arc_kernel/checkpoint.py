@@ -177,17 +177,24 @@ def load_model(folder: Path, dtype: str, device: str):
         raise ArcKernelError(f"{folder}: model cannot be loaded: {str(error).splitlines()[0]}") from None
     if info["missing_keys"]:
         raise missing_tensors(folder, info["missing_keys"], type(model).__name__)
-    if device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+    if not shares_keys(device):
         repeat_keys()
     return model.to(device).eval()
 
 
-def repeat_keys() -> None:
-    """Have transformers' attention repeat keys and values for the queries that share them, instead of leaving that to torch.
+def shares_keys(device: str) -> bool:
+    """Has torch's attention a fast kernel on this device for queries that share a key (`enable_gqa`)?
 
-    GPUs before sm_80 have no flash attention, and torch's memory-efficient kernel wants as many keys as queries: told
-    `enable_gqa`, it falls back to holding all T x T scores (transformers issue 48633).
+    GPUs before sm_80 have no flash attention, and the memory-efficient kernel wants as many keys as queries: a T4 would hold
+    all T x T scores (transformers issue 48633).
     """
+    import torch
+
+    return device != "cuda" or torch.cuda.get_device_capability() >= (8, 0)
+
+
+def repeat_keys() -> None:
+    """Have transformers' attention repeat keys and values for the queries that share them, see `shares_keys`."""
     from transformers.integrations import sdpa_attention
 
     sdpa_attention.use_gqa_in_sdpa = lambda *args, **kwargs: False

@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from . import lora_linear
+from .checkpoint import shares_keys
 from .lora_linear import Group, plain
 
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")  # the same arithmetic
@@ -193,12 +194,8 @@ def _forward(layer, masks: _Masks):
 
 
 def _attend(q, k, v, scaling):
-    """Causal attention of heads [B, n, T, width]; keys and values are repeated where no fast kernel shares them.
-
-    GPUs before sm_80 have no flash attention, and torch's memory-efficient kernel wants as many keys as queries: left to
-    `enable_gqa`, as transformers does, a T4 would hold all T x T scores (transformers issue 48633).
-    """
+    """Causal attention of heads [B, n, T, width]; keys and values are repeated where no fast kernel shares them."""
     shared = q.shape[1] != k.shape[1]
-    if shared and q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
+    if shared and not shares_keys(q.device.type):
         k, v, shared = (*(t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v)), False)
     return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=shared)

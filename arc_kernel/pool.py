@@ -29,7 +29,7 @@ STAGES = ("adapt", "answer")
 TRIES = 2  # of a task in a worker that died over it
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG, linux/prctl.h
 DEATHS = 3  # of a device's workers with no task finished in between, after which it gets no other
-KILLED_WITHIN = 10.0  # seconds
+KILLED_WITHIN = 10.0  # seconds a killed worker is waited for
 PATIENCE = 60.0  # seconds a worker with nothing left to do is given to end
 
 
@@ -171,13 +171,11 @@ class Pool:
             self._send(number, reply)
 
     def _bury(self, number: int) -> Iterator[dict]:
-        """Take a dead worker's tasks back, or give them up after TRIES, and start another in its place where work is left.
-
-        A device whose workers keep dying gets no other. Where no device is left, the tasks that wait for the stage are given up,
-        and workers are started once more for the next: what cannot train may answer.
-        """
+        """Take a dead worker's tasks back, or give them up after TRIES, and see that somebody is there for what waits."""
         process, given_up, all_held = self._reap(number), {stage: [] for stage in STAGES}, self._held.pop(number)
         if process.returncode == 0 and not any(all_held.values()):  # it was told that nothing is left
+            if any(self.todo.values()) and not self._processes:  # what came back from another's death since then
+                self._start(process.device)
             return
         for stage, held in all_held.items():
             for task_id in sorted(held):
@@ -187,17 +185,27 @@ class Pool:
                 else:
                     given_up[stage].append(task_id)
         self._deaths[process.device] += 1
-        if any(self.todo.values()) and self._deaths[process.device] < DEATHS:
-            self._start(process.device)
-        if not self._processes and any(self.todo.values()):
+        if any(self.todo.values()):
+            self._replace(process.device, given_up)
+        log = self._logs / f"worker-{number}.log"
+        yield {"event": "worker-died", "worker": number, "returncode": process.returncode, "given_up": given_up,
+               "text": f"worker {number} died (status {process.returncode}, see {log}); given up: {sum(map(len, given_up.values()))} tasks"}
+
+    def _replace(self, device: int, given_up: dict[str, list[str]]) -> None:
+        """Start a worker where one died, or on another device where this one's keep dying and nobody else is at work.
+
+        Where every device's keep dying, the tasks that wait for the stage are `given_up`, and workers are started once more for the
+        next: what cannot train may answer.
+        """
+        healthy = [d for d in (device, *range(self._devices)) if self._deaths[d] < DEATHS]
+        if healthy and (healthy[0] == device or not self._processes):
+            self._start(healthy[0])
+        elif not self._processes:
             stage = next(stage for stage in STAGES if self.todo[stage])
             given_up[stage] += self.todo[stage]
             self.todo[stage] = []
             if any(self.todo.values()):
                 self._start_all()
-        log = self._logs / f"worker-{number}.log"
-        yield {"event": "worker-died", "worker": number, "returncode": process.returncode, "given_up": given_up,
-               "text": f"worker {number} died (status {process.returncode}, see {log}); given up: {sum(map(len, given_up.values()))} tasks"}
 
     def _reap(self, number: int) -> subprocess.Popen:
         process = self._processes.pop(number)

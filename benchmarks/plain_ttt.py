@@ -124,7 +124,8 @@ def by_length(model: Model, dtype: str, lengths: list[int], rounds: int) -> None
 def by_task(model: Model, dtype: str, tasks: list[Task], steps: int) -> None:
     """Print seconds and losses of both on each task's own examples."""
     lr = adapt.default_lr(checkpoint.full_parameter_count(model.folder))
-    print(f"{'task':10}{'tokens':>7}{'plain, s':>10}{'ours, s':>10}{'ours/plain':>12}{'start':>9}{'plain, end':>12}{'ours, end':>11}{'apart':>9}")
+    print(f"{'task':10}{'tokens':>7}{'plain, s':>10}{'ours, s':>10}{'ours/plain':>12}{'start':>9}{'plain, end':>12}{'ours, end':>11}"
+          f"{'apart':>9}")
     for task in tasks:
         recipe = adapt.Recipe(steps, 1, lr, measure.RANK, 8192, False, 0, True)
         rng = task_rng(0, task.id, "adapt")

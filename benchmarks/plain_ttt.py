@@ -1,7 +1,7 @@
 """Seconds of a training step: the plain loop against TaskTrainer, on the same examples from the same adapter, in turns.
 
-    python benchmarks/plain_ttt.py [--model smollm2-135m] [--dtype auto] [--lengths 512,1024,2048] [--rounds 3]
-    python benchmarks/plain_ttt.py --tasks 68b16354,8f2ea7aa [--steps 20]      # whole trainings: what do both learn?
+    python -m benchmarks.plain_ttt [--model smollm2-135m] [--dtype auto] [--lengths 512,1024,2048] [--rounds 3]
+    python -m benchmarks.plain_ttt --tasks 68b16354,8f2ea7aa [--steps 20]      # whole trainings: what do both learn?
 
 The plain loop is what anybody would write first: transformers' model, peft's LoRA of rank 32 on all seven projections,
 torch's AdamW with the same learning rates and clipping, autocast where the dtype has 16 bits, logits at the labels only.

@@ -1,6 +1,6 @@
 """Seconds of a whole run by stage, with the machine's ceiling beside them, and of another pipeline in the same sitting.
 
-    python benchmarks/speed.py [--peer path/to/pipeline.py] [--steps 20] [--views 8] [--dtype bfloat16]
+    python -m benchmarks.speed [--peer path/to/pipeline.py] [--steps 20] [--views 8] [--dtype bfloat16]
 
 A peer is any script that takes --model, --task-ids, --steps, --views, --dtype and --out and ends with a JSON line
 {"seconds": {task: {stage: seconds}}, "total": seconds, ...}. The ceiling of training is the base model's own matrix

@@ -1,6 +1,6 @@
 """An overflow made by training: ordinary test-time training takes a model that just fits float16 beyond its range.
 
-    python benchmarks/trained_overflow.py [--grow 2.6] [--lr 1e-3] [--steps 60] [--out FOLDER]
+    python -m benchmarks.trained_overflow [--grow 2.6] [--lr 1e-3] [--steps 60] [--out FOLDER]
 
 The model is the embedded one with its residual stream times `grow`, the same function in float32; at 2.6 it peaks at 64,800
 of 65,504. Adapters are trained on it once, which adds to the stream; `solve` answers from them in auto, float16 and float32;

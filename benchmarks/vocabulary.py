@@ -1,6 +1,6 @@
 """The full vocabulary against the arc one, turn by turn in one sitting: training steps, decoding, memory, megabytes.
 
-    OMP_NUM_THREADS=1 python benchmarks/vocabulary.py [--model smollm2-135m] [--rounds 2] [--steps 3] [--tokens 24]
+    OMP_NUM_THREADS=1 python -m benchmarks.vocabulary [--model smollm2-135m] [--rounds 2] [--steps 3] [--tokens 24]
 
 Everything in float32. Training is test-time training of one task in the prompt with the fewest tokens; decoding is vLLM's,
 32 prompts at once without adapters, after a first call has filled its prefix cache. Reading weights alone, decoding can gain

@@ -2,8 +2,10 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +31,16 @@ def tiny(model_folder, tmp_path_factory):
 
 def sampled(seconds, name="step", **facts):
     return {"part": "train", "name": name, "seconds": seconds, **facts}
+
+
+def test_benchmarks_are_started_as_the_documents_say_from_the_root():
+    root = Path(__file__).resolve().parent.parent
+    pages = [root / "README.md", *sorted((root / "docs").glob("*.md")), *sorted((root / "benchmarks").glob("*.py"))]
+    named = {(m, page.name) for page in pages for m in re.findall(r"python (\S*(?:-m )?benchmarks\S*)", page.read_text())}
+    assert len(named) > 9
+    for command, page in named:  # a path instead of a module would not find arc_kernel
+        module = re.fullmatch(r"-m benchmarks\.(\w+)`?:?", command)
+        assert module and (root / "benchmarks" / f"{module[1]}.py").is_file(), f"{page}: {command}"
 
 
 def test_training_flop_are_those_counted_by_hand():

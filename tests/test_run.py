@@ -6,6 +6,7 @@ thing is test_real_run.py. Runs that are cut short: test_run_cut_short.py.
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -14,7 +15,7 @@ from arc_kernel.precision import verdict
 from arc_kernel.run import Run
 from arc_kernel.settings import Settings
 from arc_kernel.tasks import read_submission
-from models import nan_model, tiny_model
+from models import nan_model, overflowing_model, tiny_model
 from runs import SMALL, TRAINING, challenges, digests, events, solve
 
 
@@ -53,6 +54,16 @@ def test_model_that_is_nan_in_every_dtype_ends_in_a_filled_submission(tmp_path, 
     for (task_id, i), (first, second) in read_submission(out / "submission.json").items():
         assert first.tolist() == arc_training.tasks[task_id].test[i].input.tolist() != second.tolist()
     assert json.loads((out / "metrics.json").read_text())["per_output"]["unanswered"] == 1
+
+
+def test_model_that_overflows_float16_is_rescaled_without_adapters_too(tmp_path, float16):
+    sick, out = overflowing_model(Path(float16["model"]), tmp_path / "model", log2=24), tmp_path / "run"
+    done = solve(out, **float16 | {"model": sick, "ttt_steps": 0})
+    assert done.returncode == 0 and "float16 cannot hold the model as it is; rescaled: residual stream 2^-" in done.stderr
+    settled = json.loads((out / "precision.json").read_text())
+    assert settled["dtype"] == "float16" and max(settled["peaks"]["final norm in"]) > 65504
+    rows = [json.loads(line) for p in (out / "completions").iterdir() for line in p.read_text().splitlines()]
+    assert len(rows) == 4 * 2 and not [r for r in rows if r["status"] == "nan"]
 
 
 def test_odd_tasks_are_named_and_cost_the_others_nothing(tmp_path, fast, arc_training):

@@ -8,13 +8,14 @@ OFFLINE := HF_HUB_OFFLINE=1 PYTHONPATH=.
 # Tests of one file run in one process, files in two side by side, a core each (tests/conftest.py).
 PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help venv dry-run rehearse test test-transformers-4 test-transformers-4-quick signatures lock notebook bundles clean
+.PHONY: help venv dry-run rehearse test test-transformers-4 test-transformers-4-quick signatures speed lock notebook bundles clean
 help:
 	@echo "make dry-run   the notebook on real tasks with the embedded model, from bundles, as on Kaggle"
 	@echo "make rehearse  a Kaggle session on this machine: read-only mounts, no network, wheels, 240 tasks"
 	@echo "make test      all tests"
 	@echo "make test-transformers-4   the tests that need no vLLM, on transformers 4.57 (the default is 5.x)"
 	@echo "make test-transformers-4-quick   those of them that read models, train and answer, in a few minutes: CI runs them"
+	@echo "make speed     training, prefill and decoding beside what this machine allows, and against the plain loop"
 	@echo "make venv      .venv with the locked requirements, which the others make too"
 	@echo "make signatures   renew tests/vllm_signatures.json from the wheels of vLLM's releases (1.3 GB, removed again)"
 	@echo "make bundles   kaggle_datasets/: code, weights, wheels and notebook of the default profile; docs/kaggle.md"
@@ -68,6 +69,11 @@ test-transformers-4-quick: .venv-4/installed
 # Wheels that are there already are not downloaded again.
 signatures: .venv/installed-$(LOCK)
 	$(BIN)/python tests/vllm_signatures.py runs/wheels
+
+# How far this machine is from its limits, and training from the plain loop: 5 minutes; nothing is asserted.
+speed: .venv/installed-$(LOCK)
+	$(OFFLINE) $(BIN)/python -m arc_kernel bench --quick
+	$(OFFLINE) $(BIN)/python -m benchmarks.plain_ttt --lengths 512,2048 --rounds 2
 
 bundles: .venv/installed-$(LOCK)
 	$(OFFLINE) $(BIN)/python build_kernel.py

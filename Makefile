@@ -70,7 +70,7 @@ test-transformers-4-quick: .venv-4/installed
 signatures: .venv/installed-$(LOCK)
 	$(BIN)/python tests/vllm_signatures.py runs/wheels
 
-# How far this machine is from its limits, and training from the plain loop: 10 minutes with AVX2; nothing is asserted.
+# How far this machine is from its limits, and training from the plain loop; nothing is asserted.
 speed: .venv/installed-$(LOCK)
 	$(OFFLINE) $(BIN)/python -m arc_kernel bench --quick
 	$(OFFLINE) $(BIN)/python -m benchmarks.plain_ttt

@@ -91,8 +91,8 @@ class Run:
                     self._pool.stop_holders("adapt")
                 progress.move(bar, sum(done.values()), sum(tokens.values()), f"{finished}/{len(todo['adapt'])} tasks")
         if cut:
-            self._say("note", text=f"time budget: {len(cut)} task{'s' * (len(cut) != 1)} trained for "
-                                   f"{min(cut)} to {max(cut)} of {self.job.ttt_steps} steps")
+            self._say("note", text=f"time budget: fewer steps for {len(cut)} of {len(todo['adapt'])} tasks: "
+                                   f"{min(cut)} to {max(cut)} of {self.job.ttt_steps}")
 
     def answer(self) -> None:
         """Answer every task that has no completions yet; submission.json is replaced as answers arrive.
@@ -123,8 +123,8 @@ class Run:
                 given_up = given_up or bool(message.get("held"))
                 progress.move(bar, sum(done.values()), tokens, f"{finished}/{len(expected)} tasks")
         if cut:
-            self._say("note", text=f"time budget: {len(cut)} task{'s' * (len(cut) != 1)} with "
-                                   f"{min(cut)} to {max(cut)} predictions fewer than asked")
+            self._say("note", text=f"time budget: fewer predictions for {len(cut)} of {len(expected)} tasks: "
+                                   f"{min(cut)} to {max(cut)} less than asked")
         self._write_submission()
         if given_up:
             self.stop()

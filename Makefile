@@ -73,6 +73,7 @@ signatures: .venv/installed-$(LOCK)
 # How far this machine is from its limits, and training from the plain loop; nothing is asserted.
 speed: .venv/installed-$(LOCK)
 	$(OFFLINE) $(BIN)/python -m arc_kernel bench --quick
+	$(OFFLINE) $(BIN)/python -m benchmarks.attention
 	$(OFFLINE) $(BIN)/python -m benchmarks.plain_ttt
 
 bundles: .venv/installed-$(LOCK)

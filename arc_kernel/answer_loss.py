@@ -21,12 +21,12 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, len(labels), CHUNK):
             rows, wanted = hidden[start:start + CHUNK], labels[start:start + CHUNK, None]
             logits = torch.nn.functional.linear(rows, weight, bias).float()
-            log_total = logits.logsumexp(-1, keepdim=True)
-            lost = log_total - logits.gather(1, wanted)
+            logs = logits.log_softmax(-1)
+            lost = -logs.gather(1, wanted)
             each[start:start + CHUNK] = lost[:, 0]
             total += lost.sum()
-            p = logits.sub_(log_total).exp_()
-            p.scatter_add_(1, wanted, torch.full_like(log_total, -1.0))
+            p = logs.exp_()
+            p.scatter_add_(1, wanted, torch.full_like(lost, -1.0))
             grad[start:start + CHUNK] = p.to(weight.dtype) @ weight
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(each)

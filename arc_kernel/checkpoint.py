@@ -7,7 +7,6 @@ Knows file layouts (config, tokenizer, safetensors, GGUF) and nothing of tasks o
 from __future__ import annotations
 
 import contextlib
-import gc
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Iterable, Iterator
 
 from .errors import ArcKernelError
+from .memory import keep_memory
 from .tasks import replacing
 
 EMBEDDED = "smollm2-135m"
@@ -179,6 +179,8 @@ def load_model(folder: Path, dtype: str, device: str):
         raise missing_tensors(folder, info["missing_keys"], type(model).__name__)
     if not shares_keys(device):
         repeat_keys()
+    if device == "cpu":
+        keep_memory()
     return model.to(device).eval()
 
 
@@ -213,15 +215,6 @@ def require_device(device: str) -> None:
 
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def free_memory() -> None:
-    """Give back what a dropped model held, on a GPU also to other libraries."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def cache_folder() -> Path:

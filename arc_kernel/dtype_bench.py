@@ -12,11 +12,11 @@ from tqdm import tqdm
 
 from . import ceilings, measure
 from .adapt import TaskTrainer
-from .checkpoint import free_memory
 from .dtypes import Model
 from .engine import EngineSettings
 from .errors import ArcKernelError
 from .generate import start_engine, vllm_installed
+from .memory import free_memory
 from .precision import verdict
 
 TOKENS, STEPS = 1024, 4  # of training; the first step is left out, it is slower

@@ -15,7 +15,7 @@ import weakref
 import torch
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from . import lora_linear
+from . import cpu_attention, lora_linear
 from .checkpoint import shares_keys
 from .lora_linear import Group, plain
 
@@ -195,6 +195,8 @@ def _forward(layer, masks: _Masks):
 
 def _attend(q, k, v, scaling):
     """Causal attention of heads [B, n, T, width]; keys and values are repeated where no fast kernel shares them."""
+    if q.device.type == "cpu":
+        return cpu_attention.attend(q, k, v, scaling)
     shared = q.shape[1] != k.shape[1]
     if shared and not shares_keys(q.device.type):
         k, v, shared = (*(t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v)), False)

@@ -6,8 +6,9 @@ import itertools
 from pathlib import Path
 from typing import Iterable, Iterator
 
-from .checkpoint import free_memory, load_model
+from .checkpoint import load_model
 from .engine import CHECK_EVERY, Answer, EngineSettings, Prompt, ServedAdapters, Viable, Wanted, failed
+from .memory import free_memory
 
 BATCH = 8  # prompts decoded together, all with the same adapter
 IN_FLIGHT, ADAPTERS = 4 * BATCH, 4  # so that a batch is not smaller because a task sends no more

@@ -15,11 +15,12 @@ import traceback
 from pathlib import Path
 
 from . import adapt
-from .checkpoint import free_memory, load_tokenizer, require_device
+from .checkpoint import load_tokenizer, require_device
 from .dtypes import HEADROOM, HEADROOM_TTT, Model
 from .errors import ArcKernelError
 from .grids import GridEncoder
 from .job import Job
+from .memory import free_memory
 from .precision import verdict
 from .precision.rescale import Refused
 from .prompts import PromptBuilder

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from arc_kernel import adapt, checkpoint, generate
+from arc_kernel import adapt, checkpoint, generate, memory
 from arc_kernel.engine import EngineSettings, Prompt
 from arc_kernel.grids import GridEncoder
 from arc_kernel.prepare.make import prepare
@@ -99,7 +99,7 @@ def main() -> None:
             spread = ", ".join(f"{max(seconds) / median(seconds):.1f}" for seconds in taken)
             row(f"training steps/s, turn {number + 1}", *(1 / median(seconds) for seconds in taken), f"slowest/median {spread}, {load()}")
         del trainers
-        checkpoint.free_memory()
+        memory.free_memory()
         engines, prompts = {}, {}
         for name, folder in folders.items():
             builder = builder_of(folder)

@@ -14,8 +14,9 @@ import numpy as np
 
 from .. import progress
 from ..adapter_fit import check_fit
-from ..checkpoint import free_memory, load_model, load_tokenizer
+from ..checkpoint import load_model, load_tokenizer
 from ..errors import ArcKernelError
+from ..memory import free_memory
 from ..prompts import IGNORED, Example
 
 DIGITS = 5

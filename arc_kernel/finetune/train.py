@@ -24,8 +24,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..adapt import SKIPS
 from ..ceilings import Shape, train_flop
-from ..checkpoint import free_memory
 from ..errors import ArcKernelError
+from ..memory import free_memory
 from ..passes import answers, padded, together
 from ..precision.probe import collected, recording
 from . import data

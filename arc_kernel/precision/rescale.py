@@ -14,8 +14,9 @@ import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ..checkpoint import TEXTS, WEIGHTS, free_memory, load_model, read_config, weight_shapes, weight_tensors, whole_folder, write_json
+from ..checkpoint import TEXTS, WEIGHTS, load_model, read_config, weight_shapes, weight_tensors, whole_folder, write_json
 from ..errors import ArcKernelError
+from ..memory import free_memory
 from ..prompts import Example
 from .probe import LIMIT, NORMAL, Ranges, label_logits, largest, small_weights
 

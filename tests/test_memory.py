@@ -1,0 +1,42 @@
+"""Memory kept from step to step and given back: `python -m pytest tests/test_memory.py`."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+# As training does: arrays beyond the 32 MB up to which glibc keeps what is freed, the same again and again.
+STEPS = """
+import json, resource, sys
+import numpy as np
+import torch  # else free_memory imports it
+from arc_kernel.memory import free_memory, keep_memory
+
+def resident():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) / 1024
+
+if sys.argv[1] == "kept":
+    keep_memory()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+before = resident()
+for step in range(6):
+    if step == 1:
+        begun = faults()
+    held = [np.ones(16 << 20, np.float32) for _ in range(3)]
+    del held
+seen, kept = faults() - begun, resident() - before
+free_memory()
+print(json.dumps({"faults": seen, "kept": kept, "left": resident() - before}))
+"""
+
+
+def run(way: str) -> dict:
+    return json.loads(subprocess.run([sys.executable, "-c", STEPS, way], check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_a_step_asks_the_system_for_no_memory_once_it_had_it_and_a_stage_gives_it_back():
+    plain, kept = run("plain"), run("kept")
+    assert kept["faults"] < 0.1 * plain["faults"] and kept["kept"] > 150
+    assert kept["left"] < 30

@@ -16,7 +16,7 @@ from . import cpu_lora, loopback
 from .engine import CHECK_EVERY, Answer, EngineSettings, Prompt, ServedAdapters, Viable, Wanted, failed
 from .errors import ArcKernelError
 from .kaggle import profiles
-from .memory import free_memory
+from .memory import free_memory, keep_memory
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, MaxLoRARanks
 CPU_KV_BYTES = 3 << 29  # 1.5 GiB; vLLM's CPU build would size it by NUMA node, a fraction or a multiple of what is free
@@ -45,6 +45,7 @@ class VllmEngine:
         args.update(enforce_eager=asked["enforce_eager"])
         if device == "cpu":
             cpu_lora.install()
+            keep_memory()
             args.update(kv_cache_memory_bytes=CPU_KV_BYTES)
         else:
             args.update(gpu_memory_utilization=asked["gpu_memory_utilization"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import sys
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt(3)
 
@@ -23,13 +24,12 @@ def keep_memory() -> None:
 
 def free_memory() -> None:
     """Give back what a dropped model held: to the system, and on a GPU also to other libraries."""
-    import torch
-
     gc.collect()
     libc = _libc()
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
-    if torch.cuda.is_available():
+    torch = sys.modules.get("torch")  # what was not loaded holds nothing
+    if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 

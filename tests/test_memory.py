@@ -10,7 +10,6 @@ import pytest
 STEPS = """
 import json, resource, sys
 import numpy as np
-import torch  # else free_memory imports it
 from arc_kernel.memory import free_memory, keep_memory
 
 def resident():

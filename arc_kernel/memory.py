@@ -10,7 +10,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt(3)
 
 
 def keep_memory() -> None:
-    """Have what is freed kept for what is asked for next, until `free_memory`.
+    """Have what is freed kept for what is asked for next; `free_memory` gives it back.
 
     glibc asks the system for every array above 32 MB and gives it back at once, so that logits of 256 labels, activations of long
     examples and of a prefill were zeroed page by page in every step. Where the C library is another one, nothing changes. vLLM's

@@ -85,7 +85,8 @@ class TaskTrainer:
 
     def __init__(self, model: Path, builder: PromptBuilder, recipe: Recipe, start: Path | None, device: str, dtype: str,
                  rescale: Rescale | None = None):
-        from . import fused_layer  # imports torch, which `run` can do without
+        from . import decoder_pass, fused_layer  # import torch, which `run` can do without
+        from .flat_weights import FlatWeights
 
         self.recipe, self.builder, self.device, self.dtype, self.rescale = recipe, builder, device, dtype, rescale
         base = load_model(model, dtype, device)
@@ -95,9 +96,12 @@ class TaskTrainer:
             for name, module in self.model.get_base_model().named_modules():
                 if hasattr(module, "lora_A"):
                     module.scaling["default"] *= 2.0 ** rescale.exponent(f"{name}.weight")
-        fused_layer.install(self.model)
+        fused = fused_layer.install(self.model)
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
-        self._start = None if start is None else [w.detach().clone() for w in self.weights]
+        self._flat = FlatWeights(self.weights, fused.groups)
+        self._start = None if start is None else self._flat.tensor.detach().clone()
+        on_gpu = device == "cuda" and decoder_pass.fits(base, fused)
+        self._decoder = decoder_pass.Decoder(base, fused, self._flat) if on_gpu else None
 
     def train(self, task: Task, folder: Path, on_step: Callable[[int, float, int], None],
               on_trouble: Callable[[str], None] = lambda text: None, examples: Iterator[Example] | None = None,
@@ -118,7 +122,8 @@ class TaskTrainer:
         rng = task_rng(self.recipe.seed, task.id, "adapt")
         examples = leave_one_out(task, self.builder, self.recipe, rng) if examples is None else examples
         self._reset(int(rng.integers(2**31)))
-        optimizer = torch.optim.AdamW(self.weights, lr=self.recipe.lr, weight_decay=0.0, fused=True)
+        flat = self._flat.tensor
+        optimizer = torch.optim.AdamW([flat], lr=self.recipe.lr, weight_decay=0.0, fused=True)
         scaler = torch.amp.GradScaler(self.device, init_scale=LOSS_SCALE, enabled=self.dtype == "float16")
         good, step, factor, facts, skips = None, 0, 1.0, {"rollbacks": 0, "skipped": 0}, 0
         self.model.train()
@@ -126,13 +131,9 @@ class TaskTrainer:
         by_time = lambda: steps * min((time.perf_counter() - begun) / seconds, step / fewest_steps(steps))
         while (done := max(step, by_time())) < steps:
             drawn = [next(examples) for _ in range(self.recipe.batch)]
-            count, loss = sum(map(answers, drawn)), 0.0
-            for group in together(drawn, self.recipe.max_seq_len):
-                part = self._loss([drawn[i] for i in group]) / count
-                scaler.scale(part).backward()
-                loss += part.detach()
+            loss = self._backward(drawn, scaler)
             scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(self.weights, GRADIENT_NORM)
+            norm = torch.nn.utils.clip_grad_norm_(flat, GRADIENT_NORM)
             loss, norm = torch.stack([loss, norm]).tolist()  # both at once: a GPU is waited for once
             finite = math.isfinite(loss)
             overflowed = finite and not math.isfinite(norm) and self.dtype == "float16" and skips < SKIPS
@@ -140,7 +141,7 @@ class TaskTrainer:
                 skips, facts["skipped"] = skips + 1, facts["skipped"] + 1
                 scaler.step(optimizer)
                 scaler.update()
-                optimizer.zero_grad(set_to_none=True)
+                flat.grad.zero_()
                 continue
             if not finite or not math.isfinite(norm):
                 seen = f"{'gradient' if finite else 'loss'} is not finite at step {step + 1} in {self.dtype}"
@@ -158,25 +159,27 @@ class TaskTrainer:
                 group["lr"] = self.recipe.lr * factor * _schedule(done, steps)
             scaler.step(optimizer)
             scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            flat.grad.zero_()
             step, skips = step + 1, 0
             on_step(step, loss, sum(len(e.input_ids) for e in drawn))
-        if not all(torch.isfinite(w).all() for w in self.weights):
+            if self._decoder and self._decoder.trouble:
+                on_trouble(self._decoder.trouble)
+                self._decoder.trouble = ""
+        if not torch.isfinite(flat).all():
             raise FloatingPointError(f"adapter weights are not finite after training in {self.dtype}")
         save_adapter(self.model, folder, {"range.json": {"peaks": self._peaks(task)}})
         return {"steps": step} | facts
 
     def _keep(self, step: int, optimizer) -> tuple:
         """A copy of the adapter and the optimizer's state before the update of `step`."""
-        return step, [w.detach().clone() for w in self.weights], copy.deepcopy(optimizer.state_dict())
+        return step, self._flat.tensor.detach().clone(), copy.deepcopy(optimizer.state_dict())
 
     def _go_back(self, good: tuple, optimizer) -> int:
         """Put a kept state back; its step."""
         step, weights, state = good
-        for weight, old in zip(self.weights, weights):
-            weight.data.copy_(old)
+        self._flat.tensor.data.copy_(weights)
         optimizer.load_state_dict(copy.deepcopy(state))
-        optimizer.zero_grad(set_to_none=True)
+        self._flat.tensor.grad.zero_()
         return step
 
     def _peaks(self, task: Task) -> dict[str, list[float]]:
@@ -187,11 +190,29 @@ class TaskTrainer:
         pairs = tuple(task.train[k] for k in kept or ())
         ids = self.builder.prompt_ids(pairs, task.test[0].input)[: self.recipe.max_seq_len]
         self.model.eval()
-        with (torch.no_grad(), recording(self.model) as peaks,
+        with (torch.no_grad(), recording(self.model) as peaks, self._flat.cast(getattr(torch, self.dtype)),
               torch.autocast(self.device, getattr(torch, self.dtype), enabled=self.dtype != "float32")):
             self.model(input_ids=torch.tensor([ids], device=self.device), logits_to_keep=1)
         found = collected(peaks)
         return self.rescale.scaled(found, back=True) if self.rescale else found
+
+    def _backward(self, drawn: list[Example], scaler):
+        """Add a step's gradient to the weights'; its mean loss per answer token, on the device."""
+        import torch
+
+        count = sum(map(answers, drawn))
+        try:
+            loss = 0.0
+            for group in together(drawn, self.recipe.max_seq_len):
+                part = self._loss([drawn[i] for i in group]) / count
+                scaler.scale(part).backward()
+                loss += part.detach()
+            return loss
+        except torch.OutOfMemoryError as error:
+            if not (self._decoder and self._decoder.plain_from_now_on(str(error).splitlines()[0])):
+                raise
+        self._flat.tensor.grad.zero_()  # of passes before
+        return self._backward(drawn, scaler)
 
     def _loss(self, examples: list[Example]):
         """Cross entropy (nats) summed over the labelled positions of the examples of a pass."""
@@ -200,8 +221,12 @@ class TaskTrainer:
         from .answer_loss import answer_losses
 
         ids, labels = (torch.from_numpy(a).to(self.device) for a in padded(examples))
-        with torch.autocast(self.device, getattr(torch, self.dtype), enabled=self.dtype != "float32"):
-            return answer_losses(self.model.get_base_model(), ids, labels)[0]
+        base = self.model.get_base_model()
+        if self._decoder:
+            return answer_losses(base, ids, labels, self._decoder)[0]
+        dtype = getattr(torch, self.dtype)
+        with self._flat.cast(dtype), torch.autocast(self.device, dtype, enabled=self.dtype != "float32"):
+            return answer_losses(base, ids, labels)[0]
 
     def _reset(self, seed: int) -> None:
         import torch
@@ -211,10 +236,9 @@ class TaskTrainer:
             for module in self.model.modules():
                 if self._start is None and hasattr(module, "reset_lora_parameters"):
                     module.reset_lora_parameters("default", init_lora_weights=True)
-        for weight, start in zip(self.weights, self._start or ()):
-            weight.data.copy_(start)
-        for weight in self.weights:
-            weight.grad = None
+        if self._start is not None:
+            self._flat.tensor.data.copy_(self._start)
+        self._flat.tensor.grad.zero_()
 
 
 def with_lora(base, folder: Path, rank: int, start: Path | None):

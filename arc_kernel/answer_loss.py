@@ -7,9 +7,11 @@ Method: fused linear cross entropy, Hsu et al. 2024, "Liger Kernel: Efficient Tr
 
 from __future__ import annotations
 
+from typing import Callable
+
 import torch
 
-CHUNK = 256  # positions: at 49,152 tokens a chunk's float32 logits are 50 MB
+CHUNK = {"cpu": 256, "cuda": 1024}  # positions: at 49,152 tokens a chunk's float32 logits are 50 MB, and 200 MB where launches count
 FACTORS = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # config fields of models that change logits after the head
 
 
@@ -17,17 +19,17 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels):  # hidden [n, d], weight [vocabulary, d], labels int64 [n]
         each, grad = hidden.new_empty(len(labels), dtype=torch.float32), torch.empty_like(hidden, dtype=torch.float32)
-        total = hidden.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(labels), CHUNK):
-            rows, wanted = hidden[start:start + CHUNK], labels[start:start + CHUNK, None]
+        total, chunk = hidden.new_zeros((), dtype=torch.float32), CHUNK[hidden.device.type]
+        for start in range(0, len(labels), chunk):
+            rows, wanted = hidden[start:start + chunk], labels[start:start + chunk, None]
             logits = torch.nn.functional.linear(rows, weight, bias).float()
             logs = logits.log_softmax(-1)
             lost = -logs.gather(1, wanted)
-            each[start:start + CHUNK] = lost[:, 0]
+            each[start:start + chunk] = lost[:, 0]
             total += lost.sum()
             p = logs.exp_()
             p.scatter_add_(1, wanted, torch.full_like(lost, -1.0))
-            grad[start:start + CHUNK] = p.to(weight.dtype) @ weight
+            grad[start:start + chunk] = p.to(weight.dtype) @ weight
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(each)
         ctx.dtype = hidden.dtype
@@ -39,13 +41,14 @@ class _HeadLoss(torch.autograd.Function):
         return (grad * grad_total).to(ctx.dtype), None, None, None
 
 
-def answer_losses(model, ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def answer_losses(model, ids: torch.Tensor, labels: torch.Tensor,
+                  decoder: Callable | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sum of the cross entropy (nats, float32) over the labels of a batch, that of each label [n] without a gradient, and the
     row each belongs to, int64 [n].
 
     `ids` and `labels` (negative: no loss) are int64 [B, T], padded on the right without a mask: in a causal model no token sees
     what follows. `model` is a causal language model of transformers; where its config changes logits after the head, they are
-    taken from the model whole.
+    taken from the model whole. `decoder` gives hidden states [B, T or more, d] of ids in the model's place.
     """
     rows, at = (labels[:, 1:] >= 0).nonzero(as_tuple=True)  # position t predicts token t + 1
     wanted = labels[rows, at + 1]
@@ -54,7 +57,7 @@ def answer_losses(model, ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch
         kept = at.unique()
         logits = model(input_ids=ids, logits_to_keep=kept, use_cache=False).logits[rows, torch.searchsorted(kept, at)]
     else:
-        hidden = model.base_model(input_ids=ids, use_cache=False)[0][rows, at]
+        hidden = (decoder(ids) if decoder else model.base_model(input_ids=ids, use_cache=False)[0])[rows, at]
         if not head.weight.requires_grad:
             return *_HeadLoss.apply(hidden.to(head.weight.dtype), head.weight, head.bias, wanted), rows
         logits = head(hidden)

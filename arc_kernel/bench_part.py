@@ -34,6 +34,7 @@ BATCHES = {False: (1, 8, 32, 64), True: (1, 32)}  # prompts decoded together
 ON_GPU = (128,)  # in full: as many as a run decodes together there
 PROMPT = {1: 513, 8: 257, 32: 129, 64: 129, 128: 129}  # tokens of a prompt: whole blocks of vLLM's cache and one more
 READ_AGAIN = 2100  # tokens of a batch whose prefill is timed in each round; larger ones once
+WARM = 2  # steps of each kind on a GPU that are not counted: compiling, and capturing its graph
 ROUNDS = 2  # at least, whatever they take: one sample says nothing of noise
 NEW_TOKENS = 17  # a first token and 16 decoding steps
 TOO_LONG = 40.0  # seconds: what matrix products alone would take longer for is left out
@@ -126,19 +127,21 @@ class Part:
             self.note(f"no step of {name(*kind)}: its matrix products alone take {flop[kind] / speed:.0f} s")
         if self.asked["rounds"] == 0 or not kinds:
             return
-        order = [kinds[0], *kinds * self.asked["rounds"]]
+        warm = kinds * WARM if self.device == "cuda" else kinds[:1]
+        order = [*warm, *kinds * self.asked["rounds"]]
         rounds = []
 
         def seen(tokens: int, seconds: float, loss: float) -> bool:
             nonlocal speed
-            if rounds:  # the first step warms up
+            if len(rounds) >= len(warm):
                 now = self.gemm()
                 kind = order[len(rounds)]
                 bound = {"flop": flop[kind], "bound": flop[kind] / max(speed, now), "by": "GEMM"}
                 self.say(f"TTT step, {name(*kind)}", seconds, tokens=tokens, **bound)
                 speed = now
             rounds.append(seconds)
-            ended = (len(rounds) - 1) % len(kinds) == 0 and len(rounds) > ROUNDS * len(kinds)
+            counted = len(rounds) - len(warm)
+            ended = counted % len(kinds) == 0 and counted >= ROUNDS * len(kinds)
             return ended and time.time() + sum(rounds[-len(kinds):]) > self.until
 
         tokens = (n for batch, n in order for _ in range(batch))

@@ -3,19 +3,18 @@
 transformers' layer is some sixty operations forward and twice as many backward, most of them elementwise: they wait for
 memory on a CPU with fast products, and for their launch on a GPU with a small model. Here q, k and v are one product, and
 gate and up; residuals are added by the products; norms, rotary and SwiGLU have their gradients written out, with what can
-be computed again not kept. Same numbers up to rounding. Norm: Zhang and Sennrich 2019, "Root Mean Square Layer
-Normalization"; rotary: Su et al. 2021, "RoFormer"; SwiGLU: Shazeer 2020, "GLU Variants Improve Transformer". Fusing them for
-small models is Liger's idea (Hsu et al. 2024), done here without a compiler.
+be computed again not kept. Same numbers up to rounding.
 """
 
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import scaled_dot_product_attention
 
-from . import cpu_attention, lora_linear
+from . import cpu_attention, elementwise, lora_linear
 from .checkpoint import shares_keys
 from .lora_linear import Group, plain
 
@@ -52,8 +51,13 @@ class _Parts:
                       for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
         self.width, self.scaling = attention.head_dim, attention.scaling
         self.heads = [size // self.width for size in self.qkv.sizes]
-        self.masters = [*self.o.masters, *self.gate_up.masters, *self.down.masters]
+        self.inner = mlp.gate_proj.out_features
         self.modules = list(layer.modules())
+
+    @property
+    def masters(self) -> list:
+        """A and B of what comes after attention."""
+        return [*self.o.masters, *self.gate_up.masters, *self.down.masters]
 
     def ready(self, hidden, mask, past, embeddings) -> bool:
         """Training from the start of a sequence, causal and no more, and nobody wants to see what is inside."""
@@ -62,47 +66,17 @@ class _Parts:
                 and not any(m._forward_hooks or m._forward_pre_hooks for m in self.modules) and self.masks.causal(mask))
 
 
-def _norm(x, eps):
-    """x [T, d] over its root mean square, in x's dtype, and one over that root [T, 1], float32."""
-    wide = x.float()
-    size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    inverse = torch.addcmul(eps, size, size, value=1 / x.shape[-1]).rsqrt_()
-    return (wide * inverse).to(x.dtype), inverse
-
-
-def _norm_back(grad, normed, inverse, weight):
-    """Gradient to the norm's input from that to its output; `grad` [T, d] is used up."""
-    wide, seen = grad.float().mul_(weight), normed.float()
-    along = (wide * seen).mean(-1, keepdim=True)
-    return wide.addcmul_(seen, along, value=-1).mul_(inverse).to(grad.dtype)
-
-
-def _rotate(x, cos, sin, way):
-    """Heads [B, T, n, width] turned by their position, by the opposite angle where `way` is -1."""
-    half = x.shape[-1] // 2
-    (first, second), (sin_first, sin_second) = x.split(half, -1), sin.split(half, -1)
-    turned = x * cos
-    to_first, to_second = turned.split(half, -1)
-    if way > 0:
-        to_first.addcmul_(second, sin_first, value=-1)
-        to_second.addcmul_(first, sin_second)
-    else:
-        to_first.addcmul_(second, sin_second)
-        to_second.addcmul_(first, sin_first, value=-1)
-    return turned
-
-
 class _Queries(torch.autograd.Function):
     """Hidden states [B, T, d] to rotated q and k and to v, [B, heads, T, width] each."""
 
     @staticmethod
     def forward(ctx, hidden, cos, sin, parts, *masters):
         weight, eps = parts.norms[0]
-        normed, inverse = _norm(hidden.flatten(0, 1), eps)
-        out, ctx.kept = parts.qkv.forward(normed * weight, masters)
+        normed, inverse, read = elementwise.norm(hidden.flatten(0, 1), weight, eps)
+        out, ctx.kept = parts.qkv.forward(read, masters)
         heads = out.view(*hidden.shape[:2], -1, parts.width)
         cos, sin = cos[:, :, None], sin[:, :, None]
-        turned = _rotate(heads[:, :, :-parts.heads[2]], cos, sin, 1)
+        turned = elementwise.rotate(heads[:, :, :-parts.heads[2]], cos, sin)
         ctx.parts = parts
         ctx.save_for_backward(normed, inverse, cos, sin)
         return *(t.transpose(1, 2) for t in turned.split(parts.heads[:2], 2)), heads[:, :, -parts.heads[2]:].transpose(1, 2)
@@ -110,12 +84,11 @@ class _Queries(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         parts, (normed, inverse, cos, sin) = ctx.parts, ctx.saved_tensors
-        of_q, of_k, of_v = (g.transpose(1, 2) for g in grads)
-        turned = torch.cat([_rotate(of_q, cos, sin, -1), _rotate(of_k, cos, sin, -1), of_v], 2)
+        turned = elementwise.rotate_back(*(g.transpose(1, 2) for g in grads), cos, sin)
         weight = parts.norms[0][0]
         grad, of_masters = parts.qkv.backward(turned.flatten(2).flatten(0, 1), normed, ctx.kept, weight, ctx.needs_input_grad[0])
         if grad is not None:
-            grad = _norm_back(grad, normed, inverse, weight).view(*of_q.shape[:2], -1)
+            grad = elementwise.norm_back(grad, normed, inverse, weight).view(*turned.shape[:2], -1)
         return grad, None, None, None, *of_masters
 
 
@@ -127,10 +100,9 @@ class _Rest(torch.autograd.Function):
         weight, eps = parts.norms[1]
         rows = attended.flatten(0, 1)
         hidden_rows, of_o = parts.o.forward(rows, masters[:2], hidden.flatten(0, 1))
-        normed, inverse = _norm(hidden_rows, eps)
-        both, of_both = parts.gate_up.forward(normed * weight, masters[2:6])
-        gate, up = both.chunk(2, 1)
-        out, of_down = parts.down.forward(silu(gate).mul_(up), masters[6:], hidden_rows)
+        normed, inverse, read = elementwise.norm(hidden_rows, weight, eps)
+        both, of_both = parts.gate_up.forward(read, masters[2:6])
+        out, of_down = parts.down.forward(elementwise.swiglu(both), masters[6:], hidden_rows)
         ctx.parts, ctx.kept = parts, (of_o, of_both, of_down)
         ctx.save_for_backward(rows, normed, inverse, both)
         return out.view(hidden.shape)
@@ -138,33 +110,39 @@ class _Rest(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         parts, (rows, normed, inverse, both), (of_o, of_both, of_down) = ctx.parts, ctx.saved_tensors, ctx.kept
-        grad, (gate, up) = grad_out.flatten(0, 1), both.chunk(2, 1)
-        active = silu(gate)
-        of_product, down = parts.down.backward(grad, active * up, of_down)
-        grad_both = torch.empty_like(both)
-        grad_gate, grad_up = grad_both.chunk(2, 1)
-        torch.mul(of_product, active, out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(of_product.mul_(up), gate, grad_input=grad_gate)
+        grad = grad_out.flatten(0, 1)
+        of_product, of_h = parts.down.to_input(grad, of_down)
+        grad_both, product = elementwise.swiglu_back(of_product, both)
+        down = parts.down.to_masters(grad, of_h, product, of_down)
         weight = parts.norms[1][0]
         of_normed, gate_up = parts.gate_up.backward(grad_both, normed, of_both, weight)
-        grad = _norm_back(of_normed, normed, inverse, weight).add_(grad)
+        grad = elementwise.norm_back(of_normed, normed, inverse, weight, grad)
         of_rows, o = parts.o.backward(grad, rows, of_o)
         shape = grad_out.shape
         return grad.view(shape), of_rows.view(*shape[:2], -1), None, *o, *gate_up, *down
 
 
-def install(model: torch.nn.Module) -> int:
-    """Exchange `forward` of every decoder layer that is one of LAYERS with plain LoRA layers throughout; how many were exchanged.
+@dataclass(frozen=True)
+class Fused:
+    """What `install` exchanged: decoder layers, and the groups of linear layers in the whole model."""
+
+    layers: list[_Parts]
+    groups: list[Group]
+
+
+def install(model: torch.nn.Module) -> Fused:
+    """Exchange `forward` of every decoder layer that is one of LAYERS with plain LoRA layers throughout.
 
     The layer's own forward still answers what is not training (see `_Parts.ready`), and other architectures: its linear
-    layers are lora_linear's.
+    layers are lora_linear's. The model must be where it is trained: the weights of a group are put together there.
     """
-    lora_linear.install(model)
+    groups = lora_linear.install(model)
     found = [module for module in model.modules() if type(module).__name__ in LAYERS and _fits(module)]
-    masks = _Masks()
+    masks, layers = _Masks(), []
     for layer in found:
-        layer.forward = _forward(layer, masks)
-    return len(found)
+        layers.append(_Parts(layer, masks))
+        layer.forward = _forward(layers[-1], layer.forward)
+    return Fused(layers, groups + [g for p in layers for g in (p.qkv, p.o, p.gate_up, p.down)])
 
 
 def _fits(layer) -> bool:
@@ -178,9 +156,7 @@ def _fits(layer) -> bool:
             and attention.config.hidden_act == "silu")
 
 
-def _forward(layer, masks: _Masks):
-    parts, own = _Parts(layer, masks), layer.forward
-
+def _forward(parts: _Parts, own):
     def forward(hidden_states, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False,
                 position_embeddings=None, **others):
         if not parts.ready(hidden_states, attention_mask, past_key_values, position_embeddings):
@@ -199,5 +175,6 @@ def _attend(q, k, v, scaling):
         return cpu_attention.attend(q, k, v, scaling)
     shared = q.shape[1] != k.shape[1]
     if shared and not shares_keys(q.device.type):
-        k, v, shared = (*(t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v)), False)
+        repeat = lambda t: t[:, :, None].expand(-1, -1, q.shape[1] // t.shape[1], -1, -1).flatten(1, 2)
+        k, v, shared = repeat(k), repeat(v), False
     return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=shared)

@@ -1,7 +1,7 @@
 """A LoRA linear layer as one autograd function: y = x W' + s (x A') B' with W frozen, A and B fp32 masters.
 
 peft's layer does the same in several autograd nodes and casts x to the masters' dtype and back; here only the masters are
-cast to the compute dtype, and the LoRA's products are added in place (10% less time per step on 2 CPU cores).
+cast to the compute dtype (all at once in `flat_weights`, or each here), and the LoRA's products are added in place (10% less time per step on 2 CPU cores).
 peft keeps the weights, their names and the file format; only `forward` of its plain linear layers is exchanged while training.
 `Group` is the arithmetic: layers that read the same x as one product.
 """
@@ -34,36 +34,58 @@ class Group:
         a = torch.cat(masters[0::2]).to(x.dtype) if len(masters) > 2 else masters[0].to(x.dtype)
         bs = [b.to(x.dtype) for b in masters[1::2]]
         scales = [scaling[name] for scaling, name in self.scaling]
-        h = x @ a.T
+        h, weight = x @ a.T, self.weight
+        wide = _wider(x, *self.weight.shape)
+        if wide:
+            weight = torch.cat([self.weight, torch.block_diag(*bs)], 1)
+            x = torch.cat([x, *(low * scale for low, scale in zip(self._parts(h, bs), scales))], 1)
         if residual is None or self.bias is not None:
-            y = linear(x, self.weight, self.bias)
+            y = linear(x, weight, self.bias)
             y = y if residual is None else y.add_(residual)
         else:
-            y = torch.addmm(residual, x, self.weight.T)
-        for rows, low, b, scale in zip(y.split(self.sizes, 1), self._parts(h, bs), bs, scales):
-            rows.addmm_(low, b.T, alpha=scale)
+            y = torch.addmm(residual, x, weight.T)
+        if not wide:
+            for rows, low, b, scale in zip(y.split(self.sizes, 1), self._parts(h, bs), bs, scales):
+                rows.addmm_(low, b.T, alpha=scale)
         return y, (h, a, scales, *bs)
 
-    def backward(self, grad, x, kept, factor=None, need_x=True):
-        """Gradients to x [T, in] (None where not asked for) and, in float32, to the masters.
-
-        With `factor` [in] the layers' input was x times factor; the gradient to x is then that to the product.
-        """
+    def to_input(self, grad, kept, need_x=True):
+        """From the gradient to y [T, out] that to x [T, in] (None where not asked for), and that to h, for `to_masters`."""
         h, a, scales, *bs = kept
-        grads, grad_h = grad.split(self.sizes, 1), torch.empty_like(h)
-        for g, low, b, scale in zip(grads, self._parts(grad_h, bs), bs, scales):
+        grad_h = torch.empty_like(h)
+        for g, low, b, scale in zip(grad.split(self.sizes, 1), self._parts(grad_h, bs), bs, scales):
             torch.addmm(low, g, b, beta=0, alpha=scale, out=low)
-        grad_x = (grad @ self.weight).addmm_(grad_h, a) if need_x else None
-        grad_a = (grad_h.T @ x).float()
+        if not need_x:
+            return None, grad_h
+        if _wider(grad, *reversed(self.weight.shape)):
+            return torch.cat([grad, grad_h], 1) @ torch.cat([self.weight, a]), grad_h
+        return (grad @ self.weight).addmm_(grad_h, a), grad_h
+
+    def to_masters(self, grad, grad_h, x, kept, factor=None):
+        """Gradients to the masters, in x's dtype. With `factor` [in] the layers' input was x times factor."""
+        h, _, scales, *bs = kept
+        grad_a = grad_h.T @ x
         if factor is not None:
             grad_a *= factor
         of_a = grad_a.split([b.shape[1] for b in bs])
-        of_b = [torch.addmm(b, g.T, low, beta=0, alpha=scale).float() for g, low, b, scale in zip(grads, self._parts(h, bs), bs, scales)]
-        return grad_x, [g for pair in zip(of_a, of_b) for g in pair]
+        of_b = [torch.addmm(b, g.T, low, beta=0, alpha=scale)
+                for g, low, b, scale in zip(grad.split(self.sizes, 1), self._parts(h, bs), bs, scales)]
+        return [g for pair in zip(of_a, of_b) for g in pair]
+
+    def backward(self, grad, x, kept, factor=None, need_x=True):
+        """Gradients to x, or to x times `factor` where that was the layers' input, and to the masters."""
+        grad_x, grad_h = self.to_input(grad, kept, need_x)
+        return grad_x, self.to_masters(grad, grad_h, x, kept, factor)
 
     @staticmethod
     def _parts(h, bs):
         return h.split([b.shape[1] for b in bs], 1)
+
+
+def _wider(x, many: int, few: int) -> bool:
+    """Is a product with B or A beside W cheaper than one of its own, which reads and writes the `many` columns once more? On a GPU,
+    where that is memory traffic; on a CPU it would be the zeros' FLOP."""
+    return x.is_cuda and many > few
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -80,12 +102,13 @@ class _LoraLinear(torch.autograd.Function):
         return grad_x, None, *of_masters
 
 
-def install(model: torch.nn.Module) -> int:
-    """Exchange `forward` of every plain peft LoRA linear layer with one adapter and no dropout; how many were exchanged."""
+def install(model: torch.nn.Module) -> list[Group]:
+    """Exchange `forward` of every plain peft LoRA linear layer with one adapter and no dropout; a group for each of them."""
     found = [module for module in model.modules() if plain(module)]
-    for module in found:
-        module.forward = _forward(Group([module]))
-    return len(found)
+    groups = [Group([module]) for module in found]
+    for module, group in zip(found, groups):
+        module.forward = _forward(group)
+    return groups
 
 
 def plain(module) -> bool:

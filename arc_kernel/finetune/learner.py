@@ -39,8 +39,7 @@ class Learner(torch.nn.Module):
         self.network = with_lora(base, folder, rank, start) if rank else base
         if gradient_checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if rank:
-            fused_layer.install(self.network)
+        self._fused = False
         self.result = ADAPTER if rank else MODEL
 
     @property
@@ -50,6 +49,9 @@ class Learner(torch.nn.Module):
 
     def forward(self, ids: torch.Tensor, labels: torch.Tensor):
         """`answer_losses` of a batch [B, T], padded on the right."""
+        if self.result == ADAPTER and not self._fused:  # now it is on the device where it is trained
+            fused_layer.install(self.network)
+            self._fused = True
         return answer_losses(self.base, ids, labels)
 
     def save(self, folder: Path) -> None:

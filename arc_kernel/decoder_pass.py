@@ -1,0 +1,144 @@
+"""The decoder of a fused model on a GPU, forward and backward, as two CUDA graphs for each size of a pass.
+
+A step of a small model is some four thousand launches that take the CPU longer than the GPU: a step of 512 tokens took as long as
+one of 8,192 (0.13 s on an H200; benchmarks/LOG.md). A graph is launched at once. It has one size, so passes are padded on the
+right; a size is captured when it is seen again, after a plain pass that warms it up. Where capturing fails, passes stay plain,
+and `trouble` says why. Method: CUDA graphs as in torch.cuda.make_graphed_callables;
+here gradients go straight into the flat weights', and all graphs share one pool of memory, for no two are under way at once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from dataclasses import dataclass
+
+import torch
+
+from . import elementwise
+from .flat_weights import FlatWeights
+from .fused_layer import Fused
+from .memory import free_memory
+
+DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model")  # embedding, layers, norm; nothing between them
+PARTS = 16  # sizes in an octave of tokens: padding is 3% on average
+SMALLEST = 64  # tokens by which sizes differ at least: what is shorter leaves a GPU idle anyway, and capturing a size takes 0.2 s
+PLAIN = 1  # passes of a size before it is captured
+KEPT = 64  # sizes captured at once; the one not used for longest goes first
+TRIES = 3  # captures that may fail before it is given up: the first in a process did once, and none after it
+
+
+def fits(model, fused: Fused) -> bool:
+    """Is this causal language model nothing but fused layers between its embedding and its norm, each causal and no more?"""
+    inner, config = model.base_model, model.config
+    windows = "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
+        config.model_type == "mistral" and config.sliding_window is not None)
+    return type(inner).__name__ in DECODERS and len(fused.layers) == len(inner.layers) and not windows
+
+
+def size_of(tokens: int) -> int:
+    """The size of a pass that holds so many tokens: the next of PARTS steps to the octave."""
+    step = max(SMALLEST, 1 << max(0, (tokens - 1).bit_length() - 1 - (PARTS.bit_length() - 1)))
+    return -(-tokens // step) * step
+
+
+@dataclass
+class _Captured:
+    """Graphs of one size and what they read and write: ids int64 [B, T], hidden states and the gradient to them [B, T, d]."""
+
+    forward: torch.cuda.CUDAGraph
+    backward: torch.cuda.CUDAGraph
+    ids: torch.Tensor
+    hidden: torch.Tensor
+    grad: torch.Tensor
+
+
+class _Replay(torch.autograd.Function):
+    """Hidden states of a captured pass. Its backward adds to the flat weights' gradient by itself."""
+
+    @staticmethod
+    def forward(ctx, anchor, captured):
+        ctx.captured = captured
+        captured.forward.replay()
+        return captured.hidden.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.captured.grad.copy_(grad)
+        ctx.captured.backward.replay()
+        return None, None
+
+
+class Decoder:
+    """Ids to hidden states, for a model that `fits`, whose LoRA is in `flat`."""
+
+    def __init__(self, model, fused: Fused, flat: FlatWeights):
+        self._inner, self._flat, self._dtype = model.base_model, flat, fused.layers[0].qkv.weight.dtype
+        self._captured: OrderedDict[tuple[int, int], _Captured] = OrderedDict()
+        self._seen: Counter = Counter()
+        self._anchor = torch.zeros((), device=flat.tensor.device, requires_grad=True)
+        self._pool, self._tries = None, TRIES
+        self.trouble = ""  # why passes are slower than they could be; whoever tells of it empties it
+        first, reason = fused.layers[0], ""
+        if flat.tensor.is_cuda:
+            reason = elementwise.compile_on_gpu(self._dtype, str(flat.tensor.device), first.norms[0][0].numel(), first.inner,
+                                                first.heads[0], first.heads[1], first.width)
+        if reason:
+            self.trouble = f"norm, rotary and SwiGLU are not compiled, training is slower: {reason}"
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B, T', d] of ids int64 [B, T], T' not less than T; what is above T is padding. One pass is under way
+        at a time: its backward comes before the next forward."""
+        size = (ids.shape[0], size_of(ids.shape[1]))
+        padded = torch.nn.functional.pad(ids, (0, size[1] - ids.shape[1]))
+        self._seen[size] += 1
+        if self._tries and size not in self._captured and self._seen[size] > PLAIN:
+            self._capture(size)
+        if size not in self._captured:
+            return self._plain(padded)
+        self._captured.move_to_end(size)
+        captured = self._captured[size]
+        captured.ids.copy_(padded)
+        return _Replay.apply(self._anchor, captured)
+
+    def _plain(self, ids: torch.Tensor) -> torch.Tensor:
+        with self._flat.cast(self._dtype):
+            hidden = self._inner.embed_tokens(ids)
+            turned = self._inner.rotary_emb(hidden, torch.arange(ids.shape[1], device=ids.device)[None])
+            for layer in self._inner.layers:
+                hidden = layer(hidden, position_embeddings=turned)
+            return self._inner.norm(hidden)
+
+    def _capture(self, size: tuple[int, int]) -> None:
+        while len(self._captured) >= KEPT:
+            self._captured.popitem(last=False)
+        ids = torch.zeros(size, dtype=torch.int64, device=self._anchor.device)
+        try:
+            forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(forward, pool=self._pool):
+                hidden = self._plain(ids)
+            self._pool = self._pool or forward.pool()
+            grad = torch.zeros_like(hidden)
+            with torch.cuda.graph(backward, pool=self._pool):
+                self._flat.tensor.grad.add_(*torch.autograd.grad(hidden, self._flat.tensor, grad))
+            self._captured[size] = _Captured(forward, backward, ids, hidden.detach(), grad)
+        except RuntimeError as error:
+            self._tries -= 1
+            while error.__context__ is not None:  # the end of a capture that broke off raises an error of its own
+                error = error.__context__
+            if not self._tries:
+                self.plain_from_now_on(str(error).strip().splitlines()[0])
+            _mend_generators()
+
+    def plain_from_now_on(self, reason: str) -> bool:
+        """Give the graphs' memory back and capture no more, for a GPU that cannot hold or make them; False: there were none."""
+        had, self._tries, self._pool = bool(self._captured), 0, None
+        self._captured.clear()
+        free_memory()
+        self.trouble = f"passes are not captured as CUDA graphs, training is slower: {reason}"
+        return had
+
+
+def _mend_generators() -> None:
+    """Take the GPUs' random generators out of a capture that broke off: they would refuse everything until the process ends."""
+    for generator in torch.cuda.default_generators:
+        generator.graphsafe_set_state(generator.clone_state())

@@ -1,0 +1,40 @@
+"""The weights of a LoRA as one tensor: one update, one norm, one cast, instead of one for each of 420 small matrices.
+
+A method of FSDP's (Zhao et al. 2023, "PyTorch FSDP", flat parameters), used here for the number of launches, not for sharding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from .lora_linear import Group
+
+
+class FlatWeights:
+    """`tensor`, float32 [all weights], of which each trained parameter becomes a view, and its gradient one of `tensor.grad`.
+
+    Both stay where they are (CUDA graphs write to them): a gradient is zeroed, never dropped.
+    """
+
+    def __init__(self, weights: list[torch.nn.Parameter], groups: list[Group]):
+        self.tensor = torch.nn.Parameter(torch.cat([w.detach().flatten() for w in weights]))
+        self.tensor.grad = torch.zeros_like(self.tensor)
+        self._shapes, self._sizes = [w.shape for w in weights], [w.numel() for w in weights]
+        for weight, data, grad in zip(weights, self.tensor.detach().split(self._sizes), self.tensor.grad.split(self._sizes)):
+            weight.data, weight.grad = data.view(weight.shape), grad.view(weight.shape)
+        number = {id(w): i for i, w in enumerate(weights)}
+        self._groups = [(group, group.masters, [number[id(w)] for w in group.masters]) for group in groups]
+
+    @contextlib.contextmanager
+    def cast(self, dtype: torch.dtype):
+        """Have the layers of `groups` read their A and B as views of one copy of `tensor` in this dtype, with its gradient."""
+        views = [v.view(shape) for v, shape in zip(self.tensor.to(dtype).split(self._sizes), self._shapes)]
+        for group, _, at in self._groups:
+            group.masters = [views[i] for i in at]
+        try:
+            yield
+        finally:
+            for group, masters, _ in self._groups:
+                group.masters = masters

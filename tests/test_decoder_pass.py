@@ -1,0 +1,80 @@
+"""The decoder as graphs of fixed sizes: what can be seen without a GPU, and the graphs themselves where there is one."""
+
+import pytest
+import torch
+
+from arc_kernel import decoder_pass, fused_layer
+from arc_kernel.answer_loss import answer_losses
+from arc_kernel.decoder_pass import Decoder, fits, size_of
+from arc_kernel.flat_weights import FlatWeights
+from test_fused_layer import batch, gradients, network
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU every capture fails
+
+
+def decoder_of(name, dtype=torch.float32):
+    model = network(name, dtype).to(DEVICE)
+    fused = fused_layer.install(model)
+    flat = FlatWeights([p for p in model.parameters() if p.requires_grad], fused.groups)
+    return model, fused, flat, Decoder(model.get_base_model(), fused, flat)
+
+
+def test_sizes_hold_the_tokens_and_little_more_and_are_few():
+    sizes = [size_of(n) for n in range(1, 8193)]
+    assert all(s >= n and s % decoder_pass.SMALLEST == 0 for n, s in enumerate(sizes, 1))
+    assert all(s - n < max(decoder_pass.SMALLEST, n / decoder_pass.PARTS) for n, s in enumerate(sizes, 1))
+    assert size_of(8192) == 8192 and len(set(sizes)) < 100 and [size_of(s) for s in sorted(set(sizes))] == sorted(set(sizes))
+
+
+@pytest.mark.parametrize("name, may", [("llama", True), ("qwen2", True), ("llama, biases", True), ("mistral", True),
+                                       ("mistral, window", False), ("gemma", False)])
+def test_only_models_that_are_causal_fused_layers_and_no_more(name, may):
+    model = network(name)
+    assert fits(model.get_base_model(), fused_layer.install(model)) is may
+
+
+def test_a_model_with_a_layer_that_is_not_fused_does_not_fit():
+    model = network("llama", targets=("q_proj", "v_proj"))
+    assert not fits(model.get_base_model(), fused_layer.install(model))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral"])
+def test_losses_and_gradients_of_every_pass_are_the_model_s_own(name):
+    """The second pass of a size is the first from a graph, where graphs can be made; weights change between passes."""
+    model, _, flat, decoder = decoder_of(name)
+    plain = network(name)
+    theirs = [p for p in plain.parameters() if p.requires_grad]
+    ids, labels = (t.to(DEVICE) for t in batch())
+    for number in range(5):
+        wanted_loss, wanted = gradients(plain)
+        total, each, _ = answer_losses(model.get_base_model(), ids, labels, decoder)
+        total.backward()
+        assert (total / len(each)).item() == pytest.approx(wanted_loss, rel=1e-4)
+        other = torch.cat([g.flatten() for g in wanted]).to(DEVICE)
+        assert torch.allclose(flat.tensor.grad, other, rtol=1e-3, atol=1e-3 * other.abs().max())
+        flat.tensor.grad.zero_()
+        change = torch.randn(len(other), generator=torch.Generator().manual_seed(number)) * 0.01
+        flat.tensor.data += change.to(DEVICE)
+        for weight, part in zip(theirs, change.split([w.numel() for w in theirs])):
+            weight.data += part.view(weight.shape)
+    assert ("graphs" in decoder.trouble) is (DEVICE == "cpu"), decoder.trouble
+
+
+def test_two_passes_of_a_step_add_up():
+    model, _, flat, decoder = decoder_of("llama")
+    ids, labels = (t.to(DEVICE) for t in batch())
+    answer_losses(model.get_base_model(), ids, labels, decoder)[0].backward()
+    once = flat.tensor.grad.clone()
+    answer_losses(model.get_base_model(), ids, labels, decoder)[0].backward()
+    assert once.abs().max() > 0 and torch.allclose(flat.tensor.grad, 2 * once, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gpu_that_cannot_capture_trains_on_and_says_so(monkeypatch):
+    model, _, flat, decoder = decoder_of("llama")
+    ids, labels = (t.to(DEVICE) for t in batch())
+    own = Decoder._plain
+    waits = lambda self, ids: own(self, ids) + float(ids.sum()) * 0  # the CPU waits for the GPU, which no capture allows
+    monkeypatch.setattr(Decoder, "_plain", waits)
+    losses = [answer_losses(model.get_base_model(), ids, labels, decoder)[0].item() for _ in range(6)]
+    assert losses == pytest.approx(losses[:1] * 6) and decoder.trouble.startswith("passes are not captured as CUDA graphs")
+    assert torch.randn(4, device=DEVICE).isfinite().all()  # the generator is of use again

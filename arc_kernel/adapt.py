@@ -80,11 +80,12 @@ class TaskTrainer:
     """A base model and one LoRA that is reset for each task. `start` names a trained LoRA to start each task from.
 
     Where `model` holds weights rescaled by `rescale`, each layer's LoRA is scaled like its weight, so that A and B, their
-    gradients, and what is saved are those of the original weights.
+    gradients, and what is saved are those of the original weights. On a GPU passes are CUDA graphs where they can be (`decoder_pass`),
+    unless `graphs` is False.
     """
 
     def __init__(self, model: Path, builder: PromptBuilder, recipe: Recipe, start: Path | None, device: str, dtype: str,
-                 rescale: Rescale | None = None):
+                 rescale: Rescale | None = None, graphs: bool = True):
         from . import decoder_pass, fused_layer  # import torch, which `run` can do without
         from .flat_weights import FlatWeights
 
@@ -100,8 +101,8 @@ class TaskTrainer:
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
         self._flat = FlatWeights(self.weights, fused.groups)
         self._start = None if start is None else self._flat.tensor.detach().clone()
-        on_gpu = device == "cuda" and decoder_pass.fits(base, fused)
-        self._decoder = decoder_pass.Decoder(base, fused, self._flat) if on_gpu else None
+        graphs = graphs and device == "cuda" and decoder_pass.fits(base, fused)
+        self._decoder = decoder_pass.Decoder(base, fused, self._flat) if graphs else None
 
     def train(self, task: Task, folder: Path, on_step: Callable[[int, float, int], None],
               on_trouble: Callable[[str], None] = lambda text: None, examples: Iterator[Example] | None = None,

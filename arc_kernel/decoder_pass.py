@@ -24,7 +24,7 @@ PARTS = 16  # sizes in an octave of tokens: padding is 3% on average
 SMALLEST = 64  # tokens by which sizes differ at least: what is shorter leaves a GPU idle anyway, and capturing a size takes 0.2 s
 PLAIN = 1  # passes of a size before it is captured
 KEPT = 64  # sizes captured at once; the one not used for longest goes first
-TRIES = 3  # captures that may fail before it is given up: the first in a process did once, and none after it
+TRIES = 3  # captures that may fail before it is given up
 
 
 def fits(model, fused: Fused) -> bool:
@@ -78,12 +78,10 @@ class Decoder:
         self._anchor = torch.zeros((), device=flat.tensor.device, requires_grad=True)
         self._pool, self._tries = None, TRIES
         self.trouble = ""  # why passes are slower than they could be; whoever tells of it empties it
-        first, reason = fused.layers[0], ""
+        first = fused.layers[0]
         if flat.tensor.is_cuda:
-            reason = elementwise.compile_on_gpu(self._dtype, str(flat.tensor.device), first.norms[0][0].numel(), first.inner,
-                                                first.heads[0], first.heads[1], first.width)
-        if reason:
-            self.trouble = f"norm, rotary and SwiGLU are not compiled, training is slower: {reason}"
+            self._not_compiled(elementwise.compile_on_gpu(self._dtype, str(flat.tensor.device), first.norms[0][0].numel(), first.inner,
+                                                          first.heads[0], first.heads[1], first.width))
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, T', d] of ids int64 [B, T], T' not less than T; what is above T is padding. One pass is under way
@@ -93,6 +91,9 @@ class Decoder:
         self._seen[size] += 1
         if self._tries and size not in self._captured and self._seen[size] > PLAIN:
             self._capture(size)
+        if elementwise.trouble:
+            self._not_compiled(elementwise.trouble)
+            elementwise.trouble = ""
         if size not in self._captured:
             return self._plain(padded)
         self._captured.move_to_end(size)
@@ -100,8 +101,12 @@ class Decoder:
         captured.ids.copy_(padded)
         return _Replay.apply(self._anchor, captured)
 
-    def _plain(self, ids: torch.Tensor) -> torch.Tensor:
-        with self._flat.cast(self._dtype):
+    def _not_compiled(self, reason: str) -> None:
+        if reason:
+            self.trouble = f"norm, rotary and SwiGLU are not compiled, training is slower: {reason}"
+
+    def _plain(self, ids: torch.Tensor, leaf: torch.Tensor | None = None) -> torch.Tensor:
+        with self._flat.cast(self._dtype, leaf):
             hidden = self._inner.embed_tokens(ids)
             turned = self._inner.rotary_emb(hidden, torch.arange(ids.shape[1], device=ids.device)[None])
             for layer in self._inner.layers:
@@ -112,21 +117,22 @@ class Decoder:
         while len(self._captured) >= KEPT:
             self._captured.popitem(last=False)
         ids = torch.zeros(size, dtype=torch.int64, device=self._anchor.device)
+        leaf = self._flat.tensor.detach().requires_grad_()  # the tensor's own node may be alive in another stream, which breaks a capture
         try:
             forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
             with torch.cuda.graph(forward, pool=self._pool):
-                hidden = self._plain(ids)
+                hidden = self._plain(ids, leaf)
             self._pool = self._pool or forward.pool()
             grad = torch.zeros_like(hidden)
             with torch.cuda.graph(backward, pool=self._pool):
-                self._flat.tensor.grad.add_(*torch.autograd.grad(hidden, self._flat.tensor, grad))
+                self._flat.tensor.grad.add_(*torch.autograd.grad(hidden, leaf, grad))
             self._captured[size] = _Captured(forward, backward, ids, hidden.detach(), grad)
-        except RuntimeError as error:
-            self._tries -= 1
+        except Exception as error:  # a CUDA error, a compiler's, no memory: the pass is done all the same
+            self._tries, self._pool = self._tries - 1, None  # a pool that a capture broke off in takes no other
             while error.__context__ is not None:  # the end of a capture that broke off raises an error of its own
                 error = error.__context__
             if not self._tries:
-                self.plain_from_now_on(str(error).strip().splitlines()[0])
+                self.plain_from_now_on(f"{type(error).__name__}: {str(error).strip()}".splitlines()[0])
             _mend_generators()
 
     def plain_from_now_on(self, reason: str) -> bool:

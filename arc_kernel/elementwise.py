@@ -16,13 +16,24 @@ from torch.nn.functional import silu
 
 TRIED = ((1, 80), (3, 112))  # batches and tokens of the trial; a batch of one is compiled for itself
 CLOSE = 3e-2  # largest share of the largest value by which compiled and plain may differ: 16-bit rounding at other places
-_compiled: dict = {}  # piece to its compiled form; empty: none is used
+compiled: dict = {}  # plain piece to its compiled form, in a process that trains on a GPU; where it is empty none is used
+trouble = ""  # why compiled pieces were given up; whoever tells of it empties it
 
 
 def _piece(plain):
     @functools.wraps(plain)
-    def call(x, *others):
-        return _compiled.get(plain, plain)(x, *others) if x.is_cuda else plain(x, *others)
+    def call(*given):
+        global trouble
+        try:
+            return compiled.get(plain, plain)(*given)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a size or layout the trial did not have and the compiler cannot do
+            if plain not in compiled:
+                raise
+            compiled.clear()
+            trouble = _reason(error)
+            return plain(*given)
 
     call.plain = plain
     return call
@@ -118,6 +129,10 @@ def compile_on_gpu(dtype: torch.dtype, device: str, hidden: int, inner: int, hea
                     if not apart < CLOSE:
                         return f"{piece.__name__} compiled for this GPU is {apart:.2g} off"
     except Exception as error:  # whatever a compiler that is missing, or too old for this GPU, raises
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-    _compiled.update(made)
+        return _reason(error)
+    compiled.update(made)
     return ""
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]

@@ -28,9 +28,11 @@ class FlatWeights:
         self._groups = [(group, group.masters, [number[id(w)] for w in group.masters]) for group in groups]
 
     @contextlib.contextmanager
-    def cast(self, dtype: torch.dtype):
-        """Have the layers of `groups` read their A and B as views of one copy of `tensor` in this dtype, with its gradient."""
-        views = [v.view(shape) for v, shape in zip(self.tensor.to(dtype).split(self._sizes), self._shapes)]
+    def cast(self, dtype: torch.dtype, leaf: torch.Tensor | None = None):
+        """Have the layers of `groups` read their A and B as views of one copy of `tensor` in this dtype, with its gradient; or of
+        `leaf`, another tensor on the same memory."""
+        source = self.tensor if leaf is None else leaf
+        views = [v.view(shape) for v, shape in zip(source.to(dtype).split(self._sizes), self._shapes)]
         for group, _, at in self._groups:
             group.masters = [views[i] for i in at]
         try:

@@ -10,7 +10,8 @@ class Job:
     """The settings of a worker; `probe_tasks` (as `tasks.task_to_json` gives them) are what precision is judged on.
 
     `adapters` is the folder of the tasks' adapters. `adapt_until` and `answer_until` are the clock (`time.time`) at which
-    training and answering end; infinite without a time budget.
+    training and answering end; infinite without a time budget. `graphs` is False where a worker on this device died before: whatever
+    it was, the next one trains without CUDA graphs and compiled kernels (`decoder_pass`).
     """
 
     model: str
@@ -37,3 +38,4 @@ class Job:
     adapt_until: float
     answer_until: float
     probe_tasks: tuple[dict, ...]
+    graphs: bool = True

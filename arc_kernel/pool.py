@@ -142,7 +142,7 @@ class Pool:
         log.close()
         process.device = device
         self._processes[number], self._held[number] = process, {stage: set() for stage in STAGES}
-        self._send(number, self._job)
+        self._send(number, self._job | {"graphs": not self._deaths[device]})
         threading.Thread(target=self._listen, args=(number, process.stdout), daemon=True).start()
 
     def _listen(self, number: int, stdout) -> None:

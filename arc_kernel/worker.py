@@ -108,7 +108,8 @@ class Worker:
             except Refused as reason:
                 self.tell("precision", stage="adapt", dtype=dtype, text=f"{dtype} is not used for training: {reason}")
                 continue
-            self._trainer = adapt.TaskTrainer(variant.folder, self.builder, recipe, self.model.adapter, self.device, dtype, variant.rescale)
+            self._trainer = adapt.TaskTrainer(variant.folder, self.builder, recipe, self.model.adapter, self.device, dtype, variant.rescale,
+                                            job.graphs)
             return True
         return False
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from arc_kernel import adapt
+from arc_kernel import adapt, fused_layer
+from arc_kernel.decoder_pass import Decoder
 from arc_kernel.grids import GridEncoder
 from arc_kernel.precision import rescale
 from arc_kernel.prompts import IGNORED, PromptBuilder
@@ -240,3 +241,31 @@ def test_default_learning_rate_follows_the_size():
     assert adapt.default_lr(134_515_008) == pytest.approx(8e-4, rel=0.01)
     assert 8e-5 < adapt.default_lr(270_000_000) < 8e-4
     assert adapt.default_lr(7_000_000_000) == adapt.default_lr(494_000_000)
+
+
+def test_a_pass_that_does_not_fit_beside_the_graphs_is_done_again_without_them(tiny, builder, arc_training, monkeypatch):
+    """As on a GPU whose memory the graphs fill: seen here through the decoder, in whose place no graph can be made."""
+    made, install = [], fused_layer.install
+    monkeypatch.setattr(fused_layer, "install", lambda model: made.append(install(model)) or made[0])
+    trainer = adapt.TaskTrainer(tiny, builder, RECIPE, None, "cpu", "float32")
+    base, scaler = trainer.model.get_base_model(), torch.amp.GradScaler("cpu", enabled=False)
+    drawn = [next(adapt.leave_one_out(arc_training.tasks["d037b0a7"], builder, RECIPE, np.random.default_rng(i))) for i in range(2)]
+    loss = trainer._backward(drawn, scaler)
+    wanted = trainer._flat.tensor.grad.clone()
+    trainer._flat.tensor.grad.zero_()
+    trainer._decoder = Decoder(base, made[0], trainer._flat)
+    trainer._decoder._captured[1, 64] = None  # stands for what fills the memory
+    asked, own = [], Decoder.__call__
+
+    def full(self, ids):
+        asked.append(len(self._captured))
+        if len(asked) == 2 or len(asked) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return own(self, ids)
+
+    monkeypatch.setattr(Decoder, "__call__", full)
+    monkeypatch.setattr("arc_kernel.adapt.together", lambda drawn, tokens: [[i] for i in range(len(drawn))])
+    assert trainer._backward(drawn, scaler).item() == pytest.approx(loss.item(), rel=1e-5) and asked == [1, 1, 0, 0]
+    assert torch.allclose(trainer._flat.tensor.grad, wanted, rtol=1e-3, atol=1e-6) and "out of memory" in trainer._decoder.trouble
+    with pytest.raises(torch.OutOfMemoryError):  # nothing is left to give back
+        trainer._backward(drawn, scaler)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from arc_kernel import decoder_pass, fused_layer
+from arc_kernel import decoder_pass, elementwise, fused_layer
 from arc_kernel.answer_loss import answer_losses
 from arc_kernel.decoder_pass import Decoder, fits, size_of
 from arc_kernel.flat_weights import FlatWeights
@@ -40,7 +40,8 @@ def test_a_model_with_a_layer_that_is_not_fused_does_not_fit():
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "mistral"])
 def test_losses_and_gradients_of_every_pass_are_the_model_s_own(name):
-    """The second pass of a size is the first from a graph, where graphs can be made; weights change between passes."""
+    """The second pass of a size is the first from a graph, where graphs can be made; weights change between passes. The loss of
+    the pass before is still alive, and with it autograd's node of the weights, on the stream of that pass."""
     model, _, flat, decoder = decoder_of(name)
     plain = network(name)
     theirs = [p for p in plain.parameters() if p.requires_grad]
@@ -60,6 +61,22 @@ def test_losses_and_gradients_of_every_pass_are_the_model_s_own(name):
     assert ("graphs" in decoder.trouble) is (DEVICE == "cpu"), decoder.trouble
 
 
+def test_a_compiled_piece_that_fails_is_done_plainly_and_told(monkeypatch):
+    model, _, _, decoder = decoder_of("llama")
+    ids, labels = (t.to(DEVICE) for t in batch())
+    wanted = answer_losses(model.get_base_model(), ids, labels, decoder)[0].item()
+
+    def fails(*given):
+        raise ValueError("no such layout")
+
+    monkeypatch.setattr(elementwise, "compiled", {elementwise.swiglu.plain: fails})
+    ids = torch.nn.functional.pad(ids, (0, 64))  # of another size
+    labels = torch.nn.functional.pad(labels, (0, 64), value=-100)
+    for _ in range(2):
+        assert answer_losses(model.get_base_model(), ids, labels, decoder)[0].item() == pytest.approx(wanted)
+    assert not elementwise.compiled and not elementwise.trouble and "compiled" in decoder.trouble and "no such layout" in decoder.trouble
+
+
 def test_two_passes_of_a_step_add_up():
     model, _, flat, decoder = decoder_of("llama")
     ids, labels = (t.to(DEVICE) for t in batch())
@@ -73,7 +90,7 @@ def test_a_gpu_that_cannot_capture_trains_on_and_says_so(monkeypatch):
     model, _, flat, decoder = decoder_of("llama")
     ids, labels = (t.to(DEVICE) for t in batch())
     own = Decoder._plain
-    waits = lambda self, ids: own(self, ids) + float(ids.sum()) * 0  # the CPU waits for the GPU, which no capture allows
+    waits = lambda self, ids, leaf=None: own(self, ids, leaf) + float(ids.sum()) * 0  # the CPU waits for the GPU, which no capture allows
     monkeypatch.setattr(Decoder, "_plain", waits)
     losses = [answer_losses(model.get_base_model(), ids, labels, decoder)[0].item() for _ in range(6)]
     assert losses == pytest.approx(losses[:1] * 6) and decoder.trouble.startswith("passes are not captured as CUDA graphs")

@@ -15,7 +15,7 @@ WORKER = """#!{python}
 import json, os, sys, time
 device, behaviour = os.environ["DEVICE"], os.environ["BEHAVIOUR"]
 tell = lambda **facts: print(json.dumps(facts), flush=True)
-sys.stdin.readline()
+job = json.loads(sys.stdin.readline())
 for stage in ("adapt", "answer"):
     while True:
         tell(event="want", stage=stage)
@@ -28,6 +28,8 @@ for stage in ("adapt", "answer"):
         if behaviour == "hangs in training" and stage == "adapt" and not os.path.exists(os.environ["HUNG"]):
             open(os.environ["HUNG"], "w").close()
             time.sleep(600)
+        if behaviour == "graphs kill it" and job["graphs"]:
+            os._exit(3)
         time.sleep(0.1)
         tell(event={{"adapt": "adapted", "answer": "answered"}}[stage], task=task)
 if behaviour == "hangs at its end":
@@ -66,6 +68,13 @@ def test_task_of_a_device_that_is_lost_is_done_by_one_that_had_ended(started, mo
     messages = list(crew.events("answer", time.time() + 60))
     assert done(messages, "answered") == ["a", "b"] and sum(m["event"] == "worker-died" for m in messages) == 1
     assert list(crew.close()) == []
+
+
+def test_device_whose_worker_died_is_tried_without_graphs(started):
+    pool = started("graphs kill it", 2, ["a", "b", "c"], ["a"])
+    messages = [*pool.events("adapt"), *pool.events("answer")]
+    assert done(messages, "adapted") == ["a", "b", "c"] and done(messages, "answered") == ["a"]
+    assert [m["given_up"] for m in messages if m["event"] == "worker-died"] == [{"adapt": [], "answer": []}] * 2
 
 
 def test_worker_that_hangs_in_training_is_stopped_and_the_tasks_are_answered(started):

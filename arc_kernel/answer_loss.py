@@ -11,7 +11,7 @@ from typing import Callable
 
 import torch
 
-CHUNK = {"cpu": 256, "cuda": 1024}  # positions: at 49,152 tokens a chunk's float32 logits are 50 MB, and 200 MB where launches count
+CHUNK = {"cpu": 3 << 22, "cuda": 3 << 24}  # logits at once: 50 MB in float32, and 200 MB where launches count
 FACTORS = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # config fields of models that change logits after the head
 
 
@@ -19,7 +19,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels):  # hidden [n, d], weight [vocabulary, d], labels int64 [n]
         each, grad = hidden.new_empty(len(labels), dtype=torch.float32), torch.empty_like(hidden, dtype=torch.float32)
-        total, chunk = hidden.new_zeros((), dtype=torch.float32), CHUNK[hidden.device.type]
+        total, chunk = hidden.new_zeros((), dtype=torch.float32), max(1, CHUNK[hidden.device.type] // len(weight))
         for start in range(0, len(labels), chunk):
             rows, wanted = hidden[start:start + chunk], labels[start:start + chunk, None]
             logits = torch.nn.functional.linear(rows, weight, bias).float()

@@ -34,7 +34,6 @@ BATCHES = {False: (1, 8, 32, 64), True: (1, 32)}  # prompts decoded together
 ON_GPU = (128,)  # in full: as many as a run decodes together there
 PROMPT = {1: 513, 8: 257, 32: 129, 64: 129, 128: 129}  # tokens of a prompt: whole blocks of vLLM's cache and one more
 READ_AGAIN = 2100  # tokens of a batch whose prefill is timed in each round; larger ones once
-WARM = 2  # steps of each kind on a GPU that are not counted: compiling, and capturing its graph
 ROUNDS = 2  # at least, whatever they take: one sample says nothing of noise
 NEW_TOKENS = 17  # a first token and 16 decoding steps
 TOO_LONG = 40.0  # seconds: what matrix products alone would take longer for is left out
@@ -115,6 +114,8 @@ class Part:
                 self.say(f"{dtype} all linear layers, {rows} rows", every, flop=flop, tokens=rows, bound=flop / peak, by="GEMM")
 
     def _train(self) -> None:
+        from .decoder_pass import PLAIN
+
         self.open()
         begun = time.perf_counter()
         trainer = measure.trainer(self.model, self.variant)
@@ -127,7 +128,7 @@ class Part:
             self.note(f"no step of {name(*kind)}: its matrix products alone take {flop[kind] / speed:.0f} s")
         if self.asked["rounds"] == 0 or not kinds:
             return
-        warm = kinds * WARM if self.device == "cuda" else kinds[:1]
+        warm = kinds * (PLAIN + 1) if self.device == "cuda" else kinds[:1]  # there a kind is compiled, then captured
         order = [*warm, *kinds * self.asked["rounds"]]
         rounds = []
 

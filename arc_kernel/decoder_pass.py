@@ -3,8 +3,8 @@
 A step of a small model is some four thousand launches that take the CPU longer than the GPU: a step of 512 tokens took as long as
 one of 8,192 (0.13 s on an H200; benchmarks/LOG.md). A graph is launched at once. It has one size, so passes are padded on the
 right; a size is captured when it is seen again, after a plain pass that warms it up. Where capturing fails, passes stay plain,
-and `trouble` says why. Method: CUDA graphs as in torch.cuda.make_graphed_callables;
-here gradients go straight into the flat weights', and all graphs share one pool of memory, for no two are under way at once.
+and `trouble` says why. Method: CUDA graphs as in torch.cuda.make_graphed_callables; here gradients go straight into the flat
+weights', and all graphs share one pool of memory, for no two are under way at once.
 """
 
 from __future__ import annotations
@@ -106,6 +106,7 @@ class Decoder:
             self.trouble = f"norm, rotary and SwiGLU are not compiled, training is slower: {reason}"
 
     def _plain(self, ids: torch.Tensor, leaf: torch.Tensor | None = None) -> torch.Tensor:
+        """As transformers' own forward, which also asks the GPU whether positions are packed: no capture allows that."""
         with self._flat.cast(self._dtype, leaf):
             hidden = self._inner.embed_tokens(ids)
             turned = self._inner.rotary_emb(hidden, torch.arange(ids.shape[1], device=ids.device)[None])

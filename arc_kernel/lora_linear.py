@@ -2,7 +2,8 @@
 
 peft's layer does the same in several autograd nodes and casts x to the masters' dtype and back; here only the masters are
 cast to the compute dtype (all at once by `flat_weights`, or each here), and the LoRA's products are added in place (10% less time
-per step on 2 CPU cores). peft keeps the weights, their names and the file format; only `forward` of its plain linear layers is exchanged while training.
+per step on 2 CPU cores). peft keeps the weights, their names and the file format; only `forward` of its plain linear layers is
+exchanged while training.
 `Group` is the arithmetic: layers that read the same x as one product.
 """
 

@@ -109,7 +109,7 @@ class Worker:
                 self.tell("precision", stage="adapt", dtype=dtype, text=f"{dtype} is not used for training: {reason}")
                 continue
             self._trainer = adapt.TaskTrainer(variant.folder, self.builder, recipe, self.model.adapter, self.device, dtype, variant.rescale,
-                                            job.graphs)
+                                              job.graphs)
             return True
         return False
 

@@ -77,6 +77,24 @@ def test_a_compiled_piece_that_fails_is_done_plainly_and_told(monkeypatch):
     assert not elementwise.compiled and not elementwise.trouble and "compiled" in decoder.trouble and "no such layout" in decoder.trouble
 
 
+@pytest.mark.parametrize("compiler, said", [(lambda plain: plain, ""),
+                                            (lambda plain: lambda *given: changed(plain(*given)), "norm compiled"),
+                                            (lambda plain: lambda *given: missing(), "RuntimeError: no gcc")])
+def test_pieces_are_compiled_only_where_they_compute_the_same(compiler, said, monkeypatch):
+    monkeypatch.setattr(elementwise, "compiled", {})
+    monkeypatch.setattr(torch, "compile", lambda plain, **options: compiler(plain))
+    found = elementwise.compile_on_gpu.__wrapped__(torch.bfloat16, DEVICE, 48, 80, 6, 2, 8)
+    assert found.startswith(said) and bool(found) is bool(said) and len(elementwise.compiled) == (0 if said else 6)
+
+
+def changed(found):
+    return tuple(t * 1.1 for t in found) if isinstance(found, tuple) else found * 1.1
+
+
+def missing():
+    raise RuntimeError("no gcc")
+
+
 def test_two_passes_of_a_step_add_up():
     model, _, flat, decoder = decoder_of("llama")
     ids, labels = (t.to(DEVICE) for t in batch())

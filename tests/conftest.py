@@ -53,11 +53,12 @@ def fast(model_folder, tmp_path_factory):
             "ttt_steps": 2, "views": 2, "lora_rank": 4, "max_new_tokens": 8}
 
 
-SLOW_LAST = ("test_bad_input", "test_checkup", "test_adapt", "test_checkpoint", "test_notebook", "test_prepare", "test_standins",
-             "test_real_run", "test_engines", "test_run_cut_short", "test_run")
+SLOW_LAST = ("test_real_run", "test_run", "test_notebook", "test_run_cut_short", "test_vocabulary", "test_engines", "test_checkup",
+             "test_bench", "test_finetune", "test_standins", "test_push", "test_adapt", "test_prepare", "test_checkpoint", "test_bad_input")
 
 
 def pytest_collection_modifyitems(items):
-    """Fast tests first: files that start processes or load a model come last, in this order."""
+    """Fast tests first: files that start processes or load a model come last, the longest of them first, so that two processes end
+    together."""
     place = {name: number for number, name in enumerate(SLOW_LAST, 1)}
     items.sort(key=lambda item: place.get(item.path.stem, 0))

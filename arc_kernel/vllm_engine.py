@@ -9,8 +9,9 @@ import math
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
-from typing import Iterable, Iterator
+from typing import Callable, Iterable, Iterator
 
 from . import cpu_lora, loopback
 from .engine import CHECK_EVERY, Answer, EngineSettings, Prompt, ServedAdapters, Viable, Wanted, failed
@@ -54,10 +55,9 @@ class VllmEngine:
                     args["attention_backend"] = asked["attention_backend"]
                 else:
                     os.environ["VLLM_ATTENTION_BACKEND"] = asked["attention_backend"]
-        try:
-            self._llm = vllm.LLM(**args)
-        except Exception as error:
-            raise ArcKernelError(f"{settings.model}: vLLM does not start in {settings.dtype}: {_first_line(error)}") from error
+        self._llm, trouble = _start(vllm.LLM, args)
+        if trouble:
+            raise ArcKernelError(f"{settings.model}: vLLM does not start in {settings.dtype}: {trouble}")
         self._end, self._special = settings.end_token, settings.special
         self._numbers = itertools.count(1)
         self._requests: dict[Path, object] = {}
@@ -154,6 +154,18 @@ def _prepare_environment(device: str) -> None:
     loopback.ensure()
 
 
+def _start(make: Callable, args: dict) -> tuple[object | None, str]:
+    """The engine, or why there is none; what it had taken is then free for the next one, up to 0.9 of a GPU's memory."""
+    try:
+        return make(**args), ""
+    except Exception as error:
+        traceback.print_exc()  # its frames hold the engine as far as it came, so they go no further
+        trouble = _reason(error)
+    _forget_compiled()
+    free_memory()
+    return None, trouble
+
+
 def _forget_compiled() -> None:
     """Let go of what keeps a closed engine's compiled model, and with it the GPU's memory: torch's hooks on compiled code, and
     objects that vLLM has frozen out of the garbage collector's sight (vLLM issue 21073)."""
@@ -171,5 +183,7 @@ def _capability(device: str) -> str:
     return ".".join(map(str, torch.cuda.get_device_capability())) if device == "cuda" else ""
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+def _reason(error: BaseException) -> str:
+    """The line of an error that says something: of pydantic's, which begin with a count, the second."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines["validation error" in lines[0] and len(lines) > 1][:200]

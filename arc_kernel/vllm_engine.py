@@ -24,8 +24,8 @@ CPU_KV_BYTES = 3 << 29  # 1.5 GiB; vLLM's CPU build would size it by NUMA node, 
 
 
 class VllmEngine:
-    """vLLM (run with 0.32; written for 0.11.2 to 0.33), stepped by hand, so that answers stream, hopeless ones are cut,
-    and prompts join as others leave."""
+    """vLLM (run with 0.32 on a CPU and 0.20 on a GPU; written for 0.11.2 to 0.33), stepped by hand, so that answers stream,
+    hopeless ones are cut, and prompts join as others leave."""
 
     def __init__(self, settings: EngineSettings, device: str):
         _prepare_environment(device)
@@ -49,13 +49,13 @@ class VllmEngine:
             keep_memory()
             args.update(kv_cache_memory_bytes=CPU_KV_BYTES)
         else:
-            args.update(gpu_memory_utilization=asked["gpu_memory_utilization"])
+            args.update(gpu_memory_utilization=_share(asked["gpu_memory_utilization"], *_gpu_memory()))
             if asked["attention_backend"]:
                 if "attention_backend" in known:
                     args["attention_backend"] = asked["attention_backend"]
                 else:
                     os.environ["VLLM_ATTENTION_BACKEND"] = asked["attention_backend"]
-        self._llm, trouble = _start(vllm.LLM, args)
+        self._llm, trouble = _started(lambda: vllm.LLM(**args))
         if trouble:
             raise ArcKernelError(f"{settings.model}: vLLM does not start in {settings.dtype}: {trouble}")
         self._end, self._special = settings.end_token, settings.special
@@ -154,10 +154,10 @@ def _prepare_environment(device: str) -> None:
     loopback.ensure()
 
 
-def _start(make: Callable, args: dict) -> tuple[object | None, str]:
-    """The engine, or why there is none; what it had taken is then free for the next one, up to 0.9 of a GPU's memory."""
+def _started(make: Callable[[], object]) -> tuple[object | None, str]:
+    """The engine, or why there is none; what it had taken, up to 0.9 of a GPU's memory, is then free for the next one."""
     try:
-        return make(**args), ""
+        return make(), ""
     except Exception as error:
         traceback.print_exc()  # its frames hold the engine as far as it came, so they go no further
         trouble = _reason(error)
@@ -181,6 +181,18 @@ def _capability(device: str) -> str:
     import torch
 
     return ".".join(map(str, torch.cuda.get_device_capability())) if device == "cuda" else ""
+
+
+def _gpu_memory() -> tuple[int, int]:
+    """Bytes of the GPU that are free, and all."""
+    import torch
+
+    return torch.cuda.mem_get_info()
+
+
+def _share(asked: float, free: int, total: int) -> float:
+    """Of a GPU's memory what was asked for, or a hundredth less than what is free: vLLM refuses to start where it is not there."""
+    return min(asked, math.floor(1000 * free / total - 10) / 1000)
 
 
 def _reason(error: BaseException) -> str:

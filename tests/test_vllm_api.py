@@ -102,6 +102,7 @@ def test_gpu_before_ampere_gets_triton_attention_in_the_way_the_release_takes(re
     offered = RELEASES[release]
     names = list(vllm_signatures.signature(offered["calls"][ENGINE_ARGS]).parameters)
     monkeypatch.setattr(vllm_engine, "_capability", lambda device: "7.5")
+    monkeypatch.setattr(vllm_engine, "_gpu_memory", lambda: (13_900 << 20, 15_090 << 20))
     monkeypatch.setattr(loopback, "ensure", lambda: None)
     monkeypatch.setattr(os, "environ", dict(os.environ))
     os.environ.pop("VLLM_ATTENTION_BACKEND", None)
@@ -112,6 +113,12 @@ def test_gpu_before_ampere_gets_triton_attention_in_the_way_the_release_takes(re
     assert taken == ((None, "TRITON_ATTN") if release == "vllm==0.11.2" else ("TRITON_ATTN", None))
     assert "TRITON_ATTN" in offered["attention_backends"].split()
     assert started[0].get("max_lora_rank", 8) in offered["lora_ranks"]
+    assert started[0]["gpu_memory_utilization"] == 0.9
+
+
+@pytest.mark.parametrize("free, share", [(15.0, 0.9), (13.7, 0.9), (13.0, 0.856), (6.0, 0.39)])
+def test_of_a_gpu_with_less_memory_free_than_asked_for_vllm_is_asked_to_take_what_there_is(free, share):
+    assert vllm_engine._share(0.9, int(free * 2**30), 15 << 30) == pytest.approx(share, abs=0.001)
 
 
 @each_release

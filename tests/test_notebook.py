@@ -77,6 +77,7 @@ def test_first_cells_may_be_run_again_with_another_value(mounted, tmp_path):
     assert done.stdout.splitlines()[-1] == "3 False"
 
 
+@pytest.mark.skipif(not generate.vllm_installed(), reason="the profile's packages are not installed")
 def test_challenges_are_found_by_name_below_the_input_root(mounted, tmp_path):
     done = dry_run(mounted, tmp_path / "out", *FAST)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
@@ -152,6 +153,7 @@ def test_missing_competition_is_said_with_where_it_was_looked_for(mounted, tmp_p
     faulty(root, tmp_path / "out", f"{root}: no arc-agi_test_challenges.json in it: attach the competition", submission=False)
 
 
+@pytest.mark.skipif(not generate.vllm_installed(), reason="the profile's packages are not installed")
 def test_commit_run_goes_through_everything_with_one_task_and_submits_all(mounted, tmp_path):
     root = shutil.copytree(mounted, tmp_path / "input")
     shutil.copy(root / "arc-prize" / "arc-agi_test_challenges.json", root / "arc-prize" / "arc-agi_evaluation_challenges.json")

@@ -17,6 +17,7 @@ from small_wheels import make_wheel
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SOURCE, BUILT = REPOSITORY / "notebooks" / "submission.py", REPOSITORY / "notebooks" / "submission.ipynb"
+needs_packages = pytest.mark.skipif(not generate.vllm_installed(), reason="the packages that the profile locks are not installed")
 
 
 def dry_run(input_root, out, *parameters):
@@ -52,7 +53,7 @@ def test_ipynb_is_what_its_source_gives(tmp_path):
     assert len(code) <= 10 and ["parameters"] == code[0]["metadata"]["tags"]
 
 
-@pytest.mark.skipif(not generate.vllm_installed(), reason="no vLLM wheel for this platform")
+@needs_packages
 def test_real_model_real_task_through_papermill(tmp_path, model_folder):
     root = tmp_path / "input"
     datasets.build_code(root, "someone")
@@ -77,7 +78,7 @@ def test_first_cells_may_be_run_again_with_another_value(mounted, tmp_path):
     assert done.stdout.splitlines()[-1] == "3 False"
 
 
-@pytest.mark.skipif(not generate.vllm_installed(), reason="the profile's packages are not installed")
+@needs_packages
 def test_challenges_are_found_by_name_below_the_input_root(mounted, tmp_path):
     done = dry_run(mounted, tmp_path / "out", *FAST)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
@@ -153,7 +154,7 @@ def test_missing_competition_is_said_with_where_it_was_looked_for(mounted, tmp_p
     faulty(root, tmp_path / "out", f"{root}: no arc-agi_test_challenges.json in it: attach the competition", submission=False)
 
 
-@pytest.mark.skipif(not generate.vllm_installed(), reason="the profile's packages are not installed")
+@needs_packages
 def test_commit_run_goes_through_everything_with_one_task_and_submits_all(mounted, tmp_path):
     root = shutil.copytree(mounted, tmp_path / "input")
     shutil.copy(root / "arc-prize" / "arc-agi_test_challenges.json", root / "arc-prize" / "arc-agi_evaluation_challenges.json")

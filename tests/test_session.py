@@ -44,7 +44,7 @@ def test_this_machine_is_looked_at():
     assert machine.gpus or session.faults(machine, profiles.load("local-cpu"), 1) == []
 
 
-@pytest.mark.skipif(not generate.vllm_installed(), reason="the profile's packages are not installed")
+@pytest.mark.skipif(not generate.vllm_installed(), reason="the packages that the profile locks are not installed")
 def test_without_a_wheelhouse_what_is_missing_is_said_with_the_dataset_to_attach(tmp_path):
     wants = dataclasses.replace(profiles.load("local-cpu"), requirements=("no-such-distribution==1.0",))
     with pytest.raises(ArcKernelError,

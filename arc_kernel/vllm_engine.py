@@ -20,6 +20,7 @@ from .kaggle import profiles
 from .memory import free_memory, keep_memory
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, MaxLoRARanks
+CPU_BLOCK = 32  # tokens; a prompt is found in the prefix cache by whole blocks, of which vLLM's CPU build has 128 tokens unasked
 CPU_KV_BYTES = 3 << 29  # 1.5 GiB; vLLM's CPU build would size it by NUMA node, a fraction or a multiple of what is free
 
 
@@ -47,7 +48,7 @@ class VllmEngine:
         if device == "cpu":
             cpu_lora.install()
             keep_memory()
-            args.update(kv_cache_memory_bytes=CPU_KV_BYTES)
+            args.update(kv_cache_memory_bytes=CPU_KV_BYTES, block_size=CPU_BLOCK)
         else:
             args.update(gpu_memory_utilization=_share(asked["gpu_memory_utilization"], *_gpu_memory()))
             if asked["attention_backend"]:

@@ -133,7 +133,7 @@ def test_prompt_that_begins_like_its_neighbour_is_computed_from_where_they_part(
     twins = [Prompt((start, i), [100 + start, *ids, 200 + i], None) for start in (0, 1) for i in (0, 1)]
     given = answers(engines["vllm"], twins, max_new_tokens=2)
     for start in (0, 1):
-        assert given[start, 0].cached == 0 < given[start, 1].cached <= 601
+        assert given[start, 0].cached == 0 and 570 < given[start, 1].cached <= 601
 
 
 def test_prompts_are_taken_as_they_come(engine, prompts, reference):

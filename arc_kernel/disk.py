@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .checkpoint import weight_shapes
+from .errors import counted
 
 LOW_GB = 2.0  # below which a run is not started, and one that goes on says so: completions and report are far smaller
 FLOAT32 = 4  # bytes: adapters are saved as they are trained
@@ -38,6 +39,6 @@ def free_gb(folder: Path) -> float:
 def forecast(count: int, size: int, folder: Path) -> str:
     """What `count` adapters of `size` bytes need in `folder` beside what is free there, with the mend where it is too much."""
     needed, free = count * size / 1e9, free_gb(folder)
-    line = f"{count} adapters of {size / 1e6:.0f} MB need {needed:.1f} GB, {free:.1f} GB are free in {folder}"
+    line = f"{counted(count, 'adapter')} of {size / 1e6:.0f} MB: {needed:.1f} GB, of {free:.1f} GB that are free in {folder}"
     fits = max(0, math.floor((free - LOW_GB) / (size / 1e9)))
     return line if needed + LOW_GB <= free else f"{line}: enough for {fits}: give another scratch, or a smaller lora_rank"

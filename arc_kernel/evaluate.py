@@ -15,7 +15,7 @@ import numpy as np
 
 from . import progress
 from .bootstrap import Bootstrap, Interval
-from .errors import ArcKernelError
+from .errors import ArcKernelError, counted
 from .fewer import CURVE, sizes, with_fewer
 from .run_folder import RunFolder
 from .score import FIGURES, output_rows
@@ -155,7 +155,7 @@ def _notes(runs: list[RunFolder], names: list[str], ids: list[str], outputs: lis
             notes.append(f"{name}: {few} of {len(outputs)} outputs have fewer than {run.settings.views} predictions{why}: "
                          "at larger numbers the curve takes what they have")
     if len(ids) < FEW_TASKS:
-        notes.append(f"{len(ids)} tasks are few: intervals from so few are too narrow")
+        notes.append(f"{counted(len(ids), 'task')} only: intervals from so few are too narrow")
     return notes
 
 
@@ -166,8 +166,8 @@ def _json(interval: Interval | None) -> dict[str, float] | None:
 def table(result: dict) -> str:
     """The figures as text tables, in per cent with their intervals, published ones marked as such."""
     names = [r["run"] for r in result["runs"]]
-    lines = [f"{result['tasks']} tasks, {result['outputs']} test outputs; in %, with 95% intervals (percentile bootstrap over tasks, "
-             f"{result['resamples']} resamples, seed {result['seed']})", *(f"note: {text}" for text in result["notes"])]
+    lines = [f"{counted(result['tasks'], 'task')}, {counted(result['outputs'], 'test output')}; in %, with 95% intervals "
+             f"(percentile bootstrap over tasks, {result['resamples']} resamples, seed {result['seed']})", *(f"note: {text}" for text in result["notes"])]
     columns = [*names, *(f"{d['run']} - {d['minus']}" for d in result["differences"])]
     for average in AVERAGES:
         lines += ["", _line(average.replace("_", " "), columns)]

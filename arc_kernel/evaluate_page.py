@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .errors import counted
 from .evaluate import AVERAGES, BY_SIZE, CURVE, PUBLISHED_FIGURES, SHOWN, attempts_of, percent, published_row, run_names, shared_tasks
 from .report import NOTE, page, predictions_html, svg, task_html
 from .run_folder import RunFolder
@@ -18,7 +19,8 @@ DIFFERENCES = ("pass_1", "accuracy", "pass_n", "vote_1", "vote_2")  # plotted; t
 def write_page(path: Path, runs: list[RunFolder], result: dict) -> None:
     """Write the page of what `evaluate` found on these runs, one file with everything in it."""
     notes = "".join(f'<p style="{NOTE}">{html.escape(text)}</p>' for text in result["notes"])
-    text = (f"<p>{result['tasks']} tasks, {result['outputs']} test outputs; in %, with 95% intervals: percentile bootstrap over tasks, "
+    text = (f"<p>{counted(result['tasks'], 'task')}, {counted(result['outputs'], 'test output')}; in %, with 95% intervals: percentile "
+            "bootstrap over tasks, "
             f"{result['resamples']} resamples, seed {result['seed']}. A difference is paired: both runs on the same tasks.</p>")
     body = [text, notes, *(f"<h2>Figures, {a.replace('_', ' ')}</h2>{_figures(result, a)}" for a in AVERAGES)]
     body.append(f"<h2>Published</h2>{_published(result)}")
@@ -120,4 +122,4 @@ def _differing(runs: list[RunFolder]) -> str:
             for run, name, given in zip(runs, names, attempts):
                 found = run.candidates[i][k] if i in run.candidates else []
                 shown.append(f"<p><b>{html.escape(name)}</b></p>{predictions_html(task, k, found, given[i, k])}")
-    return f"<p>{sum(s.startswith('<h3>') for s in shown)} tasks of which not all runs solve the same outputs.</p>{''.join(shown)}"
+    return f"<p>{counted(sum(s.startswith('<h3>') for s in shown), 'task')} of which not all runs solve the same outputs.</p>{''.join(shown)}"

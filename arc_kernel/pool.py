@@ -23,7 +23,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Callable, Iterator
 
-from .errors import ArcKernelError
+from .errors import ArcKernelError, counted
 
 STAGES = ("adapt", "answer")
 TRIES = 2  # of a task in a worker that died over it
@@ -66,13 +66,13 @@ class Pool:
             now = time.time()
             if now >= deadline and self.todo[until]:
                 yield {"event": "out-of-time", "stage": until, "tasks": self.todo[until], "held": False,
-                       "text": f"time budget: {len(self.todo[until])} tasks are left out of '{until}'"}
+                       "text": f"time budget: {counted(len(self.todo[until]), 'task')} left out of '{until}'"}
                 self.todo[until] = []
                 continue
             if now >= deadline + grace:
                 held = sorted(task for stages in self._held.values() for task in stages[until])
                 yield {"event": "out-of-time", "stage": until, "tasks": held, "held": True,
-                       "text": f"time budget: {len(held)} tasks are given up in '{until}': {', '.join(held)}"}
+                       "text": f"time budget: {counted(len(held), 'task')} given up in '{until}': {', '.join(held)}"}
                 return
             try:
                 end = deadline if now < deadline else deadline + grace
@@ -101,7 +101,7 @@ class Pool:
             try:
                 number, message = self._messages.get(timeout=max(0.0, end - time.monotonic()))
             except queue.Empty:
-                yield {"event": "note", "text": f"{len(self._processes)} workers did not end within {PATIENCE:g} s: stopped"}
+                yield {"event": "note", "text": f"{counted(len(self._processes), 'worker')} did not end within {PATIENCE:g} s: stopped"}
                 return self.kill()
             if message is None:
                 self._reap(number)
@@ -187,9 +187,9 @@ class Pool:
         self._deaths[process.device] += 1
         if any(self.todo.values()):
             self._replace(process.device, given_up)
-        log = self._logs / f"worker-{number}.log"
+        log, lost = self._logs / f"worker-{number}.log", counted(sum(map(len, given_up.values())), "task")
         yield {"event": "worker-died", "worker": number, "returncode": process.returncode, "given_up": given_up,
-               "text": f"worker {number} died (status {process.returncode}, see {log}); given up: {sum(map(len, given_up.values()))} tasks"}
+               "text": f"worker {number} died (status {process.returncode}, see {log}); given up: {lost}"}
 
     def _replace(self, device: int, given_up: dict[str, list[str]]) -> None:
         """Start a worker where one died, or on another device where this one's keep dying and nobody else is at work.

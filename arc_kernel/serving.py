@@ -16,6 +16,7 @@ from typing import Callable, Iterable, Iterator
 
 from .dtypes import Chooser, Model
 from .engine import Answer, Prompt
+from .errors import counted
 from .job import Job
 from .prompts import PromptBuilder
 from .select import PARTIAL, Completion, decided, status_of, write_completions
@@ -112,10 +113,12 @@ class Serving:
                 self._keep(work)
             lost, names = sum(len(w.needed(p)) for w in waiting for p in w.waiting), ", ".join(w.task.id for w in waiting)
             self.tell("precision", stage="answer", dtype=variant.dtype, tasks=[w.task.id for w in waiting], predictions=lost,
-                      text=f"{lost} predictions ({names}) have no finite answer in {variant.dtype}: asked again where a dtype is left")
+                      text=f"{counted(lost, 'prediction')} ({names}) without a finite answer in {variant.dtype}: "
+                           "asked again where a dtype is left")
         for work in waiting:
             work.done = [c for c in work.done if c.status != "nan"]
-            lost = f"{sum(len(work.needed(p)) for p in work.waiting)} predictions lost" if work.done else "fallback answer"
+            left = counted(sum(len(work.needed(p)) for p in work.waiting), "prediction")
+            lost = f"{left} lost" if work.done else "fallback answer"
             self._finish(work, error=f"task {work.task.id}: no dtype gives finite answers: {lost}")
 
     def _works(self, tasks: Iterable[tuple[Task, float]]) -> Iterator[Work]:
@@ -235,7 +238,7 @@ class Serving:
             return 0
         work.decide(test_index)
         self.tell("decided", task=work.task.id, test_index=test_index, predictions=left,
-                  text=f"test input {test_index + 1}: decided by {len(done)} predictions, {left} more not needed")
+                  text=f"test input {test_index + 1}: decided by {counted(len(done), 'prediction')}, {left} more not needed")
         return left
 
     def _completions(self, answer: Answer, work: Work) -> list[Completion]:

@@ -31,5 +31,5 @@ def test_runs_that_may_not_continue_each_other_do_not_share_adapters(tmp_path):
 def test_forecast_says_for_how_many_tasks_the_disk_is_enough(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(20e9, 10e9, 10e9))
     assert (disk.forecast(200, 39_000_000, tmp_path / "not" / "there")
-            == f"200 adapters of 39 MB need 7.8 GB, 10.0 GB are free in {tmp_path}/not/there")
+            == f"200 adapters of 39 MB: 7.8 GB, of 10.0 GB that are free in {tmp_path}/not/there")
     assert disk.forecast(240, 39_000_000, tmp_path).endswith("enough for 205: give another scratch, or a smaller lora_rank")

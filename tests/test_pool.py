@@ -91,5 +91,5 @@ def test_worker_that_hangs_at_its_end_is_stopped_with_a_word(started, monkeypatc
     crew = started("hangs at its end", 1, [], ["a"])
     assert done(crew.events("answer", time.time() + 60), "answered") == ["a"]
     begun = time.monotonic()
-    assert [m["text"] for m in crew.close()] == ["1 workers did not end within 1 s: stopped"]
+    assert [m["text"] for m in crew.close()] == ["1 worker did not end within 1 s: stopped"]
     assert time.monotonic() - begun < 10

@@ -113,7 +113,7 @@ def test_adapter_that_overflows_after_the_verdict_costs_only_its_own_answers(tmp
     assert [r["status"] == "nan" for r in rows] == [True, False] * 2 and rows[0]["view"] == rows[1]["view"] != rows[2]["view"]
     said = [e["text"] for e in events(tmp_path / "sick", "precision")]
     second = next(d for d in verdict.candidates("float16", "cpu") if d != "float16")
-    assert said == ["2 predictions (3c9b0459) have no finite answer in float16: asked again where a dtype is left"]
+    assert said == ["2 predictions (3c9b0459) without a finite answer in float16: asked again where a dtype is left"]
     assert json.loads((tmp_path / "sick" / "precision.json").read_text())["dtype"] == "float16"
     again = next(e for e in events(tmp_path / "sick", "stage") if e["stage"] == f"answer again in {second}")
     assert again["tokens"] > 0 and again["predictions"] == 2

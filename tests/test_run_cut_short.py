@@ -126,5 +126,5 @@ def test_steps_that_do_not_fit_into_the_time_budget_leave_tasks_an_adapter_of_fe
 def test_time_budget_that_is_over_leaves_a_complete_submission(tmp_path, fast):
     done = solve(tmp_path / "run", tasks=TRAINING, task_ids=SMALL, **fast, **{"time-budget": 1})
     assert done.returncode == 0, done.stderr
-    assert "time budget: 3 tasks are left out of 'answer'" in done.stderr
+    assert "time budget: 3 tasks left out of 'answer'" in done.stderr
     assert len(read_submission(tmp_path / "run" / "submission.json")) == 4

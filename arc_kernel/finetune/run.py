@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import ceilings, checkpoint, progress, report, trained_prompt
-from ..errors import ArcKernelError
+from ..errors import ArcKernelError, counted
 from ..grids import GridEncoder
 from ..precision import verdict
 from ..prompts import PromptBuilder
@@ -55,14 +55,14 @@ def prepare(s: FinetuneSettings) -> Prepared:
     for source in (source for source in sources if source.tokens > min(s.max_tokens or longest, longest)):
         raise ArcKernelError(f"--data {source.name}: longer than the {min(s.max_tokens or longest, longest)} tokens of an example: "
                              f"raise max_seq_len (and the model's context), or give fewer")
-    notes = [f"{source.name}: {len(source.groups)} tasks as {source.kind}, weight {source.weight:g}" if source.groups else
+    notes = [f"{source.name}: {counted(len(source.groups), 'task')} as {source.kind}, weight {source.weight:g}" if source.groups else
              f"{source.name}: made as drawn, weight {source.weight:g}" for source in sources]
     held_out = hold_out(sources, s.hold_out, s.seed, builder, s.max_tokens or longest)
     if held_out:
         named = {t.id for t in held_out}
         twins = overlap.find(held_out, [source.without(named) for source in sources])  # the same under another name
         sources = [source.without(named | {f.group for f in twins if f.source == source.name}) for source in sources]
-        notes.append(f"{len(held_out)} tasks held out: {HELD_OUT}")
+        notes.append(f"{counted(len(held_out), 'task')} held out: {HELD_OUT}")
     if s.evaluation_tasks and any(source.groups for source in sources):
         found = overlap.find(load_challenges(s.evaluation_tasks).tasks.values(), sources)
         if found and not s.allow_overlap and not s.drop_overlap:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .. import __version__, checkpoint
 from ..bundle import DATASETS, KIND, MANIFEST, METADATA, Bundle, sha256, verify
-from ..errors import ArcKernelError
+from ..errors import ArcKernelError, counted
 from . import templates
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -93,7 +93,7 @@ def build(folder: Path, kind: str, extra: dict, sources: dict[str, Path], userna
         except OSError as error:
             raise ArcKernelError(f"{error.filename or folder}: cannot be written ({error.strerror}): give another --out") from None
     size, done = sum(f["bytes"] for f in files.values()) / 1e6, "unchanged" if unchanged else "built"
-    say(f"{folder}: {len(files)} files, {size:.1f} MB, {done} ({time.perf_counter() - start:.1f} s)")
+    say(f"{folder}: {counted(len(files), 'file')}, {size:.1f} MB, {done} ({time.perf_counter() - start:.1f} s)")
     return folder
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from .. import bundle
-from ..errors import ArcKernelError
+from ..errors import ArcKernelError, counted
 from .leaks import leaks
 from .profiles import Profile
 from .templates import LICENCES, USERNAME, check_username
@@ -63,7 +63,7 @@ def write_kernel(folder: Path, notebook: Path, profile: Profile, username: str, 
             file.write_bytes(files[file])
     except OSError as error:
         raise ArcKernelError(f"{error.filename or folder}: {error.strerror}: give a notebook and a folder that can be written") from None
-    say(f"{folder}: {len(files)} files, {len(datasets)} datasets, {'built' if fresh else 'unchanged'}")
+    say(f"{folder}: {counted(len(files), 'file')}, {counted(len(datasets), 'dataset')}, {'built' if fresh else 'unchanged'}")
     return folder
 
 

@@ -175,29 +175,45 @@ class Chooser:
         self.max_seq_len, self._rank = max_seq_len, adapter_rank(model.adapter) if model.adapter else lora_rank
         self.profile, self.evidence = profile, []
         self.settled: Precision | None = None  # the verdict, once there is one
+        self._told: set[Path] = set()  # adapters that were said not to be served in float16
 
-    def engines(self) -> Iterator[tuple[object, Variant, set[Path]]]:
+    def engines(self, wait: Callable[[], None] | None = None) -> Iterator[tuple[object, Variant, set[Path]]]:
         """(engine, variant, folders of adapters it cannot serve) for each healthy dtype; the caller closes the engine.
 
         The first is the verdict: it is told, and kept, so that the next start has it without reference and canary. Where
-        no dtype is healthy, that is told.
+        no dtype is healthy, that is told. `wait` returns when all adapters are there; the first engine is started before that, and
+        again where adapters that came meanwhile ask for another scale.
         """
-        self.uses_adapters = bool(self.model.adapter or self.adapters and any(self.adapters.glob("*/adapter_model.safetensors")))
+        there = self.adapters and any(self.adapters.glob("*/adapter_model.safetensors"))
+        self.uses_adapters = bool(self.model.adapter or there or wait)
         self.key = {**self.model.key, "wanted": self.wanted, "backend": self.backend, "adapters": self.uses_adapters,
                     "device": verdict.device_model(self.model.device), "versions": verdict.versions()}
         path = self.model.cache / f"verdict-{verdict.digest(self.key)}.json"
         known = Precision.load(path, self.key)
         dtypes = verdict.candidates(self.wanted, self.model.device)
         for dtype in dtypes:
-            started = self._start(dtype, dtype == dtypes[-1], known)
-            if started is not None and self.settled is None:
-                self._settle(started[1])
-                self.settled.save(path)
-                known = None
+            started = self._settled(dtype, dtype == dtypes[-1], known, path)
+            if started is not None and wait is not None:
+                wait()
+                wait, (engine, variant, _) = None, started
+                started = engine, *self._variant(dtype)
+                if started[1] != variant:
+                    engine.close()
+                    self.settled = None
+                    started = self._settled(dtype, dtype == dtypes[-1], None, path)
             if started is not None:
+                known = None
                 yield started
         if self.settled is None:
             self._settle(None)
+
+    def _settled(self, dtype: str, last: bool, known: Precision | None, path: Path) -> tuple[object, Variant, set[Path]] | None:
+        """What `_start` gives; the first that is healthy is the verdict."""
+        started = self._start(dtype, last, known)
+        if started is not None and self.settled is None:
+            self._settle(started[1])
+            self.settled.save(path)
+        return started
 
     def _start(self, dtype: str, last: bool, known: Precision | None) -> tuple[object, Variant, set[Path]] | None:
         before = [e for e in known.evidence if e["dtype"] == dtype and e.get("judged")] if known else []
@@ -253,9 +269,10 @@ class Chooser:
         self.model.plan()  # a model that is refused by itself is not its adapters' fault
         peaks = {file.parent.resolve(): json.loads(file.read_text())["peaks"] for file in sorted(self.adapters.glob("*/range.json"))}
         variant, left_out = self.model.without_overflow(peaks)
-        for folder, reason in left_out.items():
+        for folder in left_out.keys() - self._told:
             self.tell("precision", stage="answer", task=folder.name, dtype=dtype,
-                      text=f"task {folder.name}: its adapter is not served in {dtype}: {reason}")
+                      text=f"task {folder.name}: its adapter is not served in {dtype}: {left_out[folder]}")
+        self._told |= left_out.keys()
         return variant, set(left_out)
 
     def _backend_for(self, dtype: str) -> str:

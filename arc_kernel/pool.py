@@ -1,7 +1,7 @@
 """Worker processes: started with their own device or cores, fed from one queue, longest task first.
 
 Two stages share the workers: no task is answered before every task is adapted, so a worker that runs out of tasks to
-adapt starts its engine meanwhile. A worker that dies is replaced and its tasks are tried once more. Knows tasks only by
+adapt is told so, and starts its engine meanwhile. A worker that dies is replaced and its tasks are tried once more. Knows tasks only by
 id; what they are is sent as JSON.
 """
 
@@ -45,7 +45,7 @@ class Pool:
         self.todo = {stage: list(todo[stage]) for stage in STAGES}
         self._job, self._tasks, self._logs = job, tasks, logs
         self._held: dict[int, dict[str, set[str]]] = {}  # worker -> stage -> tasks given out and not yet reported
-        self._wanting: dict[int, str] = {}  # worker -> stage it waits to get a task of
+        self._wanting: dict[int, tuple[str, bool]] = {}  # worker -> stage it waits to get a task of, and whether it asks for a word now
         self._tries: Counter = Counter()
         self._open = {"adapt"}  # stages from which tasks are given out
         self._messages: queue.Queue = queue.Queue()
@@ -82,7 +82,7 @@ class Pool:
             if message is None:
                 yield from self._bury(number)
             elif message["event"] == "want":
-                self._wanting[number] = message["stage"]
+                self._want(number, message)
             else:
                 if message["event"] in ("adapted", "adapt-failed", "answered"):
                     self._deaths[self._processes[number].device] = 0
@@ -106,7 +106,7 @@ class Pool:
             if message is None:
                 self._reap(number)
             elif message["event"] == "want":
-                self._wanting[number] = message["stage"]
+                self._want(number, message)
             else:
                 yield {"worker": number, **message}
 
@@ -157,10 +157,16 @@ class Pool:
             stdin.write(json.dumps(value) + "\n")
             stdin.flush()
 
+    def _want(self, number: int, message: dict) -> None:
+        self._wanting[number] = message["stage"], message.get("now", False)
+
     def _give_out(self) -> None:
-        """Answer every waiting worker that can be answered now."""
-        for number, stage in list(self._wanting.items()):
+        """Answer every waiting worker that can be answered now; one that asks for a word is told where it will be later."""
+        for number, (stage, now) in list(self._wanting.items()):
             if stage not in self._open:
+                if now:
+                    del self._wanting[number]
+                    self._send(number, {"task": None, "later": True})
                 continue
             task_id = self.todo[stage].pop(0) if self.todo[stage] else None
             reply = {"task": None}

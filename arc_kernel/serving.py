@@ -6,6 +6,7 @@ only that, is answered again by the next one.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 import traceback
@@ -95,14 +96,21 @@ class Serving:
         self.out, self.max_new_tokens = Path(job.out), job.max_new_tokens or builder.longest_answer
         self._chooser = Chooser(model, job.dtype, job.backend, job.max_seq_len, job.lora_rank, Path(job.adapters), tell, lap, job.profile)
 
-    def answer(self, tasks: Iterable[tuple[Task, float]]) -> None:
+    def answer(self, tasks: Iterator[tuple[Task, float]], early: bool = False) -> None:
         """Answer tasks as they come, each with its share of the time left (0 to 1).
 
-        A task is finished when every prompt has a finite answer, no dtype is left, or its time is over.
+        `early`: they come when other workers have adapted theirs, and the engine is started before that. A task is finished when
+        every prompt has a finite answer, no dtype is left, or its time is over.
         """
-        waiting: Iterable[Work] = self._works(tasks)
+        first: list[tuple[Task, float]] = []
+
+        def wait() -> None:
+            first.extend(itertools.islice(tasks, 1))
+            self.lap("wait for other workers")
+
+        waiting: Iterable[Work] = self._works(itertools.chain(first, tasks))
         again = False
-        for engine, variant, left_out in self._chooser.engines():
+        for engine, variant, left_out in self._chooser.engines(wait if early else None):
             waiting = self.serve(engine, waiting, left_out, f"answer again in {variant.dtype}" if again else "answer")
             engine.close()
             if not waiting:

@@ -46,11 +46,16 @@ class Worker:
 
     def ask(self, stage: str) -> tuple[Task, float] | None:
         """The next task of a stage ('adapt' or 'answer') and its share of the time left for it (0 to 1); None where none is left."""
-        self.tell("want", stage=stage)
+        return self._given(self._want(stage=stage))
+
+    def _want(self, **facts) -> dict:
+        self.tell("want", **facts)
         line = self._in.readline()
         if not line:  # run is gone
             sys.exit(1)
-        reply = json.loads(line)
+        return json.loads(line)
+
+    def _given(self, reply: dict) -> tuple[Task, float] | None:
         return reply["task"] and (task_from_json(reply["task"]), reply["share"])
 
     def lap(self, stage: str, **facts) -> None:
@@ -177,11 +182,10 @@ class Worker:
         return total
 
     def _answer_all(self) -> None:
-        first = self.ask("answer")
-        self.lap("wait for other workers")
-        if first is not None:
+        reply, tasks = self._want(stage="answer", now=True), iter(lambda: self.ask("answer"), None)
+        if reply["task"] or reply.get("later"):
             serving = Serving(self.job, self.builder, self.model, self.tell, self.lap)
-            serving.answer(itertools.chain([first], iter(lambda: self.ask("answer"), None)))
+            serving.answer(itertools.chain([self._given(reply)] if reply["task"] else [], tasks), early=reply["task"] is None)
 
 
 def main() -> None:

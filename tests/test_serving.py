@@ -80,7 +80,7 @@ def served(tmp_path, builder, tasks, *engines, share=lambda task: 1.0, **changes
                       lambda event, **facts: told.append({"event": event, **facts}),
                       lambda stage, **facts: told.append({"event": "stage", "stage": stage, **facts}))
     variants = [SimpleNamespace(dtype=name) for name in ("float16", "float32")]
-    server._chooser = SimpleNamespace(engines=lambda: ((e, v, set()) for e, v in zip(engines, variants)))
+    server._chooser = SimpleNamespace(engines=lambda wait: ((e, v, set()) for e, v in zip(engines, variants)))
     server.answer((t, share(t)) for t in tasks)
     return told
 

@@ -167,7 +167,8 @@ def table(result: dict) -> str:
     """The figures as text tables, in per cent with their intervals, published ones marked as such."""
     names = [r["run"] for r in result["runs"]]
     lines = [f"{counted(result['tasks'], 'task')}, {counted(result['outputs'], 'test output')}; in %, with 95% intervals "
-             f"(percentile bootstrap over tasks, {result['resamples']} resamples, seed {result['seed']})", *(f"note: {text}" for text in result["notes"])]
+             f"(percentile bootstrap over tasks, {result['resamples']} resamples, seed {result['seed']})",
+             *(f"note: {text}" for text in result["notes"])]
     columns = [*names, *(f"{d['run']} - {d['minus']}" for d in result["differences"])]
     for average in AVERAGES:
         lines += ["", _line(average.replace("_", " "), columns)]

@@ -122,4 +122,5 @@ def _differing(runs: list[RunFolder]) -> str:
             for run, name, given in zip(runs, names, attempts):
                 found = run.candidates[i][k] if i in run.candidates else []
                 shown.append(f"<p><b>{html.escape(name)}</b></p>{predictions_html(task, k, found, given[i, k])}")
-    return f"<p>{counted(sum(s.startswith('<h3>') for s in shown), 'task')} of which not all runs solve the same outputs.</p>{''.join(shown)}"
+    differ = counted(sum(s.startswith("<h3>") for s in shown), "task")
+    return f"<p>{differ} of which not all runs solve the same outputs.</p>{''.join(shown)}"

@@ -46,6 +46,7 @@ class Pool:
         self._job, self._tasks, self._logs = job, tasks, logs
         self._held: dict[int, dict[str, set[str]]] = {}  # worker -> stage -> tasks given out and not yet reported
         self._wanting: dict[int, tuple[str, bool]] = {}  # worker -> stage it waits to get a task of, and whether it asks for a word now
+        self._kept: dict[tuple[int, str], str] = {}  # worker, stage -> the task it gets when it asks
         self._tries: Counter = Counter()
         self._open = {"adapt"}  # stages from which tasks are given out
         self._messages: queue.Queue = queue.Queue()
@@ -60,8 +61,7 @@ class Pool:
         (`time.time`) no more tasks are given out, which is told as `out-of-time`; `grace` seconds later what is still
         held is given up.
         """
-        self._open.add(until)
-        self._give_out()
+        self._open_stage(until)
         while self.todo[until] or any(held[until] for held in self._held.values()):
             now = time.time()
             if now >= deadline and self.todo[until]:
@@ -96,6 +96,7 @@ class Pool:
     def close(self) -> Iterator[dict]:
         """Tell workers there is nothing left, yield what they still say, and wait for them; who does not end in time is stopped."""
         self.todo, self._open, end = {stage: [] for stage in STAGES}, set(STAGES), time.monotonic() + PATIENCE
+        self._kept.clear()
         while self._processes:
             self._give_out()
             try:
@@ -157,6 +158,17 @@ class Pool:
             stdin.write(json.dumps(value) + "\n")
             stdin.flush()
 
+    def _open_stage(self, stage: str) -> None:
+        """Give out a stage's tasks from now on; each worker that has not asked yet has one kept, whatever the others could take."""
+        if stage not in self._open:
+            self._open.add(stage)
+            self._give_out()
+            for number, held in self._held.items():
+                if self.todo[stage] and not held[stage]:
+                    self._kept[number, stage] = self.todo[stage].pop(0)
+                    held[stage].add(self._kept[number, stage])
+        self._give_out()
+
     def _want(self, number: int, message: dict) -> None:
         self._wanting[number] = message["stage"], message.get("now", False)
 
@@ -168,7 +180,7 @@ class Pool:
                     del self._wanting[number]
                     self._send(number, {"task": None, "later": True})
                 continue
-            task_id = self.todo[stage].pop(0) if self.todo[stage] else None
+            task_id = self._kept.pop((number, stage), None) or (self.todo[stage].pop(0) if self.todo[stage] else None)
             reply = {"task": None}
             if task_id:
                 self._held[number][stage].add(task_id)
@@ -217,6 +229,7 @@ class Pool:
         process = self._processes.pop(number)
         process.wait()
         self._wanting.pop(number, None)
+        self._kept = {key: task for key, task in self._kept.items() if key[0] != number}
         return process
 
 

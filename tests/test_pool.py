@@ -96,9 +96,12 @@ def test_worker_with_nothing_left_to_adapt_is_told_at_once_that_others_are_not_d
     crew = started("asks for a word", 2, ["a", "b"], ["a", "b", "c"])
     messages = list(crew.events("adapt"))
     assert [m.get("text") or m["task"] for m in messages] == ["b", "later", "a"]
+    last = messages[-1]["worker"]
+    time.sleep(1)  # the other one waits and could take everything
     messages = list(crew.events("answer"))
     assert sorted(done(messages, "answered")) == ["a", "b", "c"]
     assert [m["text"] for m in messages if m["event"] == "note"] == ["now"]
+    assert any(m["event"] == "answered" and m["worker"] == last for m in messages), "one was kept for who trained to the end"
 
 
 def test_worker_that_hangs_at_its_end_is_stopped_with_a_word(started, monkeypatch):

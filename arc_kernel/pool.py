@@ -61,7 +61,7 @@ class Pool:
         (`time.time`) no more tasks are given out, which is told as `out-of-time`; `grace` seconds later what is still
         held is given up.
         """
-        self._open_stage(until)
+        self._open_stage(until, keep=time.time() < deadline)
         while self.todo[until] or any(held[until] for held in self._held.values()):
             now = time.time()
             if now >= deadline and self.todo[until]:
@@ -158,13 +158,13 @@ class Pool:
             stdin.write(json.dumps(value) + "\n")
             stdin.flush()
 
-    def _open_stage(self, stage: str) -> None:
-        """Give out a stage's tasks from now on; each worker that has not asked yet has one kept, whatever the others could take."""
+    def _open_stage(self, stage: str, keep: bool) -> None:
+        """Give out a stage's tasks from now on; with `keep` each worker that has not asked yet has one kept, whatever the others take."""
         if stage not in self._open:
             self._open.add(stage)
             self._give_out()
             for number, held in self._held.items():
-                if self.todo[stage] and not held[stage]:
+                if keep and self.todo[stage] and not held[stage]:
                     self._kept[number, stage] = self.todo[stage].pop(0)
                     held[stage].add(self._kept[number, stage])
         self._give_out()

@@ -199,7 +199,7 @@ class Chooser:
                 started = engine, *self._variant(dtype)
                 if started[1] != variant:
                     engine.close()
-                    self.settled = None
+                    self.settled, self.evidence = None, [e for e in self.evidence if e["dtype"] != dtype]
                     started = self._settled(dtype, dtype == dtypes[-1], None, path)
             if started is not None:
                 known = None
@@ -269,10 +269,10 @@ class Chooser:
         self.model.plan()  # a model that is refused by itself is not its adapters' fault
         peaks = {file.parent.resolve(): json.loads(file.read_text())["peaks"] for file in sorted(self.adapters.glob("*/range.json"))}
         variant, left_out = self.model.without_overflow(peaks)
-        for folder in left_out.keys() - self._told:
+        for folder in [folder for folder in left_out if folder not in self._told]:
+            self._told.add(folder)
             self.tell("precision", stage="answer", task=folder.name, dtype=dtype,
                       text=f"task {folder.name}: its adapter is not served in {dtype}: {left_out[folder]}")
-        self._told |= left_out.keys()
         return variant, set(left_out)
 
     def _backend_for(self, dtype: str) -> str:

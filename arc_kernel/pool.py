@@ -1,4 +1,4 @@
-"""Worker processes: started with their own device or cores, fed from one queue, longest task first.
+"""Worker processes: started with their own device or cores, fed from one queue in the order it is given.
 
 Two stages share the workers: no task is answered before every task is adapted, so a worker that runs out of tasks to
 adapt is told so, and starts its engine meanwhile. A worker that dies is replaced and its tasks are tried once more. Knows tasks only by

@@ -4,7 +4,7 @@ A step of a small model is some four thousand launches that take the CPU longer 
 one of 8,192 (0.13 s on an H200; benchmarks/LOG.md). A graph is launched at once. It has one size, so passes are padded on the
 right; a size is captured when it is seen again, after a plain pass that warms it up. Where capturing fails, passes stay plain,
 and `trouble` says why. Method: CUDA graphs as in torch.cuda.make_graphed_callables; here gradients go straight into the flat
-weights', and all graphs share one pool of memory, for no two are under way at once.
+weights', and all graphs share one pool of memory and what they read and write, for no two are under way at once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model")  # embedding, layers, no
 PARTS = 16  # sizes in an octave of tokens: padding is 3% on average
 SMALLEST = 64  # tokens by which sizes differ at least: what is shorter leaves a GPU idle anyway, and capturing a size takes 0.2 s
 PLAIN = 1  # passes of a size before it is captured
-KEPT = 64  # sizes captured at once; the one not used for longest goes first
+KEPT = 256  # sizes captured at once, the one not used for longest goes first; fine-tuning sees some 150 (benchmarks/LOG.md)
 TRIES = 3  # captures that may fail before it is given up
 
 
@@ -41,15 +41,28 @@ def size_of(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-@dataclass
-class _Captured:
-    """Graphs of one size and what they read and write: ids int64 [B, T], hidden states and the gradient to them [B, T, d]."""
+@dataclass(frozen=True)
+class _Ends:
+    """What graphs read and write: ids int64 [tokens], or [B, T] as one size sees them, hidden states and the gradient to them
+    [tokens, d], or [B, T, d]."""
 
-    forward: torch.cuda.CUDAGraph
-    backward: torch.cuda.CUDAGraph
     ids: torch.Tensor
     hidden: torch.Tensor
     grad: torch.Tensor
+
+    def of(self, size: tuple[int, int]) -> _Ends:
+        """The first B * T tokens."""
+        rows, hidden = size[0] * size[1], (*size, -1)
+        return _Ends(self.ids[:rows].view(size), self.hidden[:rows].view(hidden), self.grad[:rows].view(hidden))
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """Graphs of one size and their ends."""
+
+    forward: torch.cuda.CUDAGraph
+    backward: torch.cuda.CUDAGraph
+    ends: _Ends
 
 
 class _Replay(torch.autograd.Function):
@@ -59,11 +72,11 @@ class _Replay(torch.autograd.Function):
     def forward(ctx, anchor, captured):
         ctx.captured = captured
         captured.forward.replay()
-        return captured.hidden.detach()
+        return captured.ends.hidden.detach()
 
     @staticmethod
     def backward(ctx, grad):
-        ctx.captured.grad.copy_(grad)
+        ctx.captured.ends.grad.copy_(grad)
         ctx.captured.backward.replay()
         return None, None
 
@@ -76,7 +89,7 @@ class Decoder:
         self._captured: OrderedDict[tuple[int, int], _Captured] = OrderedDict()
         self._seen: Counter = Counter()
         self._anchor = torch.zeros((), device=flat.tensor.device, requires_grad=True)
-        self._pool, self._tries = None, TRIES
+        self._pool, self._ends, self._tries = None, None, TRIES
         self.trouble = ""  # why passes are slower than they could be; whoever tells of it empties it
         first = fused.layers[0]
         if flat.tensor.is_cuda:
@@ -98,7 +111,7 @@ class Decoder:
             return self._plain(padded)
         self._captured.move_to_end(size)
         captured = self._captured[size]
-        captured.ids.copy_(padded)
+        captured.ends.ids.copy_(padded)
         return _Replay.apply(self._anchor, captured)
 
     def _not_compiled(self, reason: str) -> None:
@@ -117,17 +130,17 @@ class Decoder:
     def _capture(self, size: tuple[int, int]) -> None:
         while len(self._captured) >= KEPT:
             self._captured.popitem(last=False)
-        ids = torch.zeros(size, dtype=torch.int64, device=self._anchor.device)
         leaf = self._flat.tensor.detach().requires_grad_()  # the tensor's own node may be alive in another stream, which breaks a capture
         try:
+            ends = self._room(size[0] * size[1]).of(size)
             forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
             with torch.cuda.graph(forward, pool=self._pool):
-                hidden = self._plain(ids, leaf)
+                hidden = self._plain(ends.ids, leaf)
+                ends.hidden.copy_(hidden.detach())
             self._pool = self._pool or forward.pool()
-            grad = torch.zeros_like(hidden)
             with torch.cuda.graph(backward, pool=self._pool):
-                self._flat.tensor.grad.add_(*torch.autograd.grad(hidden, leaf, grad))
-            self._captured[size] = _Captured(forward, backward, ids, hidden.detach(), grad)
+                self._flat.tensor.grad.add_(*torch.autograd.grad(hidden, leaf, ends.grad))
+            self._captured[size] = _Captured(forward, backward, ends)
         except Exception as error:  # a CUDA error, a compiler's, no memory: the pass is done all the same
             self._tries, self._pool = self._tries - 1, None  # a pool that a capture broke off in takes no other
             while error.__context__ is not None:  # the end of a capture that broke off raises an error of its own
@@ -136,9 +149,18 @@ class Decoder:
                 self.plain_from_now_on(f"{type(error).__name__}: {str(error).strip()}".splitlines()[0])
             _mend_generators()
 
+    def _room(self, tokens: int) -> _Ends:
+        """Ends for so many tokens or more. Graphs captured before keep the ends they have."""
+        if self._ends is None or len(self._ends.ids) < tokens:
+            rows, like = 1 << (tokens - 1).bit_length(), {"dtype": self._dtype, "device": self._anchor.device}
+            sides = rows, self._inner.config.hidden_size
+            self._ends = _Ends(torch.zeros(rows, dtype=torch.int64, device=self._anchor.device),
+                               torch.zeros(sides, **like), torch.zeros(sides, **like))
+        return self._ends
+
     def plain_from_now_on(self, reason: str) -> bool:
         """Give the graphs' memory back and capture no more, for a GPU that cannot hold or make them; False: there were none."""
-        had, self._tries, self._pool = bool(self._captured), 0, None
+        had, self._tries, self._pool, self._ends = bool(self._captured), 0, None, None
         self._captured.clear()
         free_memory()
         self.trouble = f"passes are not captured as CUDA graphs, training is slower: {reason}"

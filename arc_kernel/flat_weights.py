@@ -15,17 +15,24 @@ from .lora_linear import Group
 class FlatWeights:
     """`tensor`, float32 [all weights], of which each trained parameter becomes a view, and its gradient one of `tensor.grad`.
 
-    Both stay where they are (CUDA graphs write to them): a gradient is zeroed, never dropped.
+    Both stay where they are (CUDA graphs write to them): a gradient is zeroed (`zero_grad`), never dropped.
     """
 
     def __init__(self, weights: list[torch.nn.Parameter], groups: list[Group]):
         self.tensor = torch.nn.Parameter(torch.cat([w.detach().flatten() for w in weights]))
         self.tensor.grad = torch.zeros_like(self.tensor)
-        self._shapes, self._sizes = [w.shape for w in weights], [w.numel() for w in weights]
-        for weight, data, grad in zip(weights, self.tensor.detach().split(self._sizes), self.tensor.grad.split(self._sizes)):
-            weight.data, weight.grad = data.view(weight.shape), grad.view(weight.shape)
+        self._weights, self._shapes, self._sizes = weights, [w.shape for w in weights], [w.numel() for w in weights]
+        for weight, data in zip(weights, self.tensor.detach().split(self._sizes)):
+            weight.data = data.view(weight.shape)
+        self.zero_grad()
         number = {id(w): i for i, w in enumerate(weights)}
         self._groups = [(group, group.masters, [number[id(w)] for w in group.masters]) for group in groups]
+
+    def zero_grad(self) -> None:
+        """Zero the gradient, and give each trained parameter its view of it back, also where somebody dropped it."""
+        self.tensor.grad.zero_()
+        for weight, grad in zip(self._weights, self.tensor.grad.split(self._sizes)):
+            weight.grad = grad.view(weight.shape)
 
     @contextlib.contextmanager
     def cast(self, dtype: torch.dtype, leaf: torch.Tensor | None = None):

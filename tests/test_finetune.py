@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, get_scheduler
 
 from arc_kernel import __main__ as command_line
 from arc_kernel import ceilings, checkpoint
+from arc_kernel.decoder_pass import Decoder
 from arc_kernel.errors import ArcKernelError
-from arc_kernel.finetune import page, run, study, train
+from arc_kernel.finetune import learner, page, run, study, train
 from arc_kernel.finetune.learner import Learner
 from arc_kernel.finetune.settings import FinetuneSettings
 from arc_kernel.prepare import vocabulary
@@ -133,6 +134,30 @@ def test_full_training_leaves_a_model_folder_that_loads_and_differs(settings, pr
     assert new.config.to_dict() | {"_name_or_path": ""} == old.config.to_dict() | {"_name_or_path": ""}
     assert not torch.equal(old.model.layers[0].mlp.up_proj.weight, new.model.layers[0].mlp.up_proj.weight)
     assert checkpoint.load_tokenizer(made["result"])("12").input_ids == checkpoint.load_tokenizer(tiny)("12").input_ids
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_passes_that_can_be_graphs_learn_the_same(settings, prepared, tmp_path, monkeypatch, fits):
+    """On a CPU every capture fails, as on a GPU that cannot make one, and passes go on as they are; so, too, where the GPU has no room."""
+    run.finetune(settings, prepared)
+    monkeypatch.setattr(learner, "GRAPHS", ("cpu", "cuda"))
+    own, calls = Decoder._plain, []
+
+    def plain(self, *given):
+        calls.append(given)
+        if not fits and len(calls) == 2:
+            self._captured[(0, 0)] = None  # what it gives back
+            raise torch.OutOfMemoryError("no memory\nin sight")
+        return own(self, *given)
+
+    monkeypatch.setattr(Decoder, "_plain", plain)
+    again = dataclasses.replace(settings, out=str(tmp_path / "again"))
+    run.finetune(again, prepared)
+    assert len(calls) > settings.steps // 2
+    assert [r["loss"] for r in rows_of(again)] == pytest.approx([r["loss"] for r in rows_of(settings)], rel=1e-4)
+    assert all(r["largest"] for r in rows_of(again)[::settings.sample_every])  # what a graph would pass by
+    said = [e["text"] for e in read_events(again.out_path) if e["event"] == "slow"]
+    assert any("CUDA graphs" in text and ("no memory" in text or fits) for text in said)
 
 
 def test_the_loss_does_not_depend_on_how_examples_are_put_together(settings, prepared, tmp_path):

@@ -5,6 +5,7 @@ Knows torch, peft and model folders; nothing of data or of the loop.
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -12,20 +13,24 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .. import fused_layer
+from .. import decoder_pass, fused_layer
 from ..adapt import save_adapter, with_lora
 from ..adapter_fit import check_fit
 from ..answer_loss import answer_losses
 from ..checkpoint import TEXTS, TRAINED_PROMPT, load_model, read_config, whole_folder, write_json
 from ..errors import ArcKernelError
+from ..flat_weights import FlatWeights
 
 ADAPTER, MODEL = "adapter", "model"  # folders of the result in a run's folder, and of the weights in a checkpoint
+GRAPHS = ("cuda",)  # devices whose passes can be graphs
 
 
 class Learner(torch.nn.Module):
     """A causal language model and its loss, as one module, so that Trainer and DDP see a plain forward.
 
     With a LoRA of `rank` above 0 (or the one in `start`) the base is frozen in `dtype`; with rank 0 all weights are float32.
+    A LoRA's passes are CUDA graphs (`decoder_pass`) where they can be: on a GPU, in one process (the hooks by which DDP sums gradients
+    see nothing of a graph's), and where activations are kept.
     Raises ArcKernelError where `start` was made for another model.
     """
 
@@ -39,7 +44,9 @@ class Learner(torch.nn.Module):
         self.network = with_lora(base, folder, rank, start) if rank else base
         if gradient_checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self._fused = False
+        self._again, self._fused = gradient_checkpointing, False
+        self._flat: FlatWeights | None = None
+        self._decoder: decoder_pass.Decoder | None = None
         self.result = ADAPTER if rank else MODEL
 
     @property
@@ -47,12 +54,38 @@ class Learner(torch.nn.Module):
         """The causal language model of transformers, with the LoRA's layers in it."""
         return self.network.get_base_model() if self.result == ADAPTER else self.network
 
-    def forward(self, ids: torch.Tensor, labels: torch.Tensor):
-        """`answer_losses` of a batch [B, T], padded on the right."""
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor, watched: bool = False):
+        """`answer_losses` of a batch [B, T], padded on the right. `watched`: hooks look at the layers, which a graph passes by."""
         if self.result == ADAPTER and not self._fused:  # now it is on the device where it is trained
-            fused_layer.install(self.network)
-            self._fused = True
-        return answer_losses(self.base, ids, labels)
+            self._fuse(ids.device.type)
+        if self._decoder is None or watched:
+            return answer_losses(self.base, ids, labels)
+        with torch.autocast(ids.device.type, enabled=False):  # its casts would be taken into a graph once and for all
+            return answer_losses(self.base, ids, labels, self._decoder)
+
+    def _fuse(self, device: str) -> None:
+        self._fused, fused = True, fused_layer.install(self.network)
+        if device in GRAPHS and int(os.environ.get("WORLD_SIZE", 1)) == 1 and not self._again and decoder_pass.fits(self.base, fused):
+            self._flat = FlatWeights([p for p in self.parameters() if p.requires_grad], fused.groups)
+            self._decoder = decoder_pass.Decoder(self.base, fused, self._flat)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """torch's own; gradients that graphs write to stay where they are."""
+        if self._flat is None:
+            super().zero_grad(set_to_none)
+        else:
+            self._flat.zero_grad()
+
+    def plain_from_now_on(self, reason: str) -> bool:
+        """Give the graphs' memory back and make no more; False: there were none."""
+        return self._decoder is not None and self._decoder.plain_from_now_on(reason)
+
+    def trouble(self) -> str:
+        """Why passes are slower than they could be, once; empty where they are not."""
+        said, decoder = "", self._decoder
+        if decoder is not None:
+            said, decoder.trouble = decoder.trouble, ""
+        return said
 
     def save(self, folder: Path) -> None:
         """Write the weights, float32, as `folder`/adapter or `folder`/model."""

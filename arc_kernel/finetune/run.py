@@ -146,7 +146,7 @@ class Run:
         if not MAIN:
             return
         world = int(os.environ.get("WORLD_SIZE", 1))
-        peaks, seconds, flop = facts.pop("peaks"), facts["seconds"], facts.pop("flop")
+        peaks, seconds, flop, trouble = facts.pop("peaks"), facts["seconds"], facts.pop("flop"), facts.pop("trouble")
         facts |= {"tokens_per_second": facts["tokens"] / seconds, "peak_share": flop / seconds / self.peak / world}
         if peaks:
             site, values = max(peaks.items(), key=lambda item: max(item[1]))
@@ -154,6 +154,8 @@ class Run:
         self._log("step", step=step, **facts)
         if facts["skipped"]:
             self._say("skipped", text=f"step {step}: the gradient is not finite: no weight was changed", step=step)
+        if trouble:
+            self._say("slow", text=f"step {step}: {trouble}", step=step)
         self.tokens, self.seconds = self.tokens + facts["tokens"], self.seconds + seconds
         self._bar.set_postfix_str(f"{self.tokens / self.seconds:.0f} tok/s, loss {facts['loss']:.3f}", refresh=False)
         self._bar.update(step - self._bar.n)

@@ -90,21 +90,36 @@ class StepTrainer(Trainer):
         """Forward and backward of a step; gradients are summed over processes in its last pass only."""
         model.train()
         step, sums = self._prepare_inputs(inputs), torch.zeros(len(KINDS) + 1, 2, dtype=torch.float64, device=self.args.device)
-        sampled = self.sample_every and self.state.global_step % self.sample_every == 0
+        sampled = bool(self.sample_every) and self.state.global_step % self.sample_every == 0
         with recording(self.model.network) if sampled else contextlib.nullcontext({}) as peaks:
-            for number, (ids, labels, kinds) in enumerate(step["passes"], 1):
-                with self.accelerator.no_sync(model) if number < len(step["passes"]) else contextlib.nullcontext():
-                    with self.compute_loss_context_manager():
-                        total, each, rows = model(ids, labels)
-                    self.accelerator.backward(total * (self.args.world_size / step["answers"]))
-                sums.index_add_(0, kinds[rows], torch.stack([each, torch.ones_like(each)], 1).double())
+            for each, kinds in self._backward(model, step, sampled):
+                sums.index_add_(0, kinds, torch.stack([each, torch.ones_like(each)], 1).double())
         sums[-1, 0] = time.perf_counter() > self.ends
         *sums, (over, _) = self.accelerator.reduce(sums).tolist()
         self.over = over > 0
         loss = sum(lost for lost, _ in sums) / step["answers"]
         self.facts = {"loss": loss, "kinds": {kind: lost / count for kind, (lost, count) in zip(KINDS, sums) if count},
-                      "tokens": step["tokens"], "flop": step["flop"], "peaks": collected(peaks) if sampled else None}
+                      "tokens": step["tokens"], "flop": step["flop"], "peaks": collected(peaks) if sampled else None,
+                      "trouble": self.model.trouble()}
         return torch.tensor(loss, device=self.args.device)
+
+    def _backward(self, model, step: dict, sampled: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Add a step's gradient to the weights'; loss and kind of each answer token of each pass. A GPU that has no room for graphs
+        beside a pass does without them."""
+        found = []
+        try:
+            for number, (ids, labels, kinds) in enumerate(step["passes"], 1):
+                with self.accelerator.no_sync(model) if number < len(step["passes"]) else contextlib.nullcontext():
+                    with self.compute_loss_context_manager():
+                        total, each, rows = model(ids, labels, sampled)
+                    self.accelerator.backward(total * (self.args.world_size / step["answers"]))
+                found.append((each, kinds[rows]))
+            return found
+        except torch.OutOfMemoryError as error:
+            if not self.model.plain_from_now_on(str(error).splitlines()[0]):
+                raise
+        self.model.zero_grad()  # of passes before
+        return self._backward(model, step, sampled)
 
     def _save_checkpoint(self, model, trial) -> None:
         """Trainer's own, in a folder of another name until it is whole; the last KEPT stay."""

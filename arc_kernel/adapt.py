@@ -210,7 +210,7 @@ class TaskTrainer:
                 loss += part.detach()
             return loss
         except torch.OutOfMemoryError as error:
-            if not (self._decoder and self._decoder.plain_from_now_on(str(error).splitlines()[0])):
+            if not (self._decoder and self._decoder.make_room(str(error).splitlines()[0])):
                 raise
         self._flat.tensor.grad.zero_()  # of passes before
         return self._backward(drawn, scaler)

@@ -24,6 +24,7 @@ PARTS = 16  # sizes in an octave of tokens: padding is 3% on average
 SMALLEST = 64  # tokens by which sizes differ at least: what is shorter leaves a GPU idle anyway, and capturing a size takes 0.2 s
 PLAIN = 1  # passes of a size before it is captured
 KEPT = 256  # sizes captured at once, the one not used for longest goes first; fine-tuning sees some 150 (benchmarks/LOG.md)
+FEWEST = 4  # of them: where a GPU has no room for so many, there are none
 TRIES = 3  # captures that may fail before it is given up
 
 
@@ -89,7 +90,7 @@ class Decoder:
         self._captured: OrderedDict[tuple[int, int], _Captured] = OrderedDict()
         self._seen: Counter = Counter()
         self._anchor = torch.zeros((), device=flat.tensor.device, requires_grad=True)
-        self._pool, self._ends, self._tries = None, None, TRIES
+        self._pool, self._ends, self._tries, self._kept = None, None, TRIES, KEPT
         self.trouble = ""  # why passes are slower than they could be; whoever tells of it empties it
         first = fused.layers[0]
         if flat.tensor.is_cuda:
@@ -128,7 +129,7 @@ class Decoder:
             return self._inner.norm(hidden)
 
     def _capture(self, size: tuple[int, int]) -> None:
-        while len(self._captured) >= KEPT:
+        while len(self._captured) >= self._kept:
             self._captured.popitem(last=False)
         leaf = self._flat.tensor.detach().requires_grad_()  # the tensor's own node may be alive in another stream, which breaks a capture
         try:
@@ -142,11 +143,14 @@ class Decoder:
                 self._flat.tensor.grad.add_(*torch.autograd.grad(hidden, leaf, ends.grad))
             self._captured[size] = _Captured(forward, backward, ends)
         except Exception as error:  # a CUDA error, a compiler's, no memory: the pass is done all the same
-            self._tries, self._pool = self._tries - 1, None  # a pool that a capture broke off in takes no other
+            self._pool = None  # one that a capture broke off in takes no other
             while error.__context__ is not None:  # the end of a capture that broke off raises an error of its own
                 error = error.__context__
-            if not self._tries:
-                self.plain_from_now_on(f"{type(error).__name__}: {str(error).strip()}".splitlines()[0])
+            reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+            if not (isinstance(error, torch.OutOfMemoryError) and self.make_room(reason)):
+                self._tries -= 1
+                if not self._tries:
+                    self._give_up(reason)
             _mend_generators()
 
     def _room(self, tokens: int) -> _Ends:
@@ -158,13 +162,25 @@ class Decoder:
                                torch.zeros(sides, **like), torch.zeros(sides, **like))
         return self._ends
 
-    def plain_from_now_on(self, reason: str) -> bool:
-        """Give the graphs' memory back and capture no more, for a GPU that cannot hold or make them; False: there were none."""
-        had, self._tries, self._pool, self._ends = bool(self._captured), 0, None, None
+    def make_room(self, reason: str) -> bool:
+        """Give the graphs' memory back, for a GPU that had none left for a pass. From now on half as many are kept, or none where
+        that is less than FEWEST. False: there are none."""
+        had = len(self._captured)
+        if had:
+            self._kept = had // 2
+            self._let_go()
+            if self._kept < FEWEST:
+                self._give_up(reason)
+        return had > 0
+
+    def _let_go(self) -> None:
         self._captured.clear()
+        self._pool, self._ends = None, None
         free_memory()
-        self.trouble = f"passes are not captured as CUDA graphs, training is slower: {reason}"
-        return had
+
+    def _give_up(self, reason: str) -> None:
+        self._let_go()
+        self._tries, self.trouble = 0, f"passes are not captured as CUDA graphs, training is slower: {reason}"
 
 
 def _mend_generators() -> None:

@@ -18,7 +18,7 @@ from typing import Callable, Iterable, Sequence
 import numpy as np
 
 from . import adapt
-from .ceilings import Shape, synchronize, train_flop
+from .ceilings import Shape, shape_of, synchronize, train_flop
 from .checkpoint import write_json
 from .dtypes import Model, Variant
 from .engine import Prompt
@@ -28,6 +28,7 @@ from .tasks import Task
 
 LABELS = 150  # tokens of an answer: a grid of about 11x11
 RANK = 32  # of the LoRA, as a run's default
+SERIES = 128  # prompts of a series at most
 
 
 class _Enough(Exception):
@@ -99,12 +100,12 @@ def timed_steps(trainer: adapt.TaskTrainer, task: Task, examples: Iterable[Examp
 
 
 def prompts(model: Model, count: int, tokens: int, series: int, adapter: Path | None) -> list[Prompt]:
-    """Prompts of `tokens` tokens of real grids; each of each series has a first token of its own, so that no prefix is cached.
+    """Prompts of `tokens` tokens of real grids; each of each series has two first tokens of its own, so that no prefix is cached.
 
     They end at different places, nearly always inside a grid, so that answers go on instead of closing at once.
     """
-    return [Prompt((series, i), [1000 + series * 64 + i, *example(model, tokens - 1, 64 * series + i).input_ids.tolist()], adapter)
-            for i in range(count)]
+    vocabulary, numbers = shape_of(model.folder).vocabulary, range(series * SERIES, series * SERIES + count)
+    return [Prompt((series, i), [i % vocabulary, i // vocabulary, *example(model, tokens - 2, i).input_ids.tolist()], adapter) for i in numbers]
 
 
 def answer_seconds(engine, asked: list[Prompt], new_tokens: int) -> tuple[float, int]:

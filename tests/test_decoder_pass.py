@@ -113,3 +113,17 @@ def test_a_gpu_that_cannot_capture_trains_on_and_says_so(monkeypatch):
     losses = [answer_losses(model.get_base_model(), ids, labels, decoder)[0].item() for _ in range(6)]
     assert losses == pytest.approx(losses[:1] * 6) and decoder.trouble.startswith("passes are not captured as CUDA graphs")
     assert torch.randn(4, device=DEVICE).isfinite().all()  # the generator is of use again
+
+
+def test_a_gpu_without_room_keeps_half_as_many_graphs_and_in_the_end_none():
+    model, _, _, decoder = decoder_of("llama")
+    assert not decoder.make_room("nothing to give back")
+    kept = []
+    while not decoder.trouble:
+        for number in range(10):
+            decoder._captured[(1, number)] = None
+        while len(decoder._captured) > decoder._kept:
+            decoder._captured.popitem()
+        assert decoder.make_room("no memory") and not decoder._captured
+        kept.append(decoder._kept)
+    assert kept == [5, 2] and decoder.trouble.endswith("slower: no memory")

@@ -76,9 +76,9 @@ class Learner(torch.nn.Module):
         else:
             self._flat.zero_grad()
 
-    def plain_from_now_on(self, reason: str) -> bool:
-        """Give the graphs' memory back and make no more; False: there were none."""
-        return self._decoder is not None and self._decoder.plain_from_now_on(reason)
+    def make_room(self, reason: str) -> bool:
+        """Give the graphs' memory back, as `Decoder.make_room`; False: there are none."""
+        return self._decoder is not None and self._decoder.make_room(reason)
 
     def trouble(self) -> str:
         """Why passes are slower than they could be, once; empty where they are not."""

@@ -104,8 +104,8 @@ class StepTrainer(Trainer):
         return torch.tensor(loss, device=self.args.device)
 
     def _backward(self, model, step: dict, sampled: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Add a step's gradient to the weights'; loss and kind of each answer token of each pass. A GPU that has no room for graphs
-        beside a pass does without them."""
+        """Add a step's gradient to the weights'; loss and kind of each answer token of each pass. Where a GPU has no room for
+        a pass beside its graphs, they go."""
         found = []
         try:
             for number, (ids, labels, kinds) in enumerate(step["passes"], 1):
@@ -116,7 +116,7 @@ class StepTrainer(Trainer):
                 found.append((each, kinds[rows]))
             return found
         except torch.OutOfMemoryError as error:
-            if not self.model.plain_from_now_on(str(error).splitlines()[0]):
+            if not self.model.make_room(str(error).splitlines()[0]):
                 raise
         self.model.zero_grad()  # of passes before
         return self._backward(model, step, sampled)

@@ -1,10 +1,10 @@
-"""Causal attention on a CPU as batched matrix products, for dtypes whose products outrun torch's attention kernel.
+"""The gradient of causal attention on a CPU as batched matrix products, for dtypes whose products outrun torch's attention kernel.
 
-torch's kernel works in small blocks of its own. In bfloat16 on CPUs that have instructions for it, it stays at the speed of
-float32 (about 100 GFLOP/s where large products reach 420; half of a training step at 1,374 tokens), while products of whole
-blocks of rows go to the fast library. So rows of all query heads that share a key head are one product, and what lies above the
-diagonal is left out but for the diagonal's blocks. Probabilities are computed again in the backward, so that memory grows with
-the tokens, not with their square (Dao et al. 2022, "FlashAttention"). Whether it is faster is measured where it would be used.
+torch's kernel works in small blocks of its own. In bfloat16 on CPUs that have instructions for it, its forward is quick, but its
+backward takes five times as long, half of a training step at 2,048 tokens (benchmarks/LOG.md), while products of whole blocks of
+rows go to the fast library. So in the backward the rows of all query heads that share a key head are one product, and what lies
+above the diagonal is left out but for the diagonal's blocks. Probabilities are computed again, so that memory grows with the
+tokens, not with their square (Dao et al. 2022, "FlashAttention"). Whether it is faster is measured where it would be used.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def _probabilities(rows, k, block: slice):
 
 
 def products(q, k, v, scaling: float):
-    """Causal attention of q [B, n, T, width] over k and v [B, m, T, width], n a multiple of m: [B, n, T, width]."""
+    """Causal attention of q [B, n, T, width] over k and v [B, m, T, width], n a multiple of m: [B, n, T, width]. Its gradient is made of
+    products."""
     return _Products.apply(q, k, v, scaling)
 
 

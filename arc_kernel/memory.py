@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import sys
+from typing import Iterator
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt(3)
 
@@ -20,6 +22,23 @@ def keep_memory() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
+
+
+@contextlib.contextmanager
+def importing(library: str) -> Iterator[None]:
+    """Import a large library in this block, with all it brings. Looking for garbage among what such libraries define took a sixth of the
+    seconds of starting torch, transformers and vLLM (benchmarks/LOG.md): so there is no looking meanwhile, and among them never again."""
+    if library in sys.modules:
+        yield
+        return
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was:
+            gc.enable()
 
 
 def free_memory() -> None:

@@ -17,7 +17,7 @@ from . import cpu_lora, loopback
 from .engine import CHECK_EVERY, Answer, EngineSettings, Prompt, ServedAdapters, Viable, Wanted, failed
 from .errors import ArcKernelError
 from .kaggle import profiles
-from .memory import free_memory, keep_memory
+from .memory import free_memory, importing, keep_memory
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, MaxLoRARanks
 CPU_BLOCK = 32  # tokens; a prompt is found in the prefix cache by whole blocks, of which vLLM's CPU build has 128 tokens unasked
@@ -30,8 +30,9 @@ class VllmEngine:
 
     def __init__(self, settings: EngineSettings, device: str):
         _prepare_environment(device)
-        import vllm
-        from vllm.engine.arg_utils import EngineArgs
+        with importing("vllm"):
+            from vllm import LLM
+            from vllm.engine.arg_utils import EngineArgs
 
         known = {f.name for f in dataclasses.fields(EngineArgs)}
         profile = profiles.matching(_capability(device)) if settings.profile == "auto" else profiles.load(settings.profile)
@@ -56,7 +57,7 @@ class VllmEngine:
                     args["attention_backend"] = asked["attention_backend"]
                 else:
                     os.environ["VLLM_ATTENTION_BACKEND"] = asked["attention_backend"]
-        self._llm, trouble = _started(lambda: vllm.LLM(**args))
+        self._llm, trouble = _started(lambda: LLM(**args))
         if trouble:
             raise ArcKernelError(f"{settings.model}: vLLM does not start in {settings.dtype}: {trouble}")
         self._end, self._special = settings.end_token, settings.special

@@ -6,6 +6,7 @@ line, and is never told a solution. What it prints otherwise goes to its log.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import os
@@ -20,7 +21,7 @@ from .dtypes import HEADROOM, HEADROOM_TTT, Model
 from .errors import ArcKernelError
 from .grids import GridEncoder
 from .job import Job
-from .memory import free_memory
+from .memory import free_memory, importing
 from .precision import verdict
 from .precision.rescale import Refused
 from .prompts import PromptBuilder
@@ -67,6 +68,8 @@ class Worker:
     def work(self) -> None:
         """Adapt, then answer, until `run` has no more tasks."""
         job = self.job
+        with importing("torch"):
+            importlib.import_module("peft" if job.ttt_steps else "transformers")  # and torch with it
         self.device = verdict.device_name()
         self.builder = PromptBuilder(load_tokenizer(Path(job.model)), GridEncoder.from_name(job.grid_encoder), job.prompt)
         start = Path(job.adapter) if job.adapter else None

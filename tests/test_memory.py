@@ -1,10 +1,14 @@
 """Memory kept from step to step and given back: `python -m pytest tests/test_memory.py`."""
 
+import gc
+import importlib
 import json
 import subprocess
 import sys
 
 import pytest
+
+from arc_kernel.memory import importing
 
 # As training does: arrays beyond the 32 MB up to which glibc keeps what is freed, the same again and again.
 STEPS = """
@@ -39,3 +43,21 @@ def test_a_step_asks_the_system_for_no_memory_once_it_had_it_and_a_stage_gives_i
     plain, kept = run("plain"), run("kept")
     assert kept["faults"] < 0.1 * plain["faults"] and kept["kept"] > 150
     assert kept["left"] < 30
+
+
+def test_no_garbage_is_looked_for_while_a_library_is_imported_the_first_time(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, ends in (("whole", ""), ("broken", "raise ValueError")):
+        (tmp_path / f"{name}_library.py").write_text(f"import gc\nlooked = gc.isenabled()\n{ends}")
+    frozen = gc.get_freeze_count()
+    try:
+        with importing("whole_library"):
+            assert not importlib.import_module("whole_library").looked
+        with importing("whole_library"):
+            assert gc.isenabled()
+        assert gc.isenabled() and gc.get_freeze_count() > frozen
+        with pytest.raises(ValueError), importing("broken_library"):
+            importlib.import_module("broken_library")
+        assert gc.isenabled()
+    finally:
+        gc.unfreeze()

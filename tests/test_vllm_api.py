@@ -38,7 +38,7 @@ def test_release_has_everything_we_call(release):
 @pytest.mark.parametrize("ours, instead, named", [
     ("enable_prefix_caching=True", "prefix_caching=True", "vllm.LLM got an unexpected keyword argument 'prefix_caching'"),
     ("max_loras=", "max_adapters=", "vllm.LLM got an unexpected keyword argument 'max_adapters'"),
-    ("vllm.LLM(", "vllm.LargeModel(", "no vllm.LargeModel"),
+    ("from vllm import LLM", "from vllm import LargeModel", "no vllm.LargeModel"),
     ("skip_special_tokens=", "skip_special=", "vllm.SamplingParams got an unexpected keyword argument 'skip_special'"),
     ("lora_request=", "adapter=", "vllm.LLMEngine.add_request got an unexpected keyword argument 'adapter'"),
     ("engine.add_request(number, ", "engine.add_request(", "vllm.LLMEngine.add_request missing a required argument: 'params'"),

@@ -105,7 +105,8 @@ def prompts(model: Model, count: int, tokens: int, series: int, adapter: Path | 
     They end at different places, nearly always inside a grid, so that answers go on instead of closing at once.
     """
     vocabulary, numbers = shape_of(model.folder).vocabulary, range(series * SERIES, series * SERIES + count)
-    return [Prompt((series, i), [i % vocabulary, i // vocabulary, *example(model, tokens - 2, i).input_ids.tolist()], adapter) for i in numbers]
+    return [Prompt((series, i), [i % vocabulary, i // vocabulary, *example(model, tokens - 2, i).input_ids.tolist()], adapter)
+            for i in numbers]
 
 
 def answer_seconds(engine, asked: list[Prompt], new_tokens: int) -> tuple[float, int]:

@@ -163,9 +163,8 @@ class TaskTrainer:
             flat.grad.zero_()
             step, skips = step + 1, 0
             on_step(step, loss, sum(len(e.input_ids) for e in drawn))
-            if self._decoder and self._decoder.trouble:
-                on_trouble(self._decoder.trouble)
-                self._decoder.trouble = ""
+            if self._decoder and (trouble := self._decoder.told()):
+                on_trouble(trouble)
         if not torch.isfinite(flat).all():
             raise FloatingPointError(f"adapter weights are not finite after training in {self.dtype}")
         save_adapter(self.model, folder, {"range.json": {"peaks": self._peaks(task)}})

@@ -94,7 +94,7 @@ class Decoder:
         self._seen: Counter = Counter()
         self._anchor = torch.zeros((), device=flat.tensor.device, requires_grad=True)
         self._pool, self._ends, self._tries, self._kept = None, None, TRIES, KEPT
-        self.trouble = ""  # why passes are slower than they could be; whoever tells of it empties it
+        self.trouble = ""  # what `told` says next
         first = fused.layers[0]
         if flat.tensor.is_cuda:
             self._not_compiled(elementwise.compile_on_gpu(self._dtype, str(flat.tensor.device), first.norms[0][0].numel(), first.inner,
@@ -164,6 +164,11 @@ class Decoder:
             self._ends = _Ends(torch.zeros(rows, dtype=torch.int64, device=self._anchor.device),
                                torch.zeros(sides, **like), torch.zeros(sides, **like))
         return self._ends
+
+    def told(self) -> str:
+        """Why passes are slower than they could be, said once; empty where they are not."""
+        said, self.trouble = self.trouble, ""
+        return said
 
     def make_room(self, reason: str) -> bool:
         """Give the graphs' memory back, for a GPU that had none left for a pass. From now on half as many are kept, or none where

@@ -27,7 +27,8 @@ def keep_memory() -> None:
 @contextlib.contextmanager
 def importing(library: str) -> Iterator[None]:
     """Import a large library in this block, with all it brings. Looking for garbage among what such libraries define took a sixth of the
-    seconds of starting torch, transformers and vLLM (benchmarks/LOG.md): so there is no looking meanwhile, and among them never again."""
+    seconds of starting torch, transformers and vLLM (benchmarks/LOG.md): so there is no looking meanwhile, and none among them later, until
+    `gc.unfreeze`, as where an engine is closed."""
     if library in sys.modules:
         yield
         return

@@ -81,11 +81,8 @@ class Learner(torch.nn.Module):
         return self._decoder is not None and self._decoder.make_room(reason)
 
     def trouble(self) -> str:
-        """Why passes are slower than they could be, once; empty where they are not."""
-        said, decoder = "", self._decoder
-        if decoder is not None:
-            said, decoder.trouble = decoder.trouble, ""
-        return said
+        """As `Decoder.told`; empty where there are no graphs."""
+        return "" if self._decoder is None else self._decoder.told()
 
     def save(self, folder: Path) -> None:
         """Write the weights, float32, as `folder`/adapter or `folder`/model."""

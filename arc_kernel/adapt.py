@@ -24,10 +24,10 @@ from typing import Callable, Iterator
 
 import numpy as np
 
-from .checkpoint import load_model, write_json
+from .checkpoint import load_model, readable, write_json
 from .errors import ArcKernelError
 from .passes import answers, padded, together
-from .precision.probe import collected, recording
+from .precision.probe import check_layout, collected, recording
 from .precision.rescale import Rescale
 from .prompts import Example, PromptBuilder
 from .tasks import Task
@@ -91,6 +91,7 @@ class TaskTrainer:
 
         self.recipe, self.builder, self.device, self.dtype, self.rescale = recipe, builder, device, dtype, rescale
         base = load_model(model, dtype, device)
+        check_layout(base)
         base.config.use_cache = False
         self.model = with_lora(base, model, recipe.rank, start)
         if rescale is not None:
@@ -241,6 +242,11 @@ class TaskTrainer:
         self._flat.tensor.grad.zero_()
 
 
+def nothing_to_adapt(model: Path | str) -> ArcKernelError:
+    """The error for a model without any of TARGET_MODULES."""
+    return ArcKernelError(f"{model}: none of {', '.join(TARGET_MODULES)} in this architecture: set ttt_steps=0")
+
+
 def with_lora(base, folder: Path, rank: int, start: Path | None):
     """The model of `folder`, loaded as `base`, with a LoRA in fp32, whatever the model computes in: a fresh one of this
     `rank`, or the one in `start`.
@@ -254,7 +260,7 @@ def with_lora(base, folder: Path, rank: int, start: Path | None):
         present = {name.rpartition(".")[2] for name, _ in base.named_modules()}
         targets = [t for t in TARGET_MODULES if t in present]
         if not targets:
-            raise ArcKernelError(f"{folder}: none of {', '.join(TARGET_MODULES)} in this architecture: set ttt_steps=0")
+            raise nothing_to_adapt(folder)
         model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM"))
     else:
         model = PeftModel.from_pretrained(base, start, is_trainable=True)
@@ -277,7 +283,7 @@ def save_adapter(model, folder: Path, beside: dict[str, dict] | None = None) -> 
         (fresh / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
         for name, facts in (beside or {}).items():
             write_json(fresh / name, facts)
-        os.chmod(fresh, 0o755)
+        readable(fresh)
         shutil.rmtree(folder, ignore_errors=True)
         fresh.rename(folder)
     finally:

@@ -58,7 +58,7 @@ def answer_losses(model, ids: torch.Tensor, labels: torch.Tensor,
         logits = model(input_ids=ids, logits_to_keep=kept, use_cache=False).logits[rows, torch.searchsorted(kept, at)]
     else:
         hidden = (decoder(ids) if decoder else model.base_model(input_ids=ids, use_cache=False)[0])[rows, at]
-        if not head.weight.requires_grad:
+        if type(head) is torch.nn.Linear and not head.weight.requires_grad:  # a head with a LoRA shows its base's weight
             return *_HeadLoss.apply(hidden.to(head.weight.dtype), head.weight, head.bias, wanted), rows
         logits = head(hidden)
     each = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none")

@@ -20,7 +20,7 @@ from typing import Iterator
 
 from tqdm import tqdm
 
-from .checkpoint import open_model, write_json
+from .checkpoint import check_writable, open_model, write_json
 from .errors import ArcKernelError
 from .generate import vllm_installed
 from .precision import verdict
@@ -71,6 +71,8 @@ def bench(model: str, dtype: str, backend: str, out: Path | None, against: Path 
     backend = ("vllm" if vllm_installed() else "transformers") if backend == "auto" else backend
     device = verdict.device_name()
     dtype = verdict.candidates(dtype, device)[0]
+    out = out or Path("runs/bench") / f"{folder.name}-{dtype}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    check_writable(out)
     facts = {"format": FORMAT, "date": time.strftime("%Y-%m-%d %H:%M:%S"), "device": verdict.device_model(device), "cores": _cores(),
              "load": os.getloadavg()[0], "model": folder.name, "versions": verdict.versions()}
     asked = {"dtype": dtype, "backend": backend, "quick": quick}
@@ -82,8 +84,6 @@ def bench(model: str, dtype: str, backend: str, out: Path | None, against: Path 
         print(f"note: {note}")
     seconds = time.perf_counter() - begun
     print(f"{facts['device']}, {facts['cores']} cores, {dtype}, {backend}, load {facts['load']:.1f} at the start; {seconds:.0f} s in all")
-    out = out or Path("runs/bench") / f"{folder.name}-{dtype}-{time.strftime('%Y%m%d-%H%M%S')}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, facts | {"seconds": round(seconds, 1), "notes": notes, "figures": [_plain(f) for f in figures]})
     print(f"figures: {out}")
     return out

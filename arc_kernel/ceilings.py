@@ -106,7 +106,7 @@ def emulated(dtype: str, device: str) -> bool:
     return dtype != "float32" and verdict.product_seconds(dtype, device, rows, side, side) / (rows * side * side) * SIDE**3 > SLOW
 
 
-def bandwidth(device: str, repeats: int = 5) -> dict[str, list[float]]:
+def bandwidth(device: str) -> dict[str, list[float]]:
     """bytes/s, one per repeat, of `copy` (a read and a write), `triad` (a = b + s * c: two reads and a write) and `read` (a matrix
     times a vector, as decoding one answer reads weights). What a cache fetches before it is overwritten is not counted."""
     import torch
@@ -115,7 +115,7 @@ def bandwidth(device: str, repeats: int = 5) -> dict[str, list[float]]:
     matrix, vector = b.view(-1, 4096), torch.ones(4096, device=device)
     ways = {"copy": (2, lambda: a.copy_(b)), "triad": (3, lambda: torch.add(b, c, alpha=3.0, out=a)), "read": (1, lambda: matrix @ vector)}
     found = {name: [] for name in ways}
-    for n in range(repeats + 1):
+    for n in range(REPEATS + 1):
         for name, (arrays, work) in ways.items():
             begun = time.perf_counter()
             work()

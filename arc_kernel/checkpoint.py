@@ -77,7 +77,10 @@ def check_safetensors(folder: Path, pattern: str) -> None:
     if not files:
         raise ArcKernelError(f"{folder}: no {pattern}: convert the weights to safetensors (pickled weights are not loaded)")
     index, names = folder / "model.safetensors.index.json", set()
-    indexed = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
+    try:
+        indexed = dict(json.loads(index.read_text())["weight_map"]) if index.is_file() else {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArcKernelError(f"{index}: damaged ({error}): copy the model again") from None
     if missing := set(indexed.values()) - {f.name for f in files}:
         raise ArcKernelError(f"{folder / sorted(missing)[0]}: named by the index and missing: copy the model again")
     for file in files:
@@ -217,6 +220,15 @@ def require_device(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def require_own_gpu(device: str) -> None:
+    """Raise RuntimeError where this process was given a GPU and computes on the CPU: that GPU is lost, and others go on on theirs."""
+    import torch
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if device == "cpu" and given not in ("", "-1") and torch.version.cuda:
+        raise RuntimeError(f"GPU {given} cannot be used any more")
+
+
 def cache_folder() -> Path:
     """Where converted models are kept: $ARC_KERNEL_CACHE, else ~/.cache/arc_kernel."""
     return Path(os.environ.get("ARC_KERNEL_CACHE") or Path.home() / ".cache" / "arc_kernel")
@@ -312,9 +324,27 @@ def portable_config(config: dict) -> dict:
     return config
 
 
+def check_writable(path: Path) -> None:
+    """Make the folder of a file that is written later; raises ArcKernelError where it cannot be, or `path` is a folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ArcKernelError(f"{path}: cannot be written ({error.strerror}): give another place") from None
+    if path.is_dir():
+        raise ArcKernelError(f"{path}: is a folder: give the name of a file")
+
+
 def write_json(path: Path, value: dict) -> None:
     with replacing(path) as file:
         json.dump(value, file, indent=1)
+
+
+def readable(folder: Path) -> None:
+    """Let everybody read a folder made by `tempfile` and the files in it; safetensors makes them 0600."""
+    os.chmod(folder, 0o755)
+    for file in filter(Path.is_file, folder.rglob("*")):
+        file.chmod(0o644)
 
 
 @contextlib.contextmanager
@@ -324,10 +354,11 @@ def whole_folder(folder: Path):
     fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         yield fresh
-        os.chmod(fresh, 0o755)
-        for file in filter(Path.is_file, fresh.rglob("*")):
-            file.chmod(0o644)  # safetensors makes 0600
-        with contextlib.suppress(OSError):
+        readable(fresh)
+        try:
             fresh.rename(folder)
+        except OSError:  # another process was first, or nothing can take this folder's place, as of a mount point
+            if not folder.is_dir() or all(p.name == fresh.name for p in folder.iterdir()):
+                raise
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import time
+from typing import Sequence
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -80,6 +81,13 @@ def attend(q, k, v, scaling: float):
     """The same by what is faster here in this dtype. In float32 that is the kernel: benchmarks/attention.py, benchmarks/LOG.md."""
     fast = q.dtype != torch.float32 and products_are_faster(q.dtype, q.shape[1], k.shape[1], q.shape[3])
     return (products if fast else kernel)(q, k, v, scaling)
+
+
+def settle(weight: torch.Tensor, heads: Sequence[int], width: int) -> None:
+    """Find out now which is faster for heads of queries and keys made by this weight: a trial inside a layer that is computed again for
+    its backward (gradient checkpointing) would be taken for a part of it."""
+    if weight.device.type == "cpu" and weight.dtype != torch.float32:
+        products_are_faster(weight.dtype, *heads, width)
 
 
 @functools.cache

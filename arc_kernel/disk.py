@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .checkpoint import weight_shapes
-from .errors import counted
+from .errors import ArcKernelError, counted
 
 LOW_GB = 2.0  # below which a run is not started, and one that goes on says so: completions and report are far smaller
 FLOAT32 = 4  # bytes: adapters are saved as they are trained
@@ -28,6 +28,14 @@ def adapter_bytes(model: Path, rank: int, targets: Iterable[str]) -> int:
     """Bytes of one LoRA of this rank on the modules of a model folder with these names: A [rank, in] and B [out, rank]."""
     names = tuple(f".{target}.weight" for target in targets)
     return sum(FLOAT32 * rank * sum(shape) for name, shape in weight_shapes(model).items() if name.endswith(names) and len(shape) == 2)
+
+
+def make_anew(folder: Path, mark: str) -> None:
+    """An empty folder in place of what is there. Raises ArcKernelError where that is neither empty nor an earlier one, with `mark` in it."""
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / mark).exists())):
+        raise ArcKernelError(f"{folder}: in the way, and not made by this script (no {mark} in it): give another --out")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def free_gb(folder: Path) -> float:

@@ -16,7 +16,7 @@ from typing import Callable, Iterator, Sequence
 
 from filelock import FileLock
 
-from .checkpoint import cache_folder, weights_sha256, write_json
+from .checkpoint import cache_folder, require_device, weights_sha256, write_json
 from .engine import EngineSettings, Prompt
 from .errors import ArcKernelError
 from .generate import adapter_rank, start_engine
@@ -106,16 +106,21 @@ class Model:
         made = self.plan(adapters) if dtype == "float16" else None
         return Variant(dtype, self.folder if made is None else self._rescaled(made), made)
 
-    def without_overflow(self, adapters: dict[Path, Peaks]) -> tuple[Variant, dict[Path, str]]:
-        """The model in float16 with room for as many of these adapters as can be, and why the others cannot be served."""
+    def fitting(self, adapters: dict[Path, Peaks]) -> tuple[list[Peaks], dict[Path, str]]:
+        """The peaks of adapters that float16 can hold with the model, each by itself, and why it cannot hold the others."""
         left_out = {}
         for folder, peaks in adapters.items():
             try:
                 self.plan([peaks])
             except Refused as reason:
                 left_out[folder] = str(reason)
+        return [p for f, p in adapters.items() if f not in left_out], left_out
+
+    def without_overflow(self, adapters: dict[Path, Peaks]) -> tuple[Variant, dict[Path, str]]:
+        """The model in float16 with room for as many of these adapters as can be, and why the others cannot be served."""
+        held, left_out = self.fitting(adapters)
         try:
-            return self.variant("float16", [p for f, p in adapters.items() if f not in left_out]), left_out
+            return self.variant("float16", held), left_out
         except Refused as reason:  # together they ask for more than the weights can give: what is beyond the model's own needs
             made = self.plan()
             large = [f for f, p in adapters.items() if rescale.overflows(made.scaled(p) if made else p)]
@@ -184,7 +189,7 @@ class Chooser:
         no dtype is healthy, that is told. `wait` returns when all adapters are there; the first engine is started before that, and
         again where adapters that came meanwhile ask for another scale.
         """
-        there = self.adapters and any(self.adapters.glob("*/adapter_model.safetensors"))
+        there = self.adapters and any(self.adapters.glob("[!.]*/adapter_model.safetensors"))
         self.uses_adapters = bool(self.model.adapter or there or wait)
         self.key = {**self.model.key, "wanted": self.wanted, "backend": self.backend, "adapters": self.uses_adapters,
                     "device": verdict.device_model(self.model.device), "versions": verdict.versions()}
@@ -196,8 +201,9 @@ class Chooser:
             if started is not None and wait is not None:
                 wait()
                 wait, (engine, variant, _) = None, started
-                started = engine, *self._variant(dtype)
-                if started[1] != variant:
+                if self._scale(dtype) == variant.rescale:
+                    started = engine, *self._variant(dtype)
+                else:  # the memory is needed to check the weights at another scale
                     engine.close()
                     self.settled, self.evidence = None, [e for e in self.evidence if e["dtype"] != dtype]
                     started = self._settled(dtype, dtype == dtypes[-1], None, path)
@@ -238,6 +244,7 @@ class Chooser:
                 wrong, seen = found.wrong, str(found)
         except Exception as error:  # vLLM and its kernels raise what they like: the next dtype may do
             traceback.print_exc()
+            require_device(self.model.device)
             wrong = seen = str(error) if isinstance(error, ArcKernelError) else f"{type(error).__name__}: {error}".splitlines()[0]
             judged = isinstance(error, Refused)  # else it may have been the moment's fault, and is tried again by the next start
         self.evidence += before if trusted and not wrong else [{"dtype": dtype, "backend": backend, "ok": not wrong, "seen": seen,
@@ -267,13 +274,25 @@ class Chooser:
         if dtype != "float16" or self.adapters is None:
             return self.model.variant(dtype), set()
         self.model.plan()  # a model that is refused by itself is not its adapters' fault
-        peaks = {file.parent.resolve(): json.loads(file.read_text())["peaks"] for file in sorted(self.adapters.glob("*/range.json"))}
-        variant, left_out = self.model.without_overflow(peaks)
+        variant, left_out = self.model.without_overflow(self._peaks())
         for folder in [folder for folder in left_out if folder not in self._told]:
             self._told.add(folder)
             self.tell("precision", stage="answer", task=folder.name, dtype=dtype,
                       text=f"task {folder.name}: its adapter is not served in {dtype}: {left_out[folder]}")
         return variant, set(left_out)
+
+    def _scale(self, dtype: str) -> Rescale | None:
+        """The scale that `dtype` needs for the model and the adapters that are there now, found without loading anything."""
+        if dtype != "float16":
+            return None
+        try:
+            return self.model.plan(self.model.fitting(self._peaks())[0])
+        except Refused:  # for all of them together
+            return self.model.plan()
+
+    def _peaks(self) -> dict[Path, Peaks]:
+        """The peaks of each task's adapter by its folder; what is being written lies in folders that begin with a dot."""
+        return {file.parent.resolve(): json.loads(file.read_text())["peaks"] for file in sorted(self.adapters.glob("[!.]*/range.json"))}
 
     def _backend_for(self, dtype: str) -> str:
         """vLLM's GPU LoRA kernels take 16-bit types only; float32 with adapters on a GPU is answered by transformers."""

@@ -54,13 +54,15 @@ def _evaluate(tasks: str, model: str, adapter: Path | None, count: int, **option
 
 
 def _recall(tasks: str, model: str, adapter: Path | None, count: int, runs: list[Path], json: Path | None, seed: int, **_) -> None:
-    from .checkpoint import open_model, write_json
+    from .checkpoint import check_writable, open_model, write_json
     from .finetune.recall import lengths_of, recall_by_distance, table
     from .finetune.run import training_dtype
     from .precision.verdict import device_name
 
     if runs or not model or count < 1:
         raise ArcKernelError("evaluate: recall is a model's: give --model and a --count of 1 or more, and no run")
+    if json:
+        check_writable(json)
     device = device_name()
     rows = recall_by_distance(open_model(model), adapter, lengths_of(tasks), count, seed, training_dtype("auto", device), device)
     print(table(rows))

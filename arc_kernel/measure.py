@@ -144,10 +144,10 @@ def write_adapter(shape: Shape, folder: Path, seed: int) -> Path:
     return folder
 
 
-def peak_memory(pid: str = "self") -> float | None:
-    """Largest resident memory of a process so far, MiB (VmHWM); None where the system does not say."""
+def peak_memory() -> float | None:
+    """Largest resident memory of this process so far, MiB (VmHWM); None where the system does not say."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), None)

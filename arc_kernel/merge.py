@@ -14,8 +14,7 @@ from .adapter_fit import HEAD, check_fit
 from .checkpoint import (TEXTS, TRAINED_PROMPT, WEIGHTS, check_model, load_model, load_tokenizer, make_portable, read_config, weight_shapes,
                          weight_tensors, whole_folder, write_json)
 from .errors import ArcKernelError
-from .grids import GridEncoder
-from .prompts import PromptBuilder
+from .prompts import default_builder
 from .tasks import cells, load_challenges
 
 TOLERANCE = 1e-3  # of the largest logit, between ways to compute the same in float32; 1e-6 to 1e-5 is usual
@@ -100,9 +99,7 @@ def _difference(found, wanted, where: str) -> float:
 
 def _prompt(model: Path) -> list[int]:
     """Token ids of a real training example, in the model's chat template where it has one."""
-    tokenizer = load_tokenizer(model)
-    kind = "chat" if getattr(tokenizer, "chat_template", None) else "compact"
-    builder = PromptBuilder(tokenizer, GridEncoder.from_name("shape+rows+digits"), kind)
+    builder = default_builder(load_tokenizer(model), "shape+rows+digits")
     task = min(load_challenges(PROMPT_TASKS).tasks.values(), key=lambda t: (cells(t), t.id))
     return builder.example(task.train, task.test[0]).input_ids.tolist()
 

@@ -1,8 +1,8 @@
 """Worker processes: started with their own device or cores, fed from one queue in the order it is given.
 
 Two stages share the workers: no task is answered before every task is adapted, so a worker that runs out of tasks to
-adapt is told so, and starts its engine meanwhile. A worker that dies is replaced and its tasks are tried once more. Knows tasks only by
-id; what they are is sent as JSON.
+adapt is told so, and starts its engine meanwhile. A worker that dies is replaced and its tasks are tried once more, after all others and
+each by itself, so that one which kills workers takes no other with it. Knows tasks only by id; what they are is sent as JSON.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Pool:
         self._wanting: dict[int, tuple[str, bool]] = {}  # worker -> stage it waits to get a task of, and whether it asks for a word now
         self._kept: dict[tuple[int, str], str] = {}  # worker, stage -> the task it gets when it asks
         self._tries: Counter = Counter()
-        self._open = {"adapt"}  # stages from which tasks are given out
+        self._open, self._over = {"adapt"}, set()  # stages from which tasks are given out; whose time is over
+        self._trained: set[int] = set()  # workers that ask for nothing to adapt any more
         self._messages: queue.Queue = queue.Queue()
         self._processes: dict[int, subprocess.Popen] = {}
         self._devices, self._numbers = devices, 0
@@ -59,11 +60,13 @@ class Pool:
 
         A death is a message of its own: `worker-died`, with the tasks that are given up for this stage. At `deadline`
         (`time.time`) no more tasks are given out, which is told as `out-of-time`; `grace` seconds later what is still
-        held is given up.
+        held is given up. What a worker held that dies after the deadline is not tried again.
         """
         self._open_stage(until, keep=time.time() < deadline)
         while self.todo[until] or any(held[until] for held in self._held.values()):
             now = time.time()
+            if now >= deadline:
+                self._over.add(until)
             if now >= deadline and self.todo[until]:
                 yield {"event": "out-of-time", "stage": until, "tasks": self.todo[until], "held": False,
                        "text": f"time budget: {counted(len(self.todo[until]), 'task')} left out of '{until}'"}
@@ -171,25 +174,42 @@ class Pool:
 
     def _want(self, number: int, message: dict) -> None:
         self._wanting[number] = message["stage"], message.get("now", False)
+        if message["stage"] == "answer":
+            self._trained.add(number)
 
     def _give_out(self) -> None:
-        """Answer every waiting worker that can be answered now; one that asks for a word is told where it will be later."""
+        """Answer every waiting worker that can be answered now; one that asks for a word is told where it will be later, one that can
+        have nothing beside what it holds to ask again."""
         for number, (stage, now) in list(self._wanting.items()):
             if stage not in self._open:
                 if now:
                     del self._wanting[number]
                     self._send(number, {"task": None, "later": True})
                 continue
-            task_id = self._kept.pop((number, stage), None) or (self.todo[stage].pop(0) if self.todo[stage] else None)
-            reply = {"task": None}
+            task_id = self._kept.pop((number, stage), None) or self._next(number, stage)
+            reply = {"task": None, "wait": bool(self.todo[stage])}
             if task_id:
                 self._held[number][stage].add(task_id)
                 reply = {"task": self._tasks[task_id], "share": self._share(stage, task_id)}
             del self._wanting[number]
             self._send(number, reply)
 
+    def _next(self, number: int, stage: str) -> str | None:
+        """Take the task a worker gets out of those that wait: in their order; the smallest after a death on its device, which a
+        large one may have caused. Tasks whose worker died come last, each to a worker that holds no other. None: nothing for it now."""
+        waiting, held = self.todo[stage], self._held[number][stage]
+        fresh = [i for i in waiting if not self._tries[stage, i]]
+        if not waiting or held and (not fresh or any(self._tries[stage, i] for i in held)):
+            return None
+        task_id = (fresh or waiting)[0]
+        if fresh and self._deaths[self._processes[number].device]:
+            task_id = min(fresh, key=lambda i: len(json.dumps(self._tasks[i])))
+        waiting.remove(task_id)
+        return task_id
+
     def _bury(self, number: int) -> Iterator[dict]:
         """Take a dead worker's tasks back, or give them up after TRIES, and see that somebody is there for what waits."""
+        kept = {(stage, task) for (worker, stage), task in self._kept.items() if worker == number}  # which it was never given
         process, given_up, all_held = self._reap(number), {stage: [] for stage in STAGES}, self._held.pop(number)
         if process.returncode == 0 and not any(all_held.values()):  # it was told that nothing is left
             if any(self.todo.values()) and not self._processes:  # what came back from another's death since then
@@ -197,8 +217,8 @@ class Pool:
             return
         for stage, held in all_held.items():
             for task_id in sorted(held):
-                self._tries[stage, task_id] += 1
-                if self._tries[stage, task_id] < TRIES:
+                self._tries[stage, task_id] += (stage, task_id) not in kept
+                if self._tries[stage, task_id] < TRIES and stage not in self._over:
                     self.todo[stage].append(task_id)
                 else:
                     given_up[stage].append(task_id)
@@ -210,19 +230,20 @@ class Pool:
                "text": f"worker {number} died (status {process.returncode}, see {log}); given up: {lost}"}
 
     def _replace(self, device: int, given_up: dict[str, list[str]]) -> None:
-        """Start a worker where one died, or on another device where this one's keep dying and nobody else is at work.
+        """Start a worker where one died, or on a free device where this one's keep dying and nobody else takes the stage's tasks.
 
-        Where every device's keep dying, the tasks that wait for the stage are `given_up`, and workers are started once more for the
-        next: what cannot train may answer.
+        Where every device's keep dying, the tasks that wait for the stage are `given_up`; with nobody left, workers are started once
+        more for the next: what cannot train may answer.
         """
-        healthy = [d for d in (device, *range(self._devices)) if self._deaths[d] < DEATHS]
-        if healthy and (healthy[0] == device or not self._processes):
+        stage, busy = "answer" if "answer" in self._open else "adapt", {p.device for p in self._processes.values()}
+        takers = self._processes.keys() - (self._trained if stage == "adapt" else set())
+        healthy = [d for d in (device, *range(self._devices)) if self._deaths[d] < DEATHS and d not in busy]
+        if device in healthy or healthy and not self._processes:
             self._start(healthy[0])
-        elif not self._processes:
-            stage = next(stage for stage in STAGES if self.todo[stage])
+        elif not takers:
             given_up[stage] += self.todo[stage]
             self.todo[stage] = []
-            if any(self.todo.values()):
+            if any(self.todo.values()) and not self._processes:
                 self._start_all()
 
     def _reap(self, number: int) -> subprocess.Popen:

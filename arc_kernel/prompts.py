@@ -179,6 +179,11 @@ class PromptBuilder:
         return tuple(keep)
 
 
+def default_builder(tokenizer, encoder: str) -> PromptBuilder:
+    """The builder for a model of which no run has said how it is asked: in its chat template, compact where it has none."""
+    return PromptBuilder(tokenizer, GridEncoder.from_name(encoder), "chat" if getattr(tokenizer, "chat_template", None) else "compact")
+
+
 def _compact_words(tokenizer) -> _Words:
     """No words: `I` and `O` before grids, as in the ARChitects' formatter (github.com/da-fr/arc-prize-2024, arc_loader.py)."""
     if tokenizer.eos_token_id is None:

@@ -73,6 +73,8 @@ class Run:
             self._make_adapters_folder()
             if not self.settings.adapter:  # which may have modules of its own
                 size = disk.adapter_bytes(Path(self.job.model), self.job.lora_rank, adapt.TARGET_MODULES)
+                if not size:
+                    raise adapt.nothing_to_adapt(self.job.model)
                 self._say("disk", text=disk.forecast(len(todo["adapt"]), size, self.adapters))
         tasks = {i: task_to_json(self.challenges.tasks[i]) for i in todo["answer"]}
         self._pool = Pool(self.devices, dataclasses.asdict(self.job), tasks, todo, self.out, self._share)
@@ -118,8 +120,9 @@ class Run:
                     if time.perf_counter() - written > SUBMISSION_SECONDS:
                         self._write_submission()
                         written = time.perf_counter()
-                elif message["event"] == "worker-died":  # what it had answered of a task that waited for another dtype
-                    self.candidates |= {i: found for i in message["given_up"]["answer"] if (found := self._read_candidates(i))}
+                elif message["event"] == "worker-died" or message.get("held"):  # what there is of tasks that waited for another dtype
+                    lost = message["given_up"]["answer"] if message["event"] == "worker-died" else message["tasks"]
+                    self.candidates |= {i: found for i in lost if (found := self._read_candidates(i))}
                 given_up = given_up or bool(message.get("held"))
                 progress.move(bar, sum(done.values()), tokens, f"{finished}/{len(expected)} tasks")
         if cut:

@@ -78,7 +78,7 @@ def stored_settings(out: Path) -> tuple[Settings, str]:
         return Settings.from_parameters({k: v for k, v in stored.items() if k != "tasks_sha256"}), stored["tasks_sha256"]
     except (FileNotFoundError, NotADirectoryError):
         raise ArcKernelError(f"{path}: no such file: give the output folder of a run") from None
-    except (ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArcKernelError) as error:
         raise ArcKernelError(f"{path}: not the settings of a run ({error}): give another --out") from None
 
 

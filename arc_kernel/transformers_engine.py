@@ -29,8 +29,10 @@ class TransformersEngine:
 
     def answer(self, prompts: Iterable[Prompt | None], max_new_tokens: int, viable: Viable | None = None,
                wanted: Wanted | None = None) -> Iterator[Answer]:
-        """Answer prompts in batches of neighbours with the same adapter; see VllmEngine.answer. No batch is broken off."""
-        for adapter, group in itertools.groupby((p for p in prompts if p is not None), key=lambda p: p.adapter):
+        """Answer prompts in batches of neighbours with the same adapter; see VllmEngine.answer. No batch is broken off; None ends one."""
+        for (none, adapter), group in itertools.groupby(prompts, key=lambda p: (p is None, p and p.adapter)):
+            if none:
+                continue
             self._use(adapter)
             asked = (p for p in group if wanted is None or wanted(p))
             while batch := list(itertools.islice(asked, BATCH)):

@@ -124,16 +124,16 @@ class VllmEngine:
         return Answer(prompt, ids[:-1] if status == "ok" else ids, logprob, status, logprobs, output.num_cached_tokens or 0)
 
     def _lora(self, adapter: Path | None):
-        """A LoRA request with an id, name and path of its own: a reused id is not loaded again."""
+        """A LoRA request with an id, name and path of its own: a reused id is not loaded again, and a copy that was removed not found."""
         from vllm.lora.request import LoRARequest
 
         if adapter is None:
             return None
         folder = self._adapters.folder(adapter)
-        if adapter not in self._requests:
+        if folder not in self._requests:
             number = len(self._requests) + 1
-            self._requests[adapter] = LoRARequest(f"{adapter.name}-{number}", number, str(folder))
-        return self._requests[adapter]
+            self._requests[folder] = LoRARequest(f"{adapter.name}-{number}", number, str(folder))
+        return self._requests[folder]
 
     def close(self) -> None:
         """Free the engine's memory."""

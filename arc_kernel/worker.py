@@ -16,7 +16,7 @@ import traceback
 from pathlib import Path
 
 from . import adapt
-from .checkpoint import load_tokenizer, require_device
+from .checkpoint import load_tokenizer, require_device, require_own_gpu
 from .dtypes import HEADROOM, HEADROOM_TTT, Model
 from .errors import ArcKernelError
 from .grids import GridEncoder
@@ -25,7 +25,7 @@ from .memory import free_memory, importing
 from .precision import verdict
 from .precision.rescale import Refused
 from .prompts import PromptBuilder
-from .serving import Serving
+from .serving import LATER, Serving
 from .tasks import Task, task_from_json
 
 PROGRESS_SECONDS = 0.5
@@ -45,8 +45,9 @@ class Worker:
         self._out.write(json.dumps({"event": event, **facts}) + "\n")
         self._out.flush()
 
-    def ask(self, stage: str) -> tuple[Task, float] | None:
-        """The next task of a stage ('adapt' or 'answer') and its share of the time left for it (0 to 1); None where none is left."""
+    def ask(self, stage: str) -> tuple[Task, float] | str | None:
+        """The next task of a stage ('adapt' or 'answer') and its share of the time left for it (0 to 1); None where none is left, LATER
+        where there is none beside those this worker has."""
         return self._given(self._want(stage=stage))
 
     def _want(self, **facts) -> dict:
@@ -56,8 +57,8 @@ class Worker:
             sys.exit(1)
         return json.loads(line)
 
-    def _given(self, reply: dict) -> tuple[Task, float] | None:
-        return reply["task"] and (task_from_json(reply["task"]), reply["share"])
+    def _given(self, reply: dict) -> tuple[Task, float] | str | None:
+        return (task_from_json(reply["task"]), reply["share"]) if reply["task"] else LATER if reply.get("wait") else None
 
     def lap(self, stage: str, **facts) -> None:
         """Report the seconds since the last lap as spent on `stage`."""
@@ -71,6 +72,7 @@ class Worker:
         with importing("torch"):
             importlib.import_module("peft" if job.ttt_steps else "transformers")  # and torch with it
         self.device = verdict.device_name()
+        require_own_gpu(self.device)
         self.builder = PromptBuilder(load_tokenizer(Path(job.model)), GridEncoder.from_name(job.grid_encoder), job.prompt)
         start = Path(job.adapter) if job.adapter else None
         tasks = [task_from_json(t) for t in job.probe_tasks]

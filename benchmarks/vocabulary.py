@@ -60,7 +60,8 @@ def tokens_a_second(engine, prompts: list[Prompt], tokens: int) -> float:
 
 def peak_mb(folder: Path) -> float:
     """Peak memory of a fresh process that loads the model and trains one step, MB."""
-    done = subprocess.run([sys.executable, __file__, "--peak-of", str(folder)], stdout=subprocess.PIPE, text=True, check=True)
+    command = [sys.executable, "-m", "benchmarks.vocabulary", "--peak-of", str(folder)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 

@@ -8,7 +8,6 @@ Further `name=value` pairs are notebook parameters (values in YAML), for example
 
 import argparse
 import logging
-import shutil
 import sys
 from pathlib import Path
 
@@ -18,9 +17,11 @@ from papermill.exceptions import PapermillExecutionError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
-from arc_kernel import loopback  # noqa: E402
+from arc_kernel import disk, loopback  # noqa: E402
+from arc_kernel.errors import ArcKernelError  # noqa: E402
 from arc_kernel.pool import gpu_count  # noqa: E402
 
+NOTEBOOK = "submission.ipynb"
 # Four tasks with simple rules and 3x3 to 3x5 grids, so that a step costs 200 to 300 tokens. 60 steps at 1e-3, because at
 # 30 the training loss is still falling; more would not fit into the minutes a dry run may take. README, "Figures".
 PARAMETERS = {
@@ -43,13 +44,15 @@ def main() -> int:
     options = parser.parse_args()
     given = {name: yaml.safe_load(value) for name, _, value in (p.partition("=") for p in options.parameters)}
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    shutil.rmtree(options.out, ignore_errors=True)
-    options.out.mkdir(parents=True)
-    loopback.ensure()
     try:
+        disk.make_anew(options.out, NOTEBOOK)
+        loopback.ensure()
         papermill.execute_notebook(
-            REPOSITORY / "notebooks" / "submission.ipynb", options.out / "submission.ipynb", cwd=str(options.out),
+            REPOSITORY / "notebooks" / NOTEBOOK, options.out / NOTEBOOK, cwd=str(options.out),
             parameters={**PARAMETERS, "out": str(options.out.resolve()), **given}, log_output=True, progress_bar=False)
+    except ArcKernelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except PapermillExecutionError as error:
         print(f"error: {error.ename}: {error.evalue}", file=sys.stderr)
         return 1

@@ -21,6 +21,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
+from arc_kernel import disk  # noqa: E402
 from arc_kernel.errors import ArcKernelError  # noqa: E402
 from arc_kernel.kaggle import datasets, profiles, wheels  # noqa: E402
 from arc_kernel.tasks import load_challenges, read_submission, task_to_json  # noqa: E402
@@ -114,7 +115,7 @@ def main() -> int:
     place = lambda folder: options.out.resolve() / folder.lstrip("/")  # Kaggle's folders, below ours
     root, out, scratch = place(profiles.load(PROFILE).inputs), place("/kaggle/working"), place("/kaggle/temp")
     try:
-        shutil.rmtree(options.out, ignore_errors=True)
+        disk.make_anew(options.out, "kaggle")
         lay_out(root, options.kind == "commit")
         begun = time.perf_counter()
         python = environment(options.out / "environment", root)

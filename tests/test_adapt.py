@@ -69,6 +69,7 @@ def test_training_lowers_the_loss_and_moves_every_adapter_matrix(tiny, builder, 
     assert len(losses) == 30 and np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.2
     assert len(weights) == 2 * 7 * 2 and all(np.abs(v).max() > 0 for v in weights.values())
     assert all(v.dtype == np.float32 for v in weights.values())
+    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "a").iterdir()} == {0o644}, "for whoever is given the folder"
 
 
 def test_examples_of_a_step_are_one_pass_with_the_loss_and_the_adapter_of_one_by_one(tiny, builder, arc_training, tmp_path, monkeypatch):

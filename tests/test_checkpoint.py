@@ -1,8 +1,10 @@
 """Model folders and the embedded model: `python -m pytest tests/test_checkpoint.py`."""
 
+import contextlib
 import importlib.metadata
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,3 +84,28 @@ def test_shard_named_by_the_index_and_missing_is_named(model_folder, tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.bias": "model.safetensors"}}))
     with pytest.raises(ArcKernelError, match="tensor model.norm.bias is missing: model.safetensors.index.json needs it"):
         checkpoint.check_model(folder)
+    for damaged in ('{"weight_map": ', "{}", '{"weight_map": 3}'):
+        (folder / "model.safetensors.index.json").write_text(damaged)
+        with pytest.raises(ArcKernelError, match="model.safetensors.index.json: damaged .*: copy the model again"):
+            checkpoint.check_model(folder)
+
+
+def test_folder_that_nothing_can_replace_is_an_error_and_one_that_another_process_made_first_is_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError), checkpoint.whole_folder(Path(".")) as fresh:
+        (fresh / "mine").touch()
+    assert list(tmp_path.iterdir()) == []
+    with checkpoint.whole_folder(tmp_path / "model") as fresh:
+        (fresh / "mine").touch()
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "theirs").touch()
+    assert [p.name for p in (tmp_path / "model").iterdir()] == ["theirs"]
+
+
+@pytest.mark.parametrize("device, given, cuda, lost", [("cpu", "1", "12.8", True), ("cpu", "1", None, False), ("cpu", "", "12.8", False),
+                                                       ("cpu", "-1", "12.8", False), ("cuda", "1", "12.8", False)])
+def test_worker_whose_gpu_is_lost_does_not_go_on_on_the_cpu(monkeypatch, device, given, cuda, lost):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    with pytest.raises(RuntimeError, match="GPU 1 cannot be used any more") if lost else contextlib.nullcontext():
+        checkpoint.require_own_gpu(device)

@@ -9,6 +9,7 @@ import pytest
 
 from arc_kernel import checkpoint, checkup, dtypes
 from arc_kernel.precision import rescale
+from arc_kernel.transformers_engine import TransformersEngine
 from models import nan_model, tiny_model
 
 
@@ -92,6 +93,13 @@ def test_engine_started_while_others_train_is_started_again_where_their_adapters
         peaks = model.ranges.peaks | {"down": [max(p, peak) for p in model.ranges.peaks["down"]]}
         (adapters / "a" / "range.json").write_text(json.dumps({"peaks": peaks}))
 
+    def check(*model):
+        order.append("checked")
+        return underflow(*model)
+
+    underflow, close = rescale.underflow, TransformersEngine.close
+    monkeypatch.setattr(rescale, "underflow", check)
+    monkeypatch.setattr(TransformersEngine, "close", lambda engine: order.append("closed") or close(engine))
     monkeypatch.setenv("ARC_KERNEL_CACHE", str(tmp_path))
     monkeypatch.setattr(dtypes, "start_engine", start)
     monkeypatch.setattr(dtypes.verdict, "candidates", lambda wanted, device: ["float16"])
@@ -102,7 +110,8 @@ def test_engine_started_while_others_train_is_started_again_where_their_adapters
     chooser = dtypes.Chooser(model, "float16", "transformers", 2048, 4, adapters, lambda event, **facts: None, lambda stage, **facts: None)
     engine, variant, left_out = next(chooser.engines(others_train))
     engine.close()
-    assert (order[:2], len(started), left_out) == (["engine", "adapters"], starts, set())
+    assert order == ["engine", "adapters"] + ["closed", "checked", "engine"] * (starts - 1) + ["closed"]
+    assert (len(started), left_out) == (starts, set())
     assert variant.folder == started[-1] and len(set(started)) == starts and bool(chooser.settled.rescale) == (starts == 2)
 
 

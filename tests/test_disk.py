@@ -3,9 +3,11 @@
 import shutil
 from collections import namedtuple
 
+import pytest
 import torch
 
 from arc_kernel import adapt, disk
+from arc_kernel.errors import ArcKernelError
 from models import tiny_model
 
 Usage = namedtuple("Usage", "total used free")
@@ -33,3 +35,15 @@ def test_forecast_says_for_how_many_tasks_the_disk_is_enough(tmp_path, monkeypat
     assert (disk.forecast(200, 39_000_000, tmp_path / "not" / "there")
             == f"200 adapters of 39 MB: 7.8 GB, of 10.0 GB that are free in {tmp_path}/not/there")
     assert disk.forecast(240, 39_000_000, tmp_path).endswith("enough for 205: give another scratch, or a smaller lora_rank")
+
+
+def test_folder_is_made_anew_only_where_it_is_ones_own(tmp_path):
+    for folder in (tmp_path / "new", tmp_path / "new"):
+        disk.make_anew(folder, "mark")
+        assert not list(folder.iterdir())
+        (folder / "mark").touch()
+        (folder / "other").touch()
+    (tmp_path / "new" / "mark").unlink()
+    with pytest.raises(ArcKernelError, match="in the way, and not made by this script"):
+        disk.make_anew(tmp_path / "new", "mark")
+    assert (tmp_path / "new" / "other").exists()

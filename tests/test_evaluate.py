@@ -172,6 +172,9 @@ def test_each_fault_is_one_line(tmp_path, tasks, run, capsys):
     assert "no/settings.json: no such file: give the output folder of a run" in refused(tmp_path / "no")
     empty = write_run(tmp_path / "empty", tasks, {})
     assert "empty/completions: no completions" in refused(empty)
+    (tmp_path / "long").mkdir()
+    (tmp_path / "long" / "settings.json").write_text(json.dumps({"batch": 16, "tasks_sha256": ""}))  # as of finetune
+    assert "long/settings.json: not the settings of a run" in refused(tmp_path / "long")
     blind = write_tasks(tmp_path / "blind.json", {"A": [None]})
     unknown = write_run(tmp_path / "unknown", blind, {("A", 0): [[[1]]]})
     assert "no solutions known" in refused(unknown) and "give --solutions" in refused(run, unknown)

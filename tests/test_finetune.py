@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from arc_kernel import __main__ as command_line
-from arc_kernel import ceilings, checkpoint
+from arc_kernel import ceilings, checkpoint, cpu_attention
 from arc_kernel.decoder_pass import Decoder
 from arc_kernel.errors import ArcKernelError
 from arc_kernel.finetune import learner, page, run, study, train
@@ -122,18 +122,42 @@ def test_a_run_learns_and_leaves_an_adapter_a_report_and_figures(settings, prepa
     assert max(r["lr"] for r in rows) == pytest.approx(1e-2) and rows[-1]["lr"] < 1e-3
 
 
-def test_full_training_leaves_a_model_folder_that_loads_and_differs(settings, prepared, tiny, killed_at):
+def test_full_training_leaves_a_model_folder_that_loads_and_differs(settings, prepared, tiny, killed_at, monkeypatch):
+    save = Learner.save
     full = dataclasses.replace(settings, lora_rank=0, steps=6, save_every=2, lr=1e-3, gradient_checkpointing=True)
     killed_at(3)
     with pytest.raises(KeyboardInterrupt):
         run.finetune(full, prepared)
-    made = run.finetune(full, prepared)
+    saved = []
+    monkeypatch.setattr(Learner, "save", lambda self, folder: saved.append(folder) or save(self, folder))
+    made = run.finetune(dataclasses.replace(full, save_every=1), prepared)
+    assert len(saved) == 4, "each step from the third on"
     assert len(losses_of(full)) == 6 and losses_of(full)[-1][1] < losses_of(full)[0][1]
     checkpoint.check_model(made["result"])
     old, new = (AutoModelForCausalLM.from_pretrained(f) for f in (tiny, made["result"]))
     assert new.config.to_dict() | {"_name_or_path": ""} == old.config.to_dict() | {"_name_or_path": ""}
     assert not torch.equal(old.model.layers[0].mlp.up_proj.weight, new.model.layers[0].mlp.up_proj.weight)
     assert checkpoint.load_tokenizer(made["result"])("12").input_ids == checkpoint.load_tokenizer(tiny)("12").input_ids
+
+
+def test_checkpointed_layers_train_in_16_bits_whatever_attention_is_taken(settings, prepared, monkeypatch):
+    monkeypatch.setattr(cpu_attention, "TRIED", 32)
+    cpu_attention.products_are_faster.cache_clear()  # as in a process of its own, where the trial comes with the first step
+    run.finetune(dataclasses.replace(settings, dtype="bfloat16", steps=3, gradient_checkpointing=True), prepared)
+    assert len(losses_of(settings)) == 3
+
+
+def test_a_result_is_there_until_the_next_is_written(settings, prepared, monkeypatch):
+    full = dataclasses.replace(settings, lora_rank=0, steps=2)
+    made = run.finetune(full, prepared)
+
+    def disk_is_full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(learner, "save_file", disk_is_full)
+    with pytest.raises(ArcKernelError, match="cannot be written"):
+        run.finetune(full, prepared)
+    checkpoint.check_model(made["result"])
 
 
 @pytest.mark.parametrize("fits", [True, False])

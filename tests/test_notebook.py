@@ -86,15 +86,17 @@ def test_challenges_are_found_by_name_below_the_input_root(mounted, tmp_path):
     assert json.loads((tmp_path / "out" / "settings.json").read_text())["tasks"].endswith("arc-prize/arc-agi_test_challenges.json")
 
 
-def test_unknown_parameter_is_an_error(mounted, tmp_path):
-    done = dry_run(mounted, tmp_path / "out", *FAST, "ttt_stepz=3")
-    assert done.returncode == 1 and "unknown parameter ttt_stepz" in done.stderr
+@pytest.mark.parametrize("parameter, said", [("ttt_stepz=3", "unknown parameter ttt_stepz"),
+                                             ("run_kind=Commit", "run_kind is 'Commit': choose auto, commit or scoring")])
+def test_unknown_parameter_or_kind_of_run_is_an_error(mounted, tmp_path, parameter, said):
+    done = dry_run(mounted, tmp_path / "out", *FAST, parameter)
+    assert done.returncode == 1 and said in done.stderr
     assert not (tmp_path / "out" / "submission.json").exists()
 
 
-@pytest.mark.parametrize("kind, file", [
-    ("code", "arc_kernel/views.py"), ("code", "arc_kernel/bundle.py"), ("weights", "model/model.safetensors")])
-@pytest.mark.parametrize("damage", ["changed", "missing"])
+@pytest.mark.parametrize("kind, file, damage", [
+    ("code", "arc_kernel/views.py", "changed"), ("code", "arc_kernel/bundle.py", "missing"),
+    ("weights", "model/model.safetensors", "changed")])
 def test_damaged_bundle_is_named_before_anything_is_loaded(mounted, tmp_path, kind, file, damage):
     root = shutil.copytree(mounted, tmp_path / "input")
     victim = bundle.find_bundles(root)[kind].folder / file

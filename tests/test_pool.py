@@ -23,14 +23,36 @@ for stage in ("adapt", "answer"):
         tell(event="note", text="later" if reply.get("later") else "now")
         if reply["task"]:
             tell(event="answered", task=reply["task"])
+    if behaviour == "together" and stage == "answer":
+        held = []
+        while True:
+            tell(event="want", stage=stage)
+            reply = json.loads(sys.stdin.readline())
+            held += [reply["task"]] if reply["task"] else []
+            if not reply["task"] or len(held) == 4:
+                if "killer" in held:
+                    os._exit(3)
+                for task in held:
+                    tell(event="answered", task=task)
+                if not held and not reply.get("wait"):
+                    sys.exit()
+                held = []
     while True:
         tell(event="want", stage=stage)
         task = json.loads(sys.stdin.readline())["task"]
         if task is None:
             break
+        if behaviour == "some kill it in training" and stage == "adapt" and task.startswith("bad"):
+            os._exit(3)
+        if behaviour == "second waits to answer" and stage == "adapt":
+            if device == "0":
+                time.sleep(1)
+                os._exit(3)
         if behaviour == "second dies late" and device == "1":
             time.sleep(2)
             os._exit(3)
+        if behaviour == "hangs in all training" and stage == "adapt":
+            time.sleep(600)
         if behaviour == "hangs in training" and stage == "adapt" and not os.path.exists(os.environ["HUNG"]):
             open(os.environ["HUNG"], "w").close()
             time.sleep(600)
@@ -111,3 +133,44 @@ def test_worker_that_hangs_at_its_end_is_stopped_with_a_word(started, monkeypatc
     begun = time.monotonic()
     assert [m["text"] for m in crew.close()] == ["1 worker did not end within 1 s: stopped"]
     assert time.monotonic() - begun < 10
+
+
+def deaths(messages):
+    return [m["given_up"] for m in messages if m["event"] == "worker-died"]
+
+
+def test_tasks_that_kill_their_worker_in_training_cost_the_others_nothing(started):
+    killers, tasks = ["bad large one", "bad large two", "bad large three"], ["a", "b", "c"]
+    crew = started("some kill it in training", 1, killers + tasks, killers + tasks)
+    trained, answered = list(crew.events("adapt")), list(crew.events("answer"))
+    assert done(trained, "adapted") == tasks and done(answered, "answered") == sorted(killers + tasks)
+    assert sorted(i for lost in deaths(trained) for i in lost["adapt"]) == sorted(killers) and not deaths(answered)
+
+
+def test_device_on_which_nothing_can_be_trained_answers(started):
+    crew = started("some kill it in training", 1, ["bad a", "bad b"], ["bad a", "bad b"])
+    assert done(crew.events("adapt"), "adapted") == [] and done(crew.events("answer", time.time() + 60), "answered") == ["bad a", "bad b"]
+
+
+def test_task_left_by_a_lost_device_is_given_up_where_the_others_have_begun_to_answer(started, monkeypatch):
+    monkeypatch.setattr(pool, "DEATHS", 1)
+    crew = started("second waits to answer", 2, ["a", "b"], ["a", "b"])
+    messages = list(crew.events("adapt", time.time() + 60))
+    assert done(messages, "adapted") == ["b"] and deaths(messages) == [{"adapt": ["a"], "answer": []}]
+    assert done(crew.events("answer", time.time() + 60), "answered") == ["a", "b"]
+
+
+def test_task_that_kills_the_engine_takes_none_of_those_beside_it_with_it(started):
+    tasks = ["a", "killer", "b", "c", "d", "e", "f"]
+    crew = started("together", 1, [], tasks)
+    messages = list(crew.events("answer", time.time() + 60))
+    assert done(messages, "answered") == sorted(set(tasks) - {"killer"})
+    assert [lost["answer"] for lost in deaths(messages)] == [[], ["killer"]]
+
+
+def test_worker_that_hangs_in_every_training_is_not_given_the_task_again(started):
+    crew = started("hangs in all training", 1, ["a"], ["a", "b"])
+    assert [m["tasks"] for m in crew.events("adapt", time.time() + 2, grace=0.5) if m.get("held")] == [["a"]]
+    crew.stop_holders("adapt")
+    messages = list(crew.events("answer", time.time() + 60))
+    assert done(messages, "answered") == ["a", "b"] and deaths(messages) == [{"adapt": ["a"], "answer": []}]

@@ -243,6 +243,10 @@ def test_context_says_what_a_sliding_window_still_limits_and_refuses_a_rope_that
     assert refused(["--model", source, "--out", tmp_path / "no", "--context", 8192], capsys, "rope is scaled already (linear)")
     assert refused(["--model", source, "--out", tmp_path / "no", "--rope-theta", 1e6], capsys, "--rope-theta goes with --context")
     assert refused(["--model", source, "--context", 8192], capsys, "give --out")
+    theta_of = {"full_attention": 1e6, "sliding_attention": 1e4}
+    by_layer = {kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in theta_of.items()}
+    edit(source / "config.json", rope_scaling="left out", rope_theta="left out", rope_parameters=by_layer)
+    assert refused(["--model", source, "--out", tmp_path / "no", "--context", 8192], capsys, "several rope thetas, by kind of layer")
 
 
 def test_code_and_pickles_of_a_checkpoint_are_refused_with_the_mend(copy_of, tmp_path, capsys):

@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 import torch
 
+from arc_kernel import checkpoint
 from arc_kernel.errors import ArcKernelError
 from arc_kernel.finetune import recall
-from arc_kernel.prompts import IGNORED
+from arc_kernel.prompts import IGNORED, default_builder
 from models import tiny_model
+from standins import standin
 
 
 @pytest.mark.parametrize("tokens", (60, 100, 1000))
 def test_an_example_states_a_number_once_near_its_start_and_asks_for_it_at_its_end(tokenizer, tokens):
-    for example in recall.recall_examples(tokenizer, tokens, 5, 0):
+    for example in recall.recall_examples(default_builder(tokenizer, "digits"), tokens, 5, 0):
         assert len(example.input_ids) == tokens
         at = np.flatnonzero(example.labels != IGNORED)
         number = tokenizer.decode(example.input_ids[at[:-1]])
@@ -25,12 +27,20 @@ def test_an_example_states_a_number_once_near_its_start_and_asks_for_it_at_its_e
         assert text.index(number) < 80 and at[-1] == tokens - 1 and example.labels[-1] == tokenizer.eos_token_id
 
 
+def test_a_tokenizer_that_begins_each_text_with_a_space_puts_none_into_the_number(tmp_path):
+    tokenizer = checkpoint.load_tokenizer(standin("AMD-Llama-135m", tmp_path / "amd"))
+    for example in recall.recall_examples(default_builder(tokenizer, "digits"), 200, 3, 0):
+        number = tokenizer.convert_ids_to_tokens(example.input_ids[example.labels != IGNORED][:-1].tolist())
+        assert len(number) == recall.DIGITS and "".join(number).isdigit()
+        assert f"The pass key is {''.join(number)}. Remember it." in tokenizer.decode(example.input_ids)
+
+
 def test_examples_are_different_and_repeatable_and_too_few_tokens_are_refused(tokenizer):
-    one, other = (recall.recall_examples(tokenizer, 100, 8, seed=3) for _ in range(2))
+    one, other = (recall.recall_examples(default_builder(tokenizer, "digits"), 100, 8, seed=3) for _ in range(2))
     assert all(np.array_equal(a.input_ids, b.input_ids) for a, b in zip(one, other))
     assert len({e.input_ids.tobytes() for e in one}) == 8
     with pytest.raises(ArcKernelError, match=r"recall:20: shorter than statement and question: give \d\d or more tokens"):
-        recall.recall_examples(tokenizer, 20, 1, 0)
+        recall.recall_examples(default_builder(tokenizer, "digits"), 20, 1, 0)
 
 
 def test_recall_is_what_greedy_decoding_gives(tokenizer, model_folder):
@@ -41,7 +51,7 @@ def test_recall_is_what_greedy_decoding_gives(tokenizer, model_folder):
     model = load_model(model_folder, "float32", "cpu")
     for row in rows:
         right = 0
-        for example in recall.recall_examples(tokenizer, row["tokens"], 2, 1):
+        for example in recall.recall_examples(default_builder(tokenizer, "digits"), row["tokens"], 2, 1):
             asked = int((example.labels != IGNORED).argmax())
             made = model.generate(torch.from_numpy(example.input_ids[None, :asked]), attention_mask=torch.ones(1, asked, dtype=torch.long),
                                   max_new_tokens=recall.DIGITS, do_sample=False, pad_token_id=0)[0, asked:]

@@ -72,16 +72,17 @@ class Engine:
         pass
 
 
-def served(tmp_path, builder, tasks, *engines, share=lambda task: 1.0, **changes):
-    """The events told while these tasks, each in its `share(task)` of the time left, are answered by these engines, one after the other."""
+def served(tmp_path, builder, tasks, *engines, share=lambda task: 1.0, evidence=(), **changes):
+    """The events told while these tasks, each in its `share(task)` of the time left, are answered by these engines, one after the other;
+    of others there is the `evidence`."""
     told = []
     server = Serving(dataclasses.replace(JOB, out=str(tmp_path), adapters=str(tmp_path / "adapters"), **changes), builder,
                      SimpleNamespace(adapter=None),
                       lambda event, **facts: told.append({"event": event, **facts}),
                       lambda stage, **facts: told.append({"event": "stage", "stage": stage, **facts}))
     variants = [SimpleNamespace(dtype=name) for name in ("float16", "float32")]
-    server._chooser = SimpleNamespace(engines=lambda wait: ((e, v, set()) for e, v in zip(engines, variants)))
-    server.answer((t, share(t)) for t in tasks)
+    server._chooser = SimpleNamespace(engines=lambda wait: ((e, v, set()) for e, v in zip(engines, variants)), evidence=evidence)
+    server.answer(t if t == serving.LATER else (t, share(t)) for t in tasks)
     return told
 
 
@@ -296,3 +297,64 @@ def test_task_without_a_finite_answer_is_asked_again_in_full_where_there_is_time
     tasks, engines = [task, task_of_two], (Engine(builder, lambda i, view: None), Slow(builder, lambda i, view: ONE))
     served(tmp_path, builder, tasks, *engines, share=lambda task: 0.005, early_stop=False, answer_until=time.time() + 30)
     assert [sum(c.status == "ok" for c in completions(tmp_path, t)) for t in tasks] == [8, 16]
+
+
+BROKEN = {"dtype": "float32", "ok": False, "judged": False, "seen": "vLLM does not start"}
+
+
+def test_where_no_engine_could_be_started_no_task_is_taken_and_the_worker_ends(tmp_path, builder, task):
+    taken = []
+    with pytest.raises(RuntimeError, match="no engine could be started: vLLM does not start"):
+        served(tmp_path, builder, (taken.append(t) or t for t in [task]), evidence=[BROKEN])
+    assert not taken and not (tmp_path / "completions").exists()
+    served(tmp_path, builder, [task], evidence=[BROKEN | {"judged": True}])
+    assert completions(tmp_path, task) == []
+
+
+def test_what_the_next_dtypes_engine_could_not_answer_is_asked_again_by_the_next_start(tmp_path, builder, task):
+    told = served(tmp_path, builder, [task], Engine(builder, numbered(*[ONE] * 7, None)), evidence=[BROKEN], early_stop=False)
+    assert completions_file(tmp_path, task.id).suffix == ".part" and of(told, "answered")[0]["cut"] == 1
+
+
+def test_fewer_answers_of_a_next_start_do_not_replace_more_of_an_earlier_one(tmp_path, builder, task, monkeypatch):
+    now = [0]
+    monkeypatch.setattr(serving, "time", SimpleNamespace(time=lambda: now[0]))
+
+    def answers(grid):
+        def second(i, view):
+            now[0] += 1
+            return grid
+        return Engine(builder, second)
+
+    for until, grid in ((6, ONE), (2, TWO), (-1, THREE)):
+        now[0] = 0
+        served(tmp_path, builder, [task], answers(grid), answer_until=until, early_stop=False)
+        kept = select.read_completions(completions_file(tmp_path, task.id))
+        assert len(kept) == len({c.view for c in kept}) == 5
+    assert Counter(g.votes for g in select.candidates(kept, ENCODER)) == {4: 1, 1: 1}
+
+
+def test_task_that_comes_alone_is_waited_for_until_the_others_are_answered(tmp_path, builder, task):
+    """As the pool gives one that was in a worker that died: nothing beside what is open, and nothing beside it."""
+    engine, told = Engine(builder, lambda i, view: ONE), []
+    first, alone = small_tasks(2, task)
+
+    def given():
+        yield first
+        while not any(e["event"] == "answered" for e in told):
+            yield serving.LATER
+        yield alone
+
+    server = Serving(dataclasses.replace(JOB, out=str(tmp_path), adapters=str(tmp_path / "adapters"), early_stop=False), builder,
+                     SimpleNamespace(adapter=None), lambda event, **facts: told.append({"event": event, **facts}), lambda *_, **__: None)
+    server._chooser = SimpleNamespace(engines=lambda wait: [(engine, SimpleNamespace(dtype="float32"), set())], evidence=[])
+    server.answer(t if t == serving.LATER else (t, 1.0) for t in given())
+    assert [len(completions(tmp_path, t)) for t in (first, alone)] == [8, 8]
+    assert all(len({p.key[0] for p in batch}) <= 1 for batch in engine.batches)
+
+
+def test_worker_that_holds_only_what_no_engine_could_answer_does_not_wait_for_more(tmp_path, builder, task):
+    first = small_tasks(1, task)[0]
+    later = itertools.chain([first], itertools.repeat(serving.LATER))
+    served(tmp_path, builder, later, Engine(builder, lambda i, view: None), Engine(builder, lambda i, view: ONE))
+    assert len(completions(tmp_path, first)) >= 6

@@ -30,6 +30,7 @@ PROFILE = profiles.load("kaggle-t4")
     ({"gpus": (T4,)}, 0,
      "1 GPU here (Tesla T4), 2 asked for: choose accelerator NvidiaTeslaT4 in the notebook's settings, or set devices=1"),
     ({"gpus": (P100,)}, 1, "Tesla P100-PCIE-16GB has compute capability 6.0, the wheels of profile kaggle-t4 want 7.5"),
+    ({"cuda": ""}, 2, ""),  # an nvidia-smi that says it in words of its own
     ({"cuda": "11.4"}, 2, "driver 550.90 speaks CUDA 11.4, the wheels of profile kaggle-t4 want 12.8"),
 ])
 def test_a_machine_that_is_not_the_profiles_is_told_in_one_line(change, devices, said):
@@ -37,10 +38,28 @@ def test_a_machine_that_is_not_the_profiles_is_told_in_one_line(change, devices,
     assert bool(found) == bool(said) and (not said or found[0].startswith(said)) and "\n" not in "".join(found)
 
 
+@pytest.mark.parametrize("banner, cuda", [
+    ("| NVIDIA-SMI 580.65.06     Driver Version: 580.65.06      CUDA Version: 13.0     |", "13.0"),
+    ("| NVIDIA-SMI 610.12    KMD Version: 610.12    CUDA UMD Version: 13.3     |", "13.3"),
+    ("| NVIDIA-SMI 700.00  |", ""),
+])
+def test_newest_cuda_is_read_from_old_and_new_drivers(banner, cuda):
+    assert session.newest_cuda(banner) == cuda
+
+
+def test_of_two_distributions_of_a_name_the_imported_one_counts(tmp_path, monkeypatch):
+    for place, version in (("first", "2.0"), ("second", "1.0")):
+        info = tmp_path / place / f"Twice_There-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: Twice_There\nVersion: {version}\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "first"), str(tmp_path / "second"), *sys.path])
+    assert session.look().installed["twice-there"] == "2.0"
+
+
 def test_this_machine_is_looked_at():
     machine = session.look()
     assert machine.python == ".".join(map(str, sys.version_info[:3])) and machine.installed["numpy"]
-    assert bool(machine.gpus) == bool(machine.cuda)
+    assert machine.gpus or not machine.cuda
     assert machine.gpus or session.faults(machine, profiles.load("local-cpu"), 1) == []
 
 

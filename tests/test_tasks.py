@@ -61,11 +61,13 @@ def test_named_solutions_are_used_and_a_task_they_lack_stays_unknown(tmp_path):
     assert read.tasks["t1"].test[1].output.tolist() == ANSWERS[1] and read.tasks["t2"].test[1].output is None
 
 
-def test_a_folder_of_single_tasks_is_read_by_file_name_with_the_outputs_inside(tmp_path):
+def test_a_folder_of_single_tasks_is_read_by_file_name_with_the_outputs_inside(tmp_path, monkeypatch):
     for name in ("bbb", "aaa"):
         write(tmp_path / f"{name}.json", changed(("test",), [{"input": [[1]], "output": [[2]]}]))
     read = load_challenges(str(tmp_path))
     assert list(read.tasks) == ["aaa", "bbb"] and read.tasks["aaa"].test[0].output.tolist() == [[2]]
+    monkeypatch.chdir(tmp_path)
+    assert list(load_challenges(".").tasks) == ["aaa", "bbb"]
 
 
 def test_a_single_task_file_is_one_task_named_as_the_file(tmp_path):
@@ -166,6 +168,8 @@ def test_a_file_of_a_folder_that_is_no_json_is_broken_and_leaves_the_others(tmp_
     write(tmp_path / "good.json", GOOD)
     read = load_challenges(str(tmp_path))
     assert list(read.tasks) == ["good"] and "bad.json: not JSON" in read.broken["bad"] and read.outputs["bad"] == 1
+    (tmp_path / "bad.json").write_text("9" * 5000)  # more digits than Python reads
+    assert "bad.json: not JSON" in load_challenges(str(tmp_path)).broken["bad"]
 
 
 @pytest.mark.parametrize("place, value", [

@@ -116,3 +116,19 @@ def test_answer_that_is_not_viable_is_cut_and_nan_is_never_an_answer(tiny, tmp_p
     sick.close()
     assert (cut.status, len(cut.token_ids)) == ("stopped", 8)
     assert [a.status for a in bad] == ["nan"] * len(PROMPTS)
+
+
+def test_prompts_are_answered_before_more_come_where_there_are_none_yet(tiny):
+    """As serving feeds them that waits for the open tasks to end."""
+    engine, done = started(tiny, "float32"), []
+
+    def prompts():
+        yield Prompt((0,), PROMPTS[0])
+        while not done:
+            yield None
+        yield Prompt((1,), PROMPTS[1])
+
+    for answer in engine.answer(prompts(), 4):
+        done.append(answer.prompt.key)
+    engine.close()
+    assert done == [(0,), (1,)]

@@ -23,7 +23,7 @@ from arc_kernel.grids import ENCODERS, GridEncoder
 from arc_kernel.precision import rescale
 from arc_kernel.prepare import vocabulary
 from arc_kernel.prepare.make import prepare
-from arc_kernel.prompts import QUESTION, PromptBuilder
+from arc_kernel.prompts import QUESTION, SIDES, PromptBuilder
 from arc_kernel.settings import PROMPTS
 from models import tiny_model
 
@@ -141,6 +141,10 @@ def check_prompts(full, arc, tasks):
                 wanted, made = (b.example(task.train, task.test[0]).input_ids for b in (before, after))
                 assert old_of[made].tolist() == wanted.tolist(), (kind, name)
                 assert after.text_of(made.tolist()) == before.text_of(wanted.tolist()), (kind, name)
+            for side in SIDES:
+                grids = tuple(p.input for p in tasks[0].train)
+                wanted, made = (b.side_example(side, grids[:-1], grids[-1]).input_ids for b in (before, after))
+                assert old_of[made].tolist() == wanted.tolist(), (kind, name, side)
 
 
 def test_prompts_of_every_encoder_and_kind_are_the_renumbered_tokens(model_folder, arc, arc_training):

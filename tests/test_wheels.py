@@ -212,9 +212,9 @@ def test_another_pythons_wheel_a_second_version_and_half_a_wheel_are_faults(bare
 def test_differing_names_what_a_session_must_install():
     text = lock.render([lock.Pin("torch", "2.10.0"), lock.Pin("typing-extensions", "4.15.0", ("ab",)), lock.Pin("vllm", "0.19.1")], ["x"])
     there = {"Torch": "2.10.0+cu128", "typing_extensions": "4.14", "numpy": "2.0.2"}
-    assert wheels.differing(text, there) == ["typing-extensions==4.15.0 --hash=sha256:ab", "vllm==0.19.1"]
-    assert wheels.differing(text, there | {"typing.extensions": "4.15.0", "vllm": "0.19.1"}) == []
-    assert wheels.differing(text, there | {"vllm": "built by hand"})[-1] == "vllm==0.19.1"
+    assert lock.differing(text, there) == ["typing-extensions==4.15.0 --hash=sha256:ab", "vllm==0.19.1"]
+    assert lock.differing(text, there | {"typing.extensions": "4.15.0", "vllm": "0.19.1"}) == []
+    assert lock.differing(text, there | {"vllm": "built by hand"})[-1] == "vllm==0.19.1"
 
 
 @pytest.mark.parametrize("line, said", [
@@ -238,7 +238,7 @@ def test_committed_lock_goes_with_its_profile(name):
     assert [pin for pin in pins.values() if image.get(pin.name) == pin.version] == []  # what is there is not brought again
     running = {"ipykernel", "ipython", "jupyter-client", "pyzmq", "tornado", "traitlets"}
     assert not running & set(pins)  # the kernel that runs the notebook
-    assert "torchao" not in there and wheels.differing(text, there) == []
+    assert "torchao" not in there and lock.differing(text, there) == []
 
 
 # Resolving

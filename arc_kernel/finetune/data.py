@@ -150,7 +150,7 @@ def _read_lines(path: Path) -> Iterator[Group]:
         raise ArcKernelError(f"{path}: no such file: give a path to JSON lines") from None
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise ArcKernelError(f"{path}: cannot be read: {error}") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
         raise ArcKernelError(f"{path} line {number}: not JSON: {error}") from None
 
 

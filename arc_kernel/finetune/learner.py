@@ -20,6 +20,7 @@ from ..answer_loss import answer_losses
 from ..checkpoint import TEXTS, TRAINED_PROMPT, load_model, read_config, whole_folder, write_json
 from ..errors import ArcKernelError
 from ..flat_weights import FlatWeights
+from ..precision.probe import check_layout
 
 ADAPTER, MODEL = "adapter", "model"  # folders of the result in a run's folder, and of the weights in a checkpoint
 GRAPHS = ("cuda",)  # devices whose passes can be graphs
@@ -40,6 +41,7 @@ class Learner(torch.nn.Module):
         if start is not None:
             check_fit(start, folder)
         base = load_model(folder, dtype if rank else "float32", "cpu")
+        check_layout(base)
         base.config.use_cache = False
         self.network = with_lora(base, folder, rank, start) if rank else base
         if gradient_checkpointing:
@@ -100,7 +102,6 @@ class Learner(torch.nn.Module):
             return out / ADAPTER
         config = read_config(self.folder)
         dtype = getattr(torch, str(config.get("torch_dtype") or config.get("dtype") or "float32"))
-        shutil.rmtree(out / MODEL, ignore_errors=True)
         with whole_folder(out / MODEL) as fresh:
             weights = {name: weight.detach().to(dtype) for name, weight in self.network.named_parameters()}
             save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
@@ -108,6 +109,7 @@ class Learner(torch.nn.Module):
                 if file.name != "model.safetensors.index.json":
                     shutil.copyfile(file, fresh / file.name)
             write_json(fresh / TRAINED_PROMPT, prompt)
+            shutil.rmtree(out / MODEL, ignore_errors=True)
         return out / MODEL
 
     def load(self, folder: Path) -> None:

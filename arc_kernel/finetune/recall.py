@@ -17,7 +17,7 @@ from ..adapter_fit import check_fit
 from ..checkpoint import load_model, load_tokenizer
 from ..errors import ArcKernelError
 from ..memory import free_memory
-from ..prompts import IGNORED, Example
+from ..prompts import IGNORED, Example, PromptBuilder, default_builder
 
 DIGITS = 5
 STATED = "The pass key is {}. Remember it. {} is the pass key.\n"
@@ -26,23 +26,22 @@ ASKED = "\nWhat is the pass key? The pass key is {}"
 SPLIT = " "  # the answer's first digit comes after it, in a token of its own
 
 
-def recall_examples(tokenizer, tokens: int, count: int, seed: int) -> list[Example]:
+def recall_examples(builder: PromptBuilder, tokens: int, count: int, seed: int) -> list[Example]:
     """`count` examples of `tokens` tokens each; loss is taken on the number and the end token.
 
-    `tokenizer` is a model's, or a PromptBuilder. Raises ArcKernelError where so few tokens hold no question.
+    Raises ArcKernelError where so few tokens hold no question.
     """
-    return [example(tokenizer, tokens, np.random.default_rng((seed, index))) for index in range(count)]
+    return [example(builder, tokens, np.random.default_rng((seed, index))) for index in range(count)]
 
 
-def example(tokenizer, tokens: int, rng: np.random.Generator) -> Example:
+def example(builder: PromptBuilder, tokens: int, rng: np.random.Generator) -> Example:
     """One example of exactly `tokens` tokens: the statement after none to two sentences, filler, the question, number, end."""
-    ids_of = tokenizer.ids_of if hasattr(tokenizer, "ids_of") else lambda text: tokenizer(text, add_special_tokens=False).input_ids
-    end = tokenizer.end_token if hasattr(tokenizer, "end_token") else tokenizer.eos_token_id
+    ids_of = builder.ids_of
     number = str(rng.integers(10 ** (DIGITS - 1), 10**DIGITS))
     start = [t for _ in range(int(rng.integers(3))) for t in ids_of(FILLER[rng.integers(len(FILLER))] + " ")]
     stated = [t for part in STATED.replace("{}", "\0{}\0").split("\0") for t in (_digits(ids_of, number) if part == "{}" else ids_of(part))]
     question = list(ids_of(ASKED.format("").rstrip())) + list(ids_of(SPLIT))
-    answer = [*_digits(ids_of, number), end]
+    answer = [*_digits(ids_of, number), builder.end_token]
     room = tokens - len(stated) - len(question) - len(answer)
     if room < 0:
         raise ArcKernelError(f"recall:{tokens}: shorter than statement and question: give {tokens - room} or more tokens")
@@ -79,7 +78,7 @@ def recall_by_distance(model: Path, adapter: Path | None, lengths: list[int], co
     """
     import torch
 
-    tokenizer = load_tokenizer(model)
+    builder = default_builder(load_tokenizer(model), "digits")
     network = load_model(model, dtype, device)
     if adapter is not None:
         from peft import PeftModel
@@ -88,7 +87,7 @@ def recall_by_distance(model: Path, adapter: Path | None, lengths: list[int], co
         network = PeftModel.from_pretrained(network, adapter).eval()
     rows, shown = [], progress.bar(len(lengths) * count, "recall", "text")
     for tokens in lengths:
-        made, right, lost, away = recall_examples(tokenizer, tokens, count, seed), 0, 0.0, 0
+        made, right, lost, away = recall_examples(builder, tokens, count, seed), 0, 0.0, 0
         for one in made:
             at = np.flatnonzero(one.labels != IGNORED)[:-1]  # the number without the end token
             wanted = torch.from_numpy(one.labels[at]).to(device)

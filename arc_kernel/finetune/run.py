@@ -120,6 +120,8 @@ class Run:
         from .train import Diverged, train
 
         s, folder, device = self.s, self.prepared.folder, verdict.device_name()
+        if device == "cuda":  # before anything is measured or put there
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         dtype = training_dtype(s.dtype, device)
         torch.manual_seed(s.seed)
         learner = Learner(folder, s.lora_rank, Path(s.adapter) if s.adapter else None, dtype, s.gradient_checkpointing)

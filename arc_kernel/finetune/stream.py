@@ -28,14 +28,12 @@ SIDES = {"output": ("input", "output"), "inputs": ("input",), "outputs": ("outpu
 
 @dataclass(frozen=True)
 class Drawn:
-    """An example, its kind, where it is from, its tokens before context pairs were dropped, how many were, what was composed."""
+    """An example, its kind, its tokens before context pairs were dropped, and how many were."""
 
     example: Example
     kind: str
-    source: str
     tokens: int
     dropped: int
-    composed: str
 
 
 class Stream:
@@ -75,8 +73,8 @@ class Stream:
         source = self.sources[rng.choice(len(self.sources), p=self._weights)]
         if source.kind == "recall":
             example = recall.example(self.builder, source.tokens, rng)
-            return Drawn(example, "recall", source.name, len(example.input_ids), 0, "")
-        pairs, composed = source.draw(rng, limit), None
+            return Drawn(example, "recall", len(example.input_ids), 0)
+        pairs = source.draw(rng, limit)
         if not pairs:
             return None
         if rng.random() < self.compose:
@@ -91,7 +89,7 @@ class Stream:
             size = lambda i: sum(getattr(shown[i], side).size for side in SIDES[source.kind])
             del shown[max(range(len(shown) - 1), key=size)]
             example = self._example(source.kind, shown)
-        return Drawn(example, source.kind, source.name, tokens, count - len(shown), str(composed or ""))
+        return Drawn(example, source.kind, tokens, count - len(shown))
 
     def _example(self, kind: str, pairs: Sequence[Pair]) -> Example:
         *context, target = pairs

@@ -160,6 +160,7 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **_):
         self.begun = time.perf_counter()
+        state.save_steps = args.save_steps  # a checkpoint's would stay
 
     def on_pre_optimizer_step(self, args, state, control, **_):
         gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]

@@ -29,7 +29,7 @@ LEFT_OUT = (".git", ".cache", ".huggingface")  # folders the client skips: DEFAU
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z")  # unpacked on arrival: https://www.kaggle.com/docs/datasets
 
 
-def kernel(profile: Profile, username: str, datasets: Sequence[str], title: str = TITLE, code_file: str = "submission.ipynb") -> dict:
+def kernel(profile: Profile, username: str, datasets: Sequence[str], code_file: str = "submission.ipynb") -> dict:
     """Kaggle's kernel metadata: a private notebook without internet on the profile's machine, image and competition.
 
     `datasets` are ids `<user>/<slug>`; the kernel's slug is its title's, as Kaggle makes it. Without an image in the profile
@@ -39,13 +39,13 @@ def kernel(profile: Profile, username: str, datasets: Sequence[str], title: str 
     if profile.docker_image and not re.fullmatch(PINNED, profile.docker_image):
         raise ArcKernelError(f"--docker-image: {profile.docker_image!r} is not pinned: give <image>@sha256:<digest>")
     image = {"docker_image": profile.docker_image} if profile.docker_image else {"docker_image_pinning_type": STAYS}
-    return {"id": f"{username}/{_slug(title)}", "title": title, "code_file": code_file, "language": "python", "kernel_type": "notebook",
+    return {"id": f"{username}/{_slug(TITLE)}", "title": TITLE, "code_file": code_file, "language": "python", "kernel_type": "notebook",
             "is_private": True, "enable_gpu": bool(profile.gpus), "enable_tpu": False, "enable_internet": False,
             "machine_shape": profile.accelerator, **image, "dataset_sources": list(datasets),
             "competition_sources": [profile.competition] if profile.competition else [], "kernel_sources": [], "model_sources": []}
 
 
-def write_kernel(folder: Path, notebook: Path, profile: Profile, username: str, datasets: Sequence[str], title: str = TITLE,
+def write_kernel(folder: Path, notebook: Path, profile: Profile, username: str, datasets: Sequence[str],
                  say: Callable[[str], None] = print) -> Path:
     """Write `notebook`, with the profile as its parameter, and its kernel-metadata.json into `folder`; returns the folder.
 
@@ -53,7 +53,7 @@ def write_kernel(folder: Path, notebook: Path, profile: Profile, username: str, 
     folder cannot be written.
     """
     folder, notebook = Path(folder), Path(notebook)
-    text = json.dumps(kernel(profile, username, datasets, title, notebook.name), indent=1) + "\n"
+    text = json.dumps(kernel(profile, username, datasets, notebook.name), indent=1) + "\n"
     try:
         code = PROFILE_LINE.sub(rb"\g<1>" + profile.name.encode() + rb"\2", notebook.read_bytes())
         files = {folder / notebook.name: code, folder / KERNEL: text.encode()}

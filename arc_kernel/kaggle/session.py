@@ -19,6 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from packaging.utils import canonicalize_name
+
 from ..disk import LOW_GB, free_gb
 from ..errors import ArcKernelError
 from ..select import vote
@@ -42,7 +44,8 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """What runs here: Python, GPUs, newest CUDA the driver speaks (empty without a GPU), distributions by name."""
+    """What runs here: Python, GPUs, newest CUDA the driver speaks (empty where that is not known), versions of distributions by
+    canonical name."""
 
     python: str
     gpus: tuple[Gpu, ...]
@@ -58,9 +61,18 @@ def look() -> Machine:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         gpus = tuple(gpus[int(v)] for v in visible.split(",") if v.isdigit() and int(v) < len(gpus))
-    newest = re.search(r"CUDA Version: *(\d+\.\d+)", _smi()) if gpus else None
-    installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
-    return Machine(".".join(map(str, sys.version_info[:3])), gpus, newest[1] if newest else "", installed)
+    installed: dict[str, str] = {}
+    for one in importlib.metadata.distributions():  # in the order of Python's path: of two with a name the first is imported
+        if name := one.metadata["Name"]:
+            installed.setdefault(canonicalize_name(name), one.version)
+    return Machine(".".join(map(str, sys.version_info[:3])), gpus, newest_cuda(_smi()) if gpus else "", installed)
+
+
+def newest_cuda(banner: str) -> str:
+    """The newest CUDA a driver speaks, from what nvidia-smi prints: "CUDA Version" up to driver 600, "CUDA UMD Version" since; empty where
+    it says neither."""
+    found = re.search(r"CUDA (?:UMD )?Version: *(\d+\.\d+)", banner)
+    return found[1] if found else ""
 
 
 def faults(machine: Machine, profile: Profile, devices: int) -> list[str]:
@@ -80,8 +92,8 @@ def faults(machine: Machine, profile: Profile, devices: int) -> list[str]:
             found.append(f"{gpu.name} has compute capability {gpu.capability}, "
                          f"the wheels of profile {profile.name} want {profile.capability}: {choose}")
             break
-    if machine.gpus and profile.cuda and _number(machine.cuda or "0.0")[0] < _number(profile.cuda)[0]:
-        found.append(f"driver {machine.gpus[0].driver} speaks CUDA {machine.cuda or 'of no known version'}, "
+    if machine.cuda and profile.cuda and _number(machine.cuda)[0] < _number(profile.cuda)[0]:  # one that is not known may do
+        found.append(f"driver {machine.gpus[0].driver} speaks CUDA {machine.cuda}, "
                      f"the wheels of profile {profile.name} want {profile.cuda}: "
                      "pin a newer image in the notebook's settings, or build for an older vLLM")
     return found
@@ -97,7 +109,8 @@ def prepare(profile: Profile | None, wheels: Path | None, devices: int, out: Pat
     free = free_gb(out)
     say(f"Python {machine.python}, " + (f"profile {profile.name} ({profile.title})" if profile else "no profile: packages as they are"))
     for gpu in machine.gpus:
-        say(f"{gpu.name}, compute capability {gpu.capability}, {gpu.memory:.1f} GB, driver {gpu.driver}, CUDA {machine.cuda}")
+        say(f"{gpu.name}, compute capability {gpu.capability}, {gpu.memory:.1f} GB, driver {gpu.driver}, "
+            f"CUDA {machine.cuda or 'of no known version'}")
     say(f"{free:.1f} GB free in {out}" + (f", of which Kaggle keeps {WORKING_GB:g} GB" if str(out).startswith("/kaggle/working") else ""))
     if wrong := profile and faults(machine, profile, devices):
         raise ArcKernelError(wrong[0])

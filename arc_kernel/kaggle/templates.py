@@ -14,7 +14,6 @@ from pathlib import Path
 from ..errors import ArcKernelError
 
 FOLDER = Path(__file__).resolve().parents[2] / "kaggle_datasets"
-KINDS = ("code", "weights", "adapter", "wheels")
 USERNAME = "INSERT_USERNAME_HERE"  # to be replaced before an upload, in the manner of Kaggle's own `datasets init`
 APACHE = FOLDER / "apache-2.0.txt"  # section 4(a) of that licence: who receives the work receives its text
 # Kaggle's names: https://github.com/Kaggle/kaggle-cli/blob/main/docs/datasets_metadata.md, section Licenses.

@@ -1,7 +1,7 @@
 """The wheelhouse: what a profile's machine lacks becomes a bundle of wheels with a lock, checked before it is uploaded.
 
-`build` makes it from the committed lock in locks/, `differing` says in a session what of it must be installed, and `faults`
-what would not work. Wheels only: Kaggle unpacks archives, so a source distribution would not arrive as a file.
+`build` makes it from the committed lock in locks/, `faults` says what would not work. Wheels only: Kaggle unpacks archives, so a
+source distribution would not arrive as a file.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 from ..errors import ArcKernelError
 from . import datasets, target
 from .check import faults, wanted
-from .lock import differing, parse, render
+from .lock import parse, render
 from .profiles import HERE, Profile
 from .templates import USERNAME
 
-__all__ = ["build", "differing", "faults", "lock_file", "name", "renewed"]
+__all__ = ["build", "faults", "lock_file", "name", "renewed"]
 
 
 def build(out: Path, profile: Profile, username: str = USERNAME, say: Callable[[str], None] = print,

@@ -16,6 +16,7 @@ from typing import Iterable, Iterator
 import numpy as np
 
 from ..checkpoint import load_model, weight_tensors
+from ..errors import ArcKernelError
 from ..prompts import IGNORED, Example, PromptBuilder
 from ..tasks import COLOURS, Pair, Task, cells
 from ..views import View, random_view, task_rng
@@ -29,6 +30,7 @@ ATTENTION = "arc_kernel_probe"  # the name under which transformers is given the
 QUERIES = 256  # rows of attention scores that exist at a time
 
 # Sites by the projection whose input or output they are. Everything else is the input or output of a norm.
+LAYOUT = ("embed_tokens", "layers", "norm")  # of a decoder, `model` in a causal language model
 INPUTS = {"o_proj": "attention", "down_proj": "gate*up"}
 OUTPUTS = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 
@@ -135,6 +137,14 @@ def label_logits(model, example: Example, device: str):
         return model(input_ids=ids[None], logits_to_keep=at, use_cache=False).logits[0]
 
 
+def check_layout(model) -> None:
+    """Raise ArcKernelError where a model of transformers has no embedding, layers and last norm where `recording` looks for them."""
+    decoder = getattr(model, "model", None)
+    if absent := [part for part in LAYOUT if not hasattr(decoder, part)]:
+        raise ArcKernelError(f"{model.config.name_or_path}: {type(model).__name__} has no model.{absent[0]}: only decoders laid out as "
+                             "Llama's can be trained here: set ttt_steps=0, or take another model")
+
+
 @contextlib.contextmanager
 def recording(model, scores: bool = False) -> Iterator[dict]:
     """While the block runs, peaks of `model` (peft's or transformers') are gathered in the dict it is given.
@@ -144,6 +154,7 @@ def recording(model, scores: bool = False) -> Iterator[dict]:
     """
     peaks: dict = {}
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    check_layout(base)
     hooks = []
 
     def keep(site: str, layer: int, value) -> None:

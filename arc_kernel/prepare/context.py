@@ -40,14 +40,19 @@ def theta_of(config: dict) -> float:
     return float(stated or 10_000)
 
 
+def by_layer(config: dict) -> bool:
+    """Whether a config names several rope thetas, by kind of layer (Gemma 3's, as transformers 5 writes it)."""
+    return any(isinstance(part, dict) for part in (config.get("rope_parameters") or {}).values())
+
+
 def write_both_forms(config: dict) -> None:
     """Write a config's rope theta as `rope_theta` (transformers 4) and inside `rope_parameters` (5).
 
     4.57 looks only at the first, and takes 10,000 where it is missing; 5.x takes the second before the first.
     """
     scaling = config.get("rope_scaling")
-    if any(isinstance(part, dict) for part in (config.get("rope_parameters") or {}).values()):
-        return  # the layer-wise form of architectures with several thetas
+    if by_layer(config):
+        return
     config["rope_theta"] = theta_of(config)
     config["rope_scaling"] = scaling or None
     config["rope_parameters"] = (dict(scaling) if scaling else {"rope_type": "default"}) | {"rope_theta": config["rope_theta"]}
@@ -56,12 +61,14 @@ def write_both_forms(config: dict) -> None:
 def stretch(draft: Draft, context: int, theta: float) -> None:
     """Set a context of `context` tokens with rope theta `theta` (0: by the NTK-aware rule where the context grows).
 
-    Raises ArcKernelError where the config has no context, or its rope is scaled otherwise already.
+    Raises ArcKernelError where the config has no context, several thetas, or a rope that is scaled otherwise already.
     """
     config = draft.config
     where, before, old = draft.source / "config.json", config.get("max_position_embeddings"), theta_of(config)
     if not before:
         raise ArcKernelError(f"{where}: no max_position_embeddings, so nothing to stretch: leave out --context")
+    if by_layer(config):
+        raise ArcKernelError(f"{where}: several rope thetas, by kind of layer: leave out --context and --rope-theta")
     kind = (config.get("rope_scaling") or {}).get("rope_type") or (config.get("rope_scaling") or {}).get("type")
     if kind not in (None, "default"):
         raise ArcKernelError(f"{where}: rope is scaled already ({kind}): leave out --context")

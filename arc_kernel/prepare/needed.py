@@ -40,18 +40,14 @@ def needed_shapes(folder: Path) -> dict[str, list[int]]:
     return {name: list(weight.shape) for name, weight in model.named_parameters()}
 
 
-def check_weights(folder: Path) -> list[str]:
-    """Raise ArcKernelError naming the first tensor that is missing in a model folder or has another shape than its config says.
-
-    Returns the names of tensors that the architecture has no use for.
-    """
+def check_weights(folder: Path) -> None:
+    """Raise ArcKernelError naming the first tensor that is missing in a model folder or has another shape than its config says."""
     needed, there = needed_shapes(folder), weight_shapes(folder)
     if missing := needed.keys() - there.keys():
         raise missing_tensors(folder, missing, (read_config(folder).get("architectures") or ["the architecture"])[0])
     for name, shape in sorted(needed.items()):
         if there[name] != shape:
             raise ArcKernelError(f"{folder}: tensor {name} has shape {there[name]}, config.json says {shape}: copy the model again")
-    return sorted(there.keys() - needed.keys())
 
 
 def _line(error: BaseException) -> str:

@@ -12,15 +12,16 @@ from pathlib import Path
 from statistics import median
 
 from .. import checkpoint, trained_prompt
-from ..grids import GridEncoder
+from ..errors import ArcKernelError
 from ..precision import probe, verdict
-from ..prompts import PromptBuilder
+from ..prompts import default_builder
 from ..tasks import Task, load_challenges
 from ..views import View
 from . import context
 from .draft import ROWS
 
 SAMPLE = 40  # tasks whose prompts are counted
+SIZES = ("num_attention_heads", "num_hidden_layers", "hidden_size")  # of a config.json, without which there is no row
 COLUMNS = {"model": "model", "parameters": "weights", "without_embeddings": "no emb.", "context": "context", "rope_theta": "theta",
            "heads": "heads/kv", "halves": "by 2", "head_size": "size", "layers": "layers", "vocabulary": "tokens", "tied": "tied",
            "chat_template": "template", "digits": "digits", "task_tokens": "task", "float16_headroom": "fp16 bits", "licence": "licence"}
@@ -29,12 +30,12 @@ COLUMNS = {"model": "model", "parameters": "weights", "without_embeddings": "no 
 def inspect(models: list[str], tasks: str) -> dict:
     """`models`: a dict of facts for each; `tasks`, `sampled`, `grid_encoder`: whose tokens `task_tokens` is the median of.
 
-    Raises ArcKernelError for the first model that is no readable folder.
+    Raises ArcKernelError for the first model that is no readable folder, or whose config.json lacks its sizes.
     """
     sample = _sample(list(load_challenges(tasks).tasks.values()))
-    encoder = GridEncoder.from_name(trained_prompt.FRESH["grid_encoder"])
+    encoder = trained_prompt.FRESH["grid_encoder"]
     rows = [_facts(name, sample, encoder) for name in models]
-    return {"models": rows, "tasks": tasks, "sampled": len(sample), "grid_encoder": encoder.name}
+    return {"models": rows, "tasks": tasks, "sampled": len(sample), "grid_encoder": encoder}
 
 
 def text(facts: dict) -> str:
@@ -49,11 +50,14 @@ def text(facts: dict) -> str:
                       "fp16 bits: log2 of float16's limit over the largest activation the probe saw (command precision)"])
 
 
-def _facts(name: str, sample: list[Task], encoder: GridEncoder) -> dict:
+def _facts(name: str, sample: list[Task], encoder: str) -> dict:
     folder = checkpoint.open_model(name)
     config, shapes, tokenizer = checkpoint.read_config(folder), checkpoint.weight_shapes(folder), checkpoint.load_tokenizer(folder)
+    if absent := [key for key in SIZES if not config.get(key)]:
+        raise ArcKernelError(f"{folder / 'config.json'}: no {', '.join(absent)}: only decoders laid out as Llama's are known: "
+                             "leave this model out")
     heads, kv = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
-    builder = PromptBuilder(tokenizer, encoder, "chat" if tokenizer.chat_template else "compact")
+    builder = default_builder(tokenizer, encoder)
     identity = lambda task: View(0, tuple(range(10)), tuple(range(len(task.train))))
     lengths = [len(builder.prompt(identity(task), task, 0)) for task in sample]
     return {"model": name if name == checkpoint.EMBEDDED else folder.name, "parameters": checkpoint.parameter_count(folder),

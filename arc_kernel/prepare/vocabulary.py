@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from ..checkpoint import parameter_count
 from ..errors import ArcKernelError
 from ..grids import ENCODERS, GridEncoder
-from ..prompts import QUESTION, PromptBuilder
+from ..prompts import QUESTION, SIDES, PromptBuilder
 from ..settings import PROMPTS
 from ..tasks import COLOURS, MAX_SIDE, Pair, Task, cells, load_challenges
 from ..views import random_view, task_rng
@@ -83,6 +83,8 @@ def _asked(tokenizer, builders: list[PromptBuilder]) -> set[int]:
     small, ids = Pair(grids[0], grids[0]), set()
     for builder in builders:
         ids.update(builder.prompt_ids((small,) * PAIRS, small.input), builder.answer_ids(small.output))
+        for side in SIDES:
+            ids.update(builder.side_example(side, (small.input,) * PAIRS, small.output).input_ids.tolist())
     for builder in {b.encoder: b for b in builders}.values():
         for grid in grids if builder.encoder.shape else grids[-1:]:
             ids.update(builder.grid_ids(grid))

@@ -27,7 +27,7 @@ import numpy as np
 from .checkpoint import load_model, readable, write_json
 from .errors import ArcKernelError
 from .passes import answers, padded, together
-from .precision.probe import check_layout, collected, recording
+from .precision.probe import UnknownLayout, check_layout, collected, recording
 from .precision.rescale import Rescale
 from .prompts import Example, PromptBuilder
 from .tasks import Task
@@ -91,7 +91,10 @@ class TaskTrainer:
 
         self.recipe, self.builder, self.device, self.dtype, self.rescale = recipe, builder, device, dtype, rescale
         base = load_model(model, dtype, device)
-        check_layout(base)
+        try:
+            check_layout(base)
+        except UnknownLayout as error:
+            raise ArcKernelError(f"{error}: set ttt_steps=0") from None
         base.config.use_cache = False
         self.model = with_lora(base, model, recipe.rank, start)
         if rescale is not None:

@@ -24,6 +24,7 @@ ITEM = {"bfloat16": 2, "float16": 2, "float32": 4}  # bytes
 SIDE = 2048  # of the square product that is called the ceiling
 SLOW = 0.5  # seconds: where that product would take longer in a 16-bit dtype, only a small one is timed
 COPIED = 256 << 20  # bytes of each array whose copy is timed; beyond any cache
+REPEATS = 5  # timed copies of each kind
 
 
 @dataclass(frozen=True)

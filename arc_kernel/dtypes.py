@@ -60,10 +60,12 @@ class Model:
 
     @functools.cached_property
     def ranges(self) -> Ranges:
-        """The probe's ranges in float32, measured once."""
+        """The probe's ranges in float32, measured once. Raises Refused where the model cannot be probed."""
         name = "ranges-" + self.key["examples"]
-        value = self._once(name, lambda: vars(probe.probe(self.folder, self._made, self.device, self.adapter)))
-        return Ranges(**value)
+        try:
+            return Ranges(**self._once(name, lambda: vars(probe.probe(self.folder, self._made, self.device, self.adapter))))
+        except probe.UnknownLayout as error:
+            raise Refused(str(error)) from None
 
     def reference(self) -> verdict.Answers:
         """float32 answers of transformers to the canary's prompts, measured once per set of prompts."""

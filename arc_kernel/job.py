@@ -1,4 +1,4 @@
-"""What a worker is started with: all that `run` has resolved, with no zeros that stand for a default."""
+"""What a worker is started with: settings as `run` has resolved them; dtypes, profile (auto) and length of answers (0) are left to it."""
 
 from __future__ import annotations
 

@@ -49,10 +49,10 @@ class Pool:
         self._kept: dict[tuple[int, str], str] = {}  # worker, stage -> the task it gets when it asks
         self._tries: Counter = Counter()
         self._open, self._over = {"adapt"}, set()  # stages from which tasks are given out; whose time is over
-        self._trained: set[int] = set()  # workers that ask for nothing to adapt any more
+        self._trained: set[int] = set()  # workers that were told there is nothing left to adapt
         self._messages: queue.Queue = queue.Queue()
         self._processes: dict[int, subprocess.Popen] = {}
-        self._devices, self._numbers = devices, 0
+        self._devices, self._gpus, self._numbers = devices, gpu_count(), 0
         self._start_all()
 
     def events(self, until: str, deadline: float = math.inf, grace: float = 0.0) -> Iterator[dict]:
@@ -141,8 +141,8 @@ class Pool:
         number, self._numbers = self._numbers, self._numbers + 1
         log = open(self._logs / f"worker-{number}.log", "w", encoding="utf-8")
         process = subprocess.Popen([sys.executable, "-m", "arc_kernel.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                   stderr=log, text=True, encoding="utf-8", env=_environment(device, self._devices),
-                                   preexec_fn=_in_the_worker(device, self._devices))
+                                   stderr=log, text=True, encoding="utf-8", env=_environment(device, self._devices, self._gpus),
+                                   preexec_fn=_in_the_worker(device, self._devices, self._gpus))
         log.close()
         process.device = device
         self._processes[number], self._held[number] = process, {stage: set() for stage in STAGES}
@@ -174,8 +174,6 @@ class Pool:
 
     def _want(self, number: int, message: dict) -> None:
         self._wanting[number] = message["stage"], message.get("now", False)
-        if message["stage"] == "answer":
-            self._trained.add(number)
 
     def _give_out(self) -> None:
         """Answer every waiting worker that can be answered now; one that asks for a word is told where it will be later, one that can
@@ -191,6 +189,8 @@ class Pool:
             if task_id:
                 self._held[number][stage].add(task_id)
                 reply = {"task": self._tasks[task_id], "share": self._share(stage, task_id)}
+            elif stage == "adapt":
+                self._trained.add(number)
             del self._wanting[number]
             self._send(number, reply)
 
@@ -222,7 +222,7 @@ class Pool:
                     self.todo[stage].append(task_id)
                 else:
                     given_up[stage].append(task_id)
-        self._deaths[process.device] += 1
+        self._deaths[process.device] += not any(self._tries[stage, i] >= TRIES for stage in STAGES for i in given_up[stage])
         if any(self.todo.values()):
             self._replace(process.device, given_up)
         log, lost = self._logs / f"worker-{number}.log", counted(sum(map(len, given_up.values())), "task")
@@ -232,13 +232,13 @@ class Pool:
     def _replace(self, device: int, given_up: dict[str, list[str]]) -> None:
         """Start a worker where one died, or on a free device where this one's keep dying and nobody else takes the stage's tasks.
 
-        Where every device's keep dying, the tasks that wait for the stage are `given_up`; with nobody left, workers are started once
-        more for the next: what cannot train may answer.
+        Where there is none, the tasks that wait for the stage are `given_up`; with nobody left, workers are started once more for the
+        next: what cannot train may answer.
         """
         stage, busy = "answer" if "answer" in self._open else "adapt", {p.device for p in self._processes.values()}
         takers = self._processes.keys() - (self._trained if stage == "adapt" else set())
         healthy = [d for d in (device, *range(self._devices)) if self._deaths[d] < DEATHS and d not in busy]
-        if device in healthy or healthy and not self._processes:
+        if device in healthy or healthy and not takers:
             self._start(healthy[0])
         elif not takers:
             given_up[stage] += self.todo[stage]
@@ -256,10 +256,10 @@ class Pool:
 
 def gpu_count() -> int:
     """NVIDIA GPUs this process may use, without importing torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
+    visible, tool = os.environ.get("CUDA_VISIBLE_DEVICES"), shutil.which("nvidia-smi")
+    if visible is not None and (tool or Path("/proc/driver/nvidia").exists()):
         return len([v for v in visible.split(",") if v and v != "-1"])
-    if not shutil.which("nvidia-smi"):
+    if not tool:
         return 0
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
@@ -274,13 +274,13 @@ def _share(device: int, devices: int) -> list[int]:
     return cores()[device::devices] or cores()
 
 
-def _environment(device: int, devices: int) -> dict[str, str]:
+def _environment(device: int, devices: int, gpus: int) -> dict[str, str]:
     """One visible GPU, or a share of the cores; this package importable; no word with the network."""
     env = dict(os.environ)
     package = str(Path(__file__).resolve().parent.parent)
     env["PYTHONPATH"] = os.pathsep.join(p for p in (package, env.get("PYTHONPATH")) if p)
     env.update(PYTHONDONTWRITEBYTECODE="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", PYTHONUNBUFFERED="1")
-    if gpu_count():
+    if gpus:
         visible = env.get("CUDA_VISIBLE_DEVICES")
         env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device] if visible else str(device)
     else:
@@ -288,9 +288,9 @@ def _environment(device: int, devices: int) -> dict[str, str]:
     return env
 
 
-def _in_the_worker(device: int, devices: int):
+def _in_the_worker(device: int, devices: int, gpus: int):
     """What a worker does before it starts: end when this process is killed, keep to its share of the cores."""
-    share = [] if devices == 1 or gpu_count() else _share(device, devices)
+    share = [] if devices == 1 or gpus else _share(device, devices)
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
     def prepare() -> None:

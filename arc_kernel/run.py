@@ -115,19 +115,17 @@ class Run:
                 elif message["event"] == "answered":
                     done[message["task"]], finished = expected[message["task"]], finished + 1
                     self.candidates[message["task"]] = self._read_candidates(message["task"])
-                    if message["cut"]:
+                    if message["cut"] and not message.get("error"):
                         cut.append(message["cut"])
                     if time.perf_counter() - written > SUBMISSION_SECONDS:
                         self._write_submission()
                         written = time.perf_counter()
-                elif message["event"] == "worker-died" or message.get("held"):  # what there is of tasks that waited for another dtype
-                    lost = message["given_up"]["answer"] if message["event"] == "worker-died" else message["tasks"]
-                    self.candidates |= {i: found for i in lost if (found := self._read_candidates(i))}
                 given_up = given_up or bool(message.get("held"))
                 progress.move(bar, sum(done.values()), tokens, f"{finished}/{len(expected)} tasks")
         if cut:
             self._say("note", text=f"time budget: fewer predictions for {len(cut)} of {len(expected)} tasks: "
                                    f"{min(cut)} to {max(cut)} less than asked")
+        self.candidates |= self._stored_candidates()  # what workers that died or hang had answered of their tasks, too
         self._write_submission()
         if given_up:
             self.stop()
@@ -256,7 +254,7 @@ class Run:
             json.dump(value, file, indent=1)
 
     def _resolve(self) -> Job:
-        """Settings with every default made explicit; checks model and adapter without loading them."""
+        """Settings with what can be told without loading the model made explicit; checks model and adapter."""
         s = self.settings
         model = checkpoint.open_model(s.model)
         for name, trained in trained_prompt.recorded(s.model, s.adapter).items():

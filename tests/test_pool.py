@@ -30,7 +30,7 @@ for stage in ("adapt", "answer"):
             reply = json.loads(sys.stdin.readline())
             held += [reply["task"]] if reply["task"] else []
             if not reply["task"] or len(held) == 4:
-                if "killer" in held:
+                if any("killer" in task for task in held):
                     os._exit(3)
                 for task in held:
                     tell(event="answered", task=task)
@@ -40,13 +40,19 @@ for stage in ("adapt", "answer"):
     while True:
         tell(event="want", stage=stage)
         task = json.loads(sys.stdin.readline())["task"]
+        if task is None and behaviour == "one dies when the other has trained" and stage == "adapt":
+            open(os.environ["HUNG"], "w").write("trained")
+            time.sleep(1)  # as long as it takes to let go of the model
         if task is None:
             break
         if behaviour == "some kill it in training" and stage == "adapt" and task.startswith("bad"):
             os._exit(3)
-        if behaviour == "second waits to answer" and stage == "adapt":
-            if device == "0":
-                time.sleep(1)
+        if behaviour == "one dies when the other has trained" and stage == "adapt":
+            try:
+                open(os.environ["HUNG"], "x").close()
+            except FileExistsError:
+                while open(os.environ["HUNG"]).read() != "trained":
+                    time.sleep(0.05)
                 os._exit(3)
         if behaviour == "second dies late" and device == "1":
             time.sleep(2)
@@ -75,7 +81,7 @@ def started(tmp_path, monkeypatch):
     environment, made = pool._environment, []
 
     def start(behaviour, devices, adapt, answer):
-        monkeypatch.setattr(pool, "_environment", lambda device, devices: environment(device, devices) | {
+        monkeypatch.setattr(pool, "_environment", lambda device, *of: environment(device, *of) | {
             "DEVICE": str(device), "BEHAVIOUR": behaviour, "HUNG": str(tmp_path / "hung")})
         todo = {"adapt": adapt, "answer": answer}
         made.append(Pool(devices, {}, {i: i for i in adapt + answer}, todo, tmp_path, lambda stage, task: 1.0))
@@ -154,9 +160,10 @@ def test_device_on_which_nothing_can_be_trained_answers(started):
 
 def test_task_left_by_a_lost_device_is_given_up_where_the_others_have_begun_to_answer(started, monkeypatch):
     monkeypatch.setattr(pool, "DEATHS", 1)
-    crew = started("second waits to answer", 2, ["a", "b"], ["a", "b"])
-    messages = list(crew.events("adapt", time.time() + 60))
-    assert done(messages, "adapted") == ["b"] and deaths(messages) == [{"adapt": ["a"], "answer": []}]
+    crew = started("one dies when the other has trained", 2, ["a", "b"], ["a", "b"])
+    begun, messages = time.monotonic(), list(crew.events("adapt", time.time() + 60))
+    (trained,), (lost,) = done(messages, "adapted"), deaths(messages)
+    assert {trained, *lost["adapt"]} == {"a", "b"} and time.monotonic() - begun < 30
     assert done(crew.events("answer", time.time() + 60), "answered") == ["a", "b"]
 
 
@@ -174,3 +181,10 @@ def test_worker_that_hangs_in_every_training_is_not_given_the_task_again(started
     crew.stop_holders("adapt")
     messages = list(crew.events("answer", time.time() + 60))
     assert done(messages, "answered") == ["a", "b"] and deaths(messages) == [{"adapt": ["a"], "answer": []}]
+
+
+def test_tasks_that_kill_their_workers_alone_are_not_the_devices_fault(started):
+    """The first of the batch come first: two that kill, then two that do not."""
+    crew = started("together", 1, [], ["a killer", "b killer", "c", "d"])
+    messages = list(crew.events("answer", time.time() + 60))
+    assert done(messages, "answered") == ["c", "d"] and [lost["answer"] for lost in deaths(messages)] == [[], ["a killer"], ["b killer"]]

@@ -81,8 +81,8 @@ def test_workers_that_cannot_live_end_in_a_filled_submission(tmp_path, fast):
 def test_device_whose_workers_cannot_live_costs_no_task_its_answers(tmp_path, fast, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text("import os\nif os.environ.get('SICK') == '1': os._exit(3)")
     environment = pool._environment
-    monkeypatch.setattr(pool, "_environment", lambda device, devices: environment(device, devices) | {
-        "SICK": str(device), "PYTHONPATH": f"{tmp_path}{os.pathsep}{environment(device, devices)['PYTHONPATH']}"})
+    monkeypatch.setattr(pool, "_environment", lambda device, *of: environment(device, *of) | {
+        "SICK": str(device), "PYTHONPATH": f"{tmp_path}{os.pathsep}{environment(device, *of)['PYTHONPATH']}"})
     options = {k: v if isinstance(v, int) else str(v) for k, v in fast.items()}
     solve_here(Settings(tasks=TRAINING, task_ids=SMALL, devices=2, out=str(tmp_path / "run"), **options))
     assert [e["returncode"] for e in events(tmp_path / "run", "worker-died")] == [3] * pool.DEATHS

@@ -20,7 +20,6 @@ from ..answer_loss import answer_losses
 from ..checkpoint import TEXTS, TRAINED_PROMPT, load_model, read_config, whole_folder, write_json
 from ..errors import ArcKernelError
 from ..flat_weights import FlatWeights
-from ..precision.probe import check_layout
 
 ADAPTER, MODEL = "adapter", "model"  # folders of the result in a run's folder, and of the weights in a checkpoint
 GRAPHS = ("cuda",)  # devices whose passes can be graphs
@@ -41,7 +40,6 @@ class Learner(torch.nn.Module):
         if start is not None:
             check_fit(start, folder)
         base = load_model(folder, dtype if rank else "float32", "cpu")
-        check_layout(base)
         base.config.use_cache = False
         self.network = with_lora(base, folder, rank, start) if rank else base
         if gradient_checkpointing:

@@ -26,7 +26,7 @@ from ..adapt import SKIPS
 from ..ceilings import Shape, train_flop
 from ..errors import ArcKernelError
 from ..passes import answers, padded, together
-from ..precision.probe import collected, recording
+from ..precision.probe import UnknownLayout, check_layout, collected, recording
 from . import data
 from .learner import Learner
 from .settings import FinetuneSettings
@@ -214,6 +214,11 @@ def train(learner: Learner, stream: Stream, settings: FinetuneSettings, lengths:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if settings.batch < world:
         raise ArcKernelError(f"finetune: a batch of {settings.batch} is less than an example for each of {world} processes: raise batch")
+    if settings.sample_every:
+        try:
+            check_layout(learner.base)
+        except UnknownLayout as error:
+            raise ArcKernelError(f"{error}: set sample_every=0") from None
     for left in out.glob(".part-*"):
         shutil.rmtree(left, ignore_errors=True)
     ends = time.perf_counter() + settings.time_budget if settings.time_budget else math.inf

@@ -137,12 +137,16 @@ def label_logits(model, example: Example, device: str):
         return model(input_ids=ids[None], logits_to_keep=at, use_cache=False).logits[0]
 
 
+class UnknownLayout(ArcKernelError):
+    """A model whose parts are not where `recording` looks for them."""
+
+
 def check_layout(model) -> None:
-    """Raise ArcKernelError where a model of transformers has no embedding, layers and last norm where `recording` looks for them."""
+    """Raise UnknownLayout where a model of transformers has no embedding, layers and last norm where Llama has them."""
     decoder = getattr(model, "model", None)
     if absent := [part for part in LAYOUT if not hasattr(decoder, part)]:
-        raise ArcKernelError(f"{model.config.name_or_path}: {type(model).__name__} has no model.{absent[0]}: only decoders laid out as "
-                             "Llama's can be trained here: set ttt_steps=0, or take another model")
+        raise UnknownLayout(f"{model.config.name_or_path}: {type(model).__name__} has no model.{absent[0]}: only decoders laid out as "
+                            "Llama's can be looked into")
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ import numpy as np
 
 from .checkpoint import load_model, readable, write_json
 from .errors import ArcKernelError
+from .memory import exhausted
 from .passes import answers, padded, together
 from .precision.probe import UnknownLayout, check_layout, collected, recording
 from .precision.rescale import Rescale
@@ -202,8 +203,6 @@ class TaskTrainer:
 
     def _backward(self, drawn: list[Example], scaler):
         """Add a step's gradient to the weights'; its mean loss per answer token, on the device."""
-        import torch
-
         count = sum(map(answers, drawn))
         try:
             loss = 0.0
@@ -212,8 +211,8 @@ class TaskTrainer:
                 scaler.scale(part).backward()
                 loss += part.detach()
             return loss
-        except torch.OutOfMemoryError as error:
-            if not (self._decoder and self._decoder.make_room(str(error).splitlines()[0])):
+        except RuntimeError as error:
+            if not (exhausted(error) and self._decoder and self._decoder.make_room(str(error).splitlines()[0])):
                 raise
         self._flat.tensor.grad.zero_()  # of passes before
         return self._backward(drawn, scaler)

@@ -17,7 +17,7 @@ import torch
 from . import elementwise
 from .flat_weights import FlatWeights
 from .fused_layer import Fused
-from .memory import free_memory
+from .memory import exhausted, free_memory
 
 DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model")  # embedding, layers, norm; nothing between them
 PARTS = 16  # sizes in an octave of tokens: padding is 3% on average
@@ -150,7 +150,7 @@ class Decoder:
             while error.__context__ is not None:  # the end of a capture that broke off raises an error of its own
                 error = error.__context__
             reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-            if not (isinstance(error, torch.OutOfMemoryError) and self.make_room(reason)):
+            if not (exhausted(error) and self.make_room(reason)):
                 self._tries -= 1
                 if not self._tries:
                     self._give_up(reason)

@@ -31,6 +31,7 @@ Peaks = dict[str, list[float]]  # by site, one per layer
 
 HEADROOM = 2.0  # bits left free under the probe's peaks
 HEADROOM_TTT = 3.0  # with test-time training: an adapter may add to what the probe saw
+OTHERS_KERNELS = ("cuda",)  # devices on which an adapter's products are vLLM's own kernels, compiled for that device by Triton
 
 
 @dataclass(frozen=True)
@@ -69,16 +70,23 @@ class Model:
 
     def reference(self) -> verdict.Answers:
         """float32 answers of transformers to the canary's prompts, measured once per set of prompts."""
-        prompts = self.canary_prompts()
+        return self._answers("reference-" + self.key["examples"], self.canary_prompts(), self.device)
+
+    def adapter_reference(self, prompt: Prompt) -> verdict.Answers:
+        """The same to a prompt with an adapter, computed on the CPU: an engine may hold the GPU's memory."""
+        named = verdict.digest([prompt.token_ids, weights_sha256(prompt.adapter)])
+        return self._answers(f"reference-adapter-{named}", [prompt], "cpu")
+
+    def _answers(self, name: str, prompts: list[Prompt], device: str) -> verdict.Answers:
         settings = EngineSettings(self.folder, "float32", self.max_seq_len, self.builder.end_token, 0)
 
         def measure() -> list:
-            engine = start_engine("transformers", settings, self.device)
+            engine = start_engine("transformers", settings, device)
             answers = canary(engine, prompts)
             engine.close()
             return answers
 
-        return [(ids, logprobs) for ids, logprobs in self._once("reference-" + self.key["examples"], measure)]
+        return [(ids, logprobs) for ids, logprobs in self._once(name, measure)]
 
     def canary_prompts(self) -> list[Prompt]:
         """Real prompts of the tasks the model is probed on, each short enough for a canary."""
@@ -188,8 +196,9 @@ class Chooser:
         """(engine, variant, folders of adapters it cannot serve) for each healthy dtype; the caller closes the engine.
 
         The first is the verdict: it is told, and kept, so that the next start has it without reference and canary. Where
-        no dtype is healthy, that is told. `wait` returns when all adapters are there; the first engine is started before that, and
-        again where adapters that came meanwhile ask for another scale.
+        no dtype is healthy, that is told. A dtype in which vLLM cannot be started is tried with transformers before the next. `wait`
+        returns when all adapters are there; the first engine is started before that, and again where adapters that came meanwhile ask
+        for another scale, or where it answers wrongly with one of them.
         """
         there = self.adapters and any(self.adapters.glob("[!.]*/adapter_model.safetensors"))
         self.uses_adapters = bool(self.model.adapter or there or wait)
@@ -203,10 +212,11 @@ class Chooser:
             if started is not None and wait is not None:
                 wait()
                 wait, (engine, variant, _) = None, started
-                if self._scale(dtype) == variant.rescale:
+                same = self._scale(dtype) == variant.rescale
+                if same:
                     started = engine, *self._variant(dtype)
-                else:  # the memory is needed to check the weights at another scale
-                    engine.close()
+                if not same or self._wrong_with_adapter(engine, self.evidence[-1]["backend"], dtype, started[2]):
+                    engine.close()  # its memory is needed to check the weights at another scale
                     self.settled, self.evidence = None, [e for e in self.evidence if e["dtype"] != dtype]
                     started = self._settled(dtype, dtype == dtypes[-1], None, path)
             if started is not None:
@@ -216,20 +226,23 @@ class Chooser:
             self._settle(None)
 
     def _settled(self, dtype: str, last: bool, known: Precision | None, path: Path) -> tuple[object, Variant, set[Path]] | None:
-        """What `_start` gives; the first that is healthy is the verdict."""
-        started = self._start(dtype, last, known)
+        """What `_start` gives, with transformers where vLLM does not work here; the first that is healthy is the verdict."""
+        backend = self._backend_for(dtype)
+        started = self._start(dtype, backend, last, known)
+        if started is None and backend == "vllm" and not self.evidence[-1]["judged"]:
+            started = self._start(dtype, "transformers", last, known)
         if started is not None and self.settled is None:
             self._settle(started[1])
             self.settled.save(path)
         return started
 
-    def _start(self, dtype: str, last: bool, known: Precision | None) -> tuple[object, Variant, set[Path]] | None:
-        before = [e for e in known.evidence if e["dtype"] == dtype and e.get("judged")] if known else []
-        trusted = known is not None and known.dtype == dtype
+    def _start(self, dtype: str, backend: str, last: bool, known: Precision | None) -> tuple[object, Variant, set[Path]] | None:
+        before = [e for e in known.evidence if (e["dtype"], e["backend"]) == (dtype, backend) and e.get("judged")] if known else []
+        trusted = known is not None and known.dtype == dtype and any(e["ok"] for e in before)
         if before and not trusted:
             self.evidence += before
             return None
-        backend, engine, wrong, seen, judged = self._backend_for(dtype), None, "", "", True
+        engine, wrong, seen, judged = None, "", "", True
         try:
             variant, left_out = self._variant(dtype)
             self.lap("probe", dtype=dtype)
@@ -244,6 +257,8 @@ class Chooser:
                 found = verdict.judge(canary(engine, self.model.canary_prompts()), reference, last)
                 self.lap("canary")
                 wrong, seen = found.wrong, str(found)
+            if not wrong and (wrong := self._wrong_with_adapter(engine, backend, dtype, left_out)):
+                seen, judged = wrong, False
         except Exception as error:  # vLLM and its kernels raise what they like: the next dtype may do
             traceback.print_exc()
             require_device(self.model.device)
@@ -258,8 +273,25 @@ class Chooser:
                 engine.close()
             except Exception:  # it had failed already
                 traceback.print_exc()
-        self.tell("precision", stage="canary", dtype=dtype, text=f"{dtype} is not used: {wrong}")
+        tried_again = backend == "vllm" and not judged
+        self.tell("precision", stage="canary", dtype=dtype,
+                  text=f"vLLM is not used in {dtype}, transformers is tried: {wrong}" if tried_again else f"{dtype} is not used: {wrong}")
         return None
+
+    def _wrong_with_adapter(self, engine, backend: str, dtype: str, left_out: set[Path]) -> str:
+        """What is wrong with an engine's answer with one of the tasks' adapters, whose products no canary has seen: wrong ones would
+        give a submission that looks like any other. Empty where nothing is, or there is none, or its products are our own."""
+        if backend != "vllm" or self.model.device not in OTHERS_KERNELS or self.adapters is None:
+            return ""
+        folders = (f.parent.resolve() for f in sorted(self.adapters.glob("[!.]*/adapter_model.safetensors")))
+        adapter = next((f for f in folders if f not in left_out), None)
+        if adapter is None:
+            return ""
+        shortest = min(self.model.canary_prompts(), key=lambda p: len(p.token_ids))
+        prompt = dataclasses.replace(shortest, adapter=adapter)
+        found = verdict.judge(canary(engine, [prompt]), self.model.adapter_reference(prompt), False)
+        self.lap("canary with an adapter", dtype=dtype)
+        return found.wrong and f"with the adapter of task {adapter.name}: {found}"
 
     def _settle(self, variant: Variant | None) -> None:
         """The verdict on a variant (None: no dtype is healthy), told."""

@@ -42,6 +42,13 @@ def importing(library: str) -> Iterator[None]:
             gc.enable()
 
 
+def exhausted(error: BaseException) -> bool:
+    """Whether this is torch's word for a GPU that is full; where a CUDA graph finds no memory, that is no OutOfMemoryError."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or isinstance(error, RuntimeError) and "out of memory" in str(error)
+
+
 def free_memory() -> None:
     """Give back what a dropped model held: to the system, and on a GPU also to other libraries."""
     gc.collect()

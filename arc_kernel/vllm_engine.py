@@ -57,7 +57,12 @@ class VllmEngine:
                     args["attention_backend"] = asked["attention_backend"]
                 else:
                     os.environ["VLLM_ATTENTION_BACKEND"] = asked["attention_backend"]
-        self._llm, trouble = _started(lambda: LLM(**args))
+        start = lambda: LLM(**args)
+        self._llm, trouble = _started(start)
+        if trouble and not args["enforce_eager"]:  # compiling for this device, or its CUDA graphs, may be what fails
+            print(f"vLLM does not start in {settings.dtype} ({trouble}): tried without compiling", file=sys.stderr, flush=True)
+            args["enforce_eager"] = True
+            self._llm, trouble = _started(start)
         if trouble:
             raise ArcKernelError(f"{settings.model}: vLLM does not start in {settings.dtype}: {trouble}")
         self._end, self._special = settings.end_token, settings.special

@@ -203,6 +203,9 @@ def main() -> None:
     except ArcKernelError as error:
         worker.tell("stop", error=str(error))
         sys.exit(1)
+    for stream in (talk, sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)  # taking apart what the libraries made takes seconds, in which `run` waits
 
 
 if __name__ == "__main__":

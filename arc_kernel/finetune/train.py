@@ -25,6 +25,7 @@ from transformers.trainer_callback import PrinterCallback
 from ..adapt import SKIPS
 from ..ceilings import Shape, train_flop
 from ..errors import ArcKernelError
+from ..memory import exhausted
 from ..passes import answers, padded, together
 from ..precision.probe import UnknownLayout, check_layout, collected, recording
 from . import data
@@ -114,8 +115,8 @@ class StepTrainer(Trainer):
                     self.accelerator.backward(total * (self.args.world_size / step["answers"]))
                 found.append((each, kinds[rows]))
             return found
-        except torch.OutOfMemoryError as error:
-            if not self.model.make_room(str(error).splitlines()[0]):
+        except RuntimeError as error:
+            if not (exhausted(error) and self.model.make_room(str(error).splitlines()[0])):
                 raise
         self.model.zero_grad()  # of passes before
         return self._backward(model, step, sampled)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from . import report, trained_prompt
 from .checkpoint import check_adapter, load_tokenizer, open_model
-from .dtypes import Chooser, Model
+from .chooser import Chooser
+from .dtypes import Model
 from .errors import ArcKernelError
 from .generate import vllm_installed
 from .grids import GridEncoder

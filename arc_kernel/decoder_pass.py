@@ -17,7 +17,7 @@ import torch
 from . import elementwise
 from .flat_weights import FlatWeights
 from .fused_layer import Fused
-from .memory import exhausted, free_memory
+from .memory import exhausted, free_memory, mend_generators
 
 DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model")  # embedding, layers, norm; nothing between them
 PARTS = 16  # sizes in an octave of tokens: padding is 3% on average
@@ -154,7 +154,7 @@ class Decoder:
                 self._tries -= 1
                 if not self._tries:
                     self._give_up(reason)
-            _mend_generators()
+            mend_generators()
 
     def _room(self, tokens: int) -> _Ends:
         """Ends for so many tokens or more. Graphs captured before keep the ends they have."""
@@ -189,9 +189,3 @@ class Decoder:
     def _give_up(self, reason: str) -> None:
         self._let_go()
         self._tries, self.trouble = 0, f"passes are not captured as CUDA graphs, training is slower: {reason}"
-
-
-def _mend_generators() -> None:
-    """Take the GPUs' random generators out of a capture that broke off: they would refuse everything until the process ends."""
-    for generator in torch.cuda.default_generators:
-        generator.graphsafe_set_state(generator.clone_state())

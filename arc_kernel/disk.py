@@ -31,7 +31,7 @@ def adapter_bytes(model: Path, rank: int, targets: Iterable[str]) -> int:
 
 
 def make_anew(folder: Path, mark: str) -> None:
-    """An empty folder in place of what is there. Raises ArcKernelError where that is neither empty nor an earlier one, with `mark` in it."""
+    """An empty folder in place of what is there; raises ArcKernelError where that is neither empty nor an earlier one with `mark` in it."""
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / mark).exists())):
         raise ArcKernelError(f"{folder}: in the way, and not made by this script (no {mark} in it): give another --out")
     shutil.rmtree(folder, ignore_errors=True)

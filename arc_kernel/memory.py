@@ -49,6 +49,14 @@ def exhausted(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or isinstance(error, RuntimeError) and "out of memory" in str(error)
 
 
+def mend_generators() -> None:
+    """Take the GPUs' random generators out of a capture that broke off: they would refuse everything until the process ends."""
+    import torch
+
+    for generator in torch.cuda.default_generators:
+        generator.graphsafe_set_state(generator.clone_state())
+
+
 def free_memory() -> None:
     """Give back what a dropped model held: to the system, and on a GPU also to other libraries."""
     gc.collect()

@@ -284,7 +284,8 @@ def _environment(device: int, devices: int, gpus: int) -> dict[str, str]:
         visible = env.get("CUDA_VISIBLE_DEVICES")
         env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device] if visible else str(device)
         if devices > 1:  # engines that start together would write one cache of compiled kernels (vLLM issue 24601)
-            env["VLLM_CACHE_ROOT"] = str(Path(env.get("VLLM_CACHE_ROOT") or Path.home() / ".cache" / "vllm") / f"device-{device}")
+            caches = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            env["VLLM_CACHE_ROOT"] = str(Path(env.get("VLLM_CACHE_ROOT") or caches / "vllm") / f"device-{device}")
     else:
         env["OMP_NUM_THREADS"] = str(len(_share(device, devices)))
     return env

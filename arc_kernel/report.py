@@ -177,7 +177,7 @@ def precision_html(verdict: dict | None) -> str:
     """The verdict on dtypes: what was tried and seen, and the picture of headroom where the model was probed."""
     if not verdict:
         return "<p>No dtype was needed.</p>"
-    rows = "".join(f"<tr><td>{html.escape(e['dtype'])}</td><td>{'used' if e['ok'] else 'dropped'}</td>"
+    rows = "".join(f"<tr><td>{html.escape(e['dtype'])}</td><td>{html.escape(e['backend'])}</td><td>{'used' if e['ok'] else 'dropped'}</td>"
                    f"<td>{html.escape(e['seen'])}</td></tr>" for e in verdict["evidence"])
     made = verdict["rescale"] and Rescale.from_json(verdict["rescale"])
     text = (f"<p>Inference in <b>{verdict['dtype'] or 'no dtype'}</b>{f', {html.escape(str(made))}' if made else ''}.</p>"

@@ -1,6 +1,6 @@
 """A worker's answers: tasks become prompts, prompts become answers of one engine, every answer is guarded.
 
-Engines come from `dtypes`, healthy, in the order in which dtypes are tried. What has no finite answer nevertheless, and
+Engines come from `chooser`, healthy, in the order in which dtypes are tried. What has no finite answer nevertheless, and
 only that, is answered again by the next one.
 """
 
@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
-from .dtypes import Chooser, Model
+from .chooser import Chooser
+from .dtypes import Model
 from .engine import Answer, Prompt
 from .errors import counted
 from .job import Job

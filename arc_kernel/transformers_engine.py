@@ -91,7 +91,7 @@ class TransformersEngine:
         elif self._adapter is not None:
             self._model = self._model.unload()
         if adapter is not None:
-            model = PeftModel.from_pretrained(self._model, self._adapters.folder(adapter))
+            model = PeftModel.from_pretrained(self._model, self._adapters.folder(adapter), torch_device=self._device)
             if self._merge:
                 touched = (m.get_base_layer().weight for m in model.modules() if hasattr(m, "get_base_layer") and hasattr(m, "lora_A"))
                 self._old = {w: self._old[w] if w in self._old else w.detach().clone() for w in touched}

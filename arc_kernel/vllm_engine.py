@@ -17,7 +17,7 @@ from . import cpu_lora, loopback
 from .engine import CHECK_EVERY, Answer, EngineSettings, Prompt, ServedAdapters, Viable, Wanted, failed
 from .errors import ArcKernelError
 from .kaggle import profiles
-from .memory import free_memory, importing, keep_memory
+from .memory import free_memory, importing, keep_memory, mend_generators
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, MaxLoRARanks
 CPU_BLOCK = 32  # tokens; a prompt is found in the prefix cache by whole blocks, of which vLLM's CPU build has 128 tokens unasked
@@ -169,6 +169,7 @@ def _started(make: Callable[[], object]) -> tuple[object | None, str]:
         traceback.print_exc()  # its frames hold the engine as far as it came, so they go no further
         trouble = _reason(error)
     _forget_compiled()
+    mend_generators()
     free_memory()
     return None, trouble
 

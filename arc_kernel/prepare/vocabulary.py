@@ -47,7 +47,7 @@ def shrink(draft: Draft) -> None:
     draft.stages.append(functools.partial(_rows, kept=kept, vocab_size=vocab_size, source=source))
     _renumber_configs(draft, number)
     _compare(source, builders, tokenizer, draft.load_tokenizer(), state, number)
-    draft.report.append(f"vocabulary: {len(state['model']['vocab'])} -> {len(kept)} tokens, those of ARC prompts")
+    draft.report.append(f"vocabulary: {len(tokenizer)} -> {len(kept)} tokens, those of ARC prompts")
 
 
 def _byte_level_bpe(tokenizer, source: Path) -> dict:

@@ -34,14 +34,15 @@ class Chooser:
         self.profile, self.evidence = profile, []
         self.settled: Precision | None = None  # the verdict, once there is one
         self._told: set[Path] = set()  # adapters that were said not to be served in float16
+        self._checked = False  # whether the newest engine was asked with an adapter
 
     def engines(self, wait: Callable[[], None] | None = None) -> Iterator[tuple[object, Variant, set[Path]]]:
         """(engine, variant, folders of adapters it cannot serve) for each healthy dtype; the caller closes the engine.
 
         The first is the verdict: it is told, and kept, so that the next start has it without reference and canary. Where
-        no dtype is healthy, that is told. A dtype in which vLLM cannot be started is tried with transformers before the next. `wait`
-        returns when all adapters are there; the first engine is started before that, and again where adapters that came meanwhile ask
-        for another scale, or where it answers wrongly with one of them.
+        no dtype is healthy, that is told. A dtype in which vLLM does not start, or answers wrongly with an adapter, is tried with
+        transformers before the next (`_backends`). `wait` returns when all adapters are there; the first engine is started before that,
+        and again where adapters that came meanwhile ask for another scale.
         """
         there = self.adapters and any(self.adapters.glob("[!.]*/adapter_model.safetensors"))
         self.uses_adapters = bool(self.model.adapter or there or wait)
@@ -49,43 +50,48 @@ class Chooser:
                     "device": verdict.device_model(self.model.device), "versions": verdict.versions()}
         path = self.model.cache / f"verdict-{verdict.digest(self.key)}.json"
         known = Precision.load(path, self.key)
-        dtypes = verdict.candidates(self.wanted, self.model.device)
-        for dtype in dtypes:
-            backends, last = self._backends(dtype), dtype == dtypes[-1]
-            started = self._settled(dtype, backends, last, known, path)
+        self._dtypes = verdict.candidates(self.wanted, self.model.device)
+        for dtype in self._dtypes:
+            backends = self._backends(dtype)
+            started = self._settled(dtype, backends, known, path)
             if started is not None and wait is not None:
                 wait()
                 wait, (engine, variant, _), backend = None, started, self.evidence[-1]["backend"]
                 same, wrong = self._scale(dtype) == variant.rescale, ""
                 if same:
                     started = engine, *self._variant(dtype)
-                    wrong = self._wrong_with_adapter(engine, self._asked_with_adapter(backend, started[2]))
+                    if not self._checked:
+                        wrong = self._wrong_with_adapter(engine, self._asked_with_adapter(backend, started[2]))
                 if wrong or not same:
                     engine.close()  # its memory is needed to check the weights at another scale
                     self.settled, self.evidence = None, [e for e in self.evidence if e["dtype"] != dtype]
                     if wrong:
                         self._reject(dtype, backend, wrong, False)
-                    started = self._settled(dtype, backends[1:] if wrong else backends, last, None, path)
+                    started = self._settled(dtype, backends[1:] if wrong else backends, None, path)
             if started is not None:
                 known = None
                 yield started
         if self.settled is None:
             self._settle(None)
 
-    def _settled(self, dtype: str, backends: Sequence[str], last: bool, known: Precision | None,
+    def _settled(self, dtype: str, backends: Sequence[str], known: Precision | None,
                  path: Path) -> tuple[object, Variant, set[Path]] | None:
         """What `_start` gives with the first of the backends that works here; the first that is healthy is the verdict."""
         started = None
         for backend in backends:
-            started = self._start(dtype, backend, last, known)
-            if started is not None or self.evidence[-1]["judged"]:
+            started = self._start(dtype, backend, known)
+            if started is not None or not self._goes_on(dtype, self.evidence[-1]["judged"]):
                 break
         if started is not None and self.settled is None:
             self._settle(started[1])
             self.settled.save(path)
         return started
 
-    def _start(self, dtype: str, backend: str, last: bool, known: Precision | None) -> tuple[object, Variant, set[Path]] | None:
+    def _goes_on(self, dtype: str, judged: bool) -> bool:
+        """Whether the next backend may do in a dtype: not where the dtype was judged, unless it is the last one there is."""
+        return not judged or dtype == self._dtypes[-1]
+
+    def _start(self, dtype: str, backend: str, known: Precision | None) -> tuple[object, Variant, set[Path]] | None:
         before = [e for e in known.evidence if (e["dtype"], e["backend"]) == (dtype, backend) and e.get("judged")] if known else []
         trusted = known is not None and known.dtype == dtype and any(e["ok"] for e in before)
         if before and not trusted:
@@ -104,11 +110,13 @@ class Chooser:
             engine = start_engine(backend, settings, self.model.device)
             self.lap("start engine", dtype=dtype)
             if reference is not None:
+                last = (dtype, backend) == (self._dtypes[-1], self._backends(dtype)[-1])
                 found = verdict.judge(canary(engine, self.model.canary_prompts()), reference, last)
                 self.lap("canary")
                 wrong, seen = found.wrong, str(found)
             if not wrong and (wrong := self._wrong_with_adapter(engine, asked)):
                 seen, judged = wrong, False
+            self._checked = asked is not None
         except Exception as error:  # vLLM and its kernels raise what they like: the next dtype may do
             traceback.print_exc()
             require_device(self.model.device)
@@ -128,7 +136,7 @@ class Chooser:
     def _reject(self, dtype: str, backend: str, seen: str, judged: bool, wrong: str = "") -> None:
         """Keep and tell why a dtype is not used with a backend; `wrong`: the same in fewer words."""
         self.evidence.append({"dtype": dtype, "backend": backend, "ok": False, "seen": seen, "judged": judged})
-        again = not judged and backend in self._backends(dtype)[:-1]
+        again = self._goes_on(dtype, judged) and backend in self._backends(dtype)[:-1]
         self.tell("precision", stage="canary", dtype=dtype, text=(f"vLLM is not used in {dtype}, transformers is tried" if again else
                                                                   f"{dtype} is not used") + f": {wrong or seen}")
 

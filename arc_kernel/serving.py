@@ -126,7 +126,8 @@ class Serving:
             self.tell("precision", stage="answer", dtype=variant.dtype, tasks=[w.task.id for w in waiting], predictions=lost,
                       text=f"{counted(lost, 'prediction')} ({names}) without a finite answer in {variant.dtype}: "
                            "asked again where a dtype is left")
-        unjudged = [e for e in self._chooser.evidence if not e["ok"] and not e["judged"]]
+        last_words = {e["dtype"]: e for e in self._chooser.evidence}.values()  # of each dtype, whatever backends were tried before
+        unjudged = [e for e in last_words if not e["ok"] and not e["judged"]]
         if unjudged and not again:
             raise RuntimeError(f"no engine could be started: {'; '.join(e['seen'] for e in unjudged)}")
         for work in waiting:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 
@@ -100,18 +101,22 @@ def chosen(tiny, adapters=None, wait=None):
     return variant.dtype, [e["backend"] for e in choice.evidence if e["ok"]], [f["text"] for f in told if "text" in f]
 
 
-def test_where_vllm_cannot_be_started_transformers_answers_in_the_same_dtype(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("starts, said", [(False, "RuntimeError: no kernel for this device"), (True, "logprob is not finite")])
+def test_where_vllm_does_not_work_transformers_answers_in_the_same_dtype(starts, said, tiny, tmp_path, monkeypatch):
     real = chooser.start_engine
 
     def start(backend, *settings):
-        if backend == "vllm":
+        if backend == "vllm" and not starts:
             raise RuntimeError("no kernel for this device")
-        return real(backend, *settings)
+        engine = real("transformers", *settings)
+        if backend == "vllm":
+            answer = engine.answer
+            engine.answer = lambda *asked: (dataclasses.replace(a, logprobs=(math.nan,) * len(a.logprobs)) for a in answer(*asked))
+        return engine
 
     monkeypatch.setenv("ARC_KERNEL_CACHE", str(tmp_path))
     monkeypatch.setattr(chooser, "start_engine", start)
-    assert chosen(tiny) == ("float32", ["transformers"], [
-        "vLLM is not used in float32, transformers is tried: RuntimeError: no kernel for this device"])
+    assert chosen(tiny) == ("float32", ["transformers"], [f"vLLM is not used in float32, transformers is tried: {said}"])
 
 
 @pytest.mark.parametrize("deaf, early", [(False, False), (True, False), (True, True)])

@@ -22,7 +22,7 @@ pytest.importorskip("cryptography", reason="the stand-in's certificate needs it"
 from kaggle_standin import Standin  # noqa: E402
 
 PAGE = (clone.HOME / "docs/kaggle.md").read_text(encoding="utf-8")
-EDIT = "sed -i.old 's/^views = 8 *$/views = 16/' notebooks/submission.py && rm notebooks/submission.py.old\n"
+EDIT = "sed -i.old 's/^views = 32/views = 64/' notebooks/submission.py && rm notebooks/submission.py.old\n"
 NAMES = ("arc-kernel-wheels-kaggle-t4", "arc-kernel-smollm2-135m", "arc-kernel-code")
 missing = [name for name in ("kaggle", "six", "jupytext") if importlib.util.find_spec(name) is None]
 needed = pytest.mark.skipif(bool(missing) or not shutil.which("make"), reason=f"make, or {missing}, is not installed")
@@ -67,7 +67,7 @@ def test_the_page_leads_to_two_pushes_and_two_submissions(walked):
     first, second = standin.called("SaveKernel")
     assert first["slug"] == "you/arc-kernel-submission" and first["datasetDataSources"] == [f"you/{name}" for name in NAMES]
     assert (first["machineShape"], first["dockerImagePinningType"], first["enableInternet"]) == ("NvidiaTeslaT4", "original", False)
-    assert "views = 8" in first["text"] and "views = 16" in second["text"]
+    assert "views = 32" in first["text"] and "views = 64" in second["text"]
     submitted = standin.called("CreateCodeSubmission")
     assert [(body["kernelVersion"], body["fileName"], body["submissionDescription"]) for body in submitted] == [
         (1, "submission.json", "first"), (2, "submission.json", "more views")]

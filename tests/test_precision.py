@@ -40,6 +40,14 @@ def test_other_tokens_are_wrong_while_another_dtype_is_left_unless_they_tie():
     assert verdict.judge(far, REFERENCE, last=True).wrong == "" == verdict.judge(near, REFERENCE, last=False).wrong
 
 
+def test_answer_that_ends_where_the_reference_goes_on_is_another_one():
+    at_once, later = [([], [-0.6])] * 2, [(ids[:2], [*logprobs[:2], -3.0]) for ids, logprobs in REFERENCE]
+    for ended, agreed in ((at_once, 0.0), (later, 2 / 3)):
+        judged = verdict.judge(ended, REFERENCE, last=False)
+        assert judged.wrong == "answers differ from float32" and judged.agreement == pytest.approx(agreed)
+    assert verdict.judge(later, later, last=False).agreement == 1.0
+
+
 def test_what_follows_the_first_difference_does_not_count():
     judged = verdict.judge(answers((0, 4, 1, -0.1)), REFERENCE, last=False)
     assert judged.agreement == 0.9

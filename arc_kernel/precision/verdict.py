@@ -158,9 +158,10 @@ def judge(answers: Answers, reference: Answers, last: bool) -> Judgement:
     there is to try, finite answers are used whatever they are.
     """
     compared, agreed, difference, finite = 0, 0, 0.0, True
+    closed = lambda ids, logprobs: [*ids, *[None] * (len(logprobs) - len(ids))]  # with the closing token, which ids leave out
     for (ids, logprobs), (wanted, theirs) in zip(answers, reference, strict=True):
         finite = finite and all(map(math.isfinite, logprobs))
-        for token, logprob, want, their in zip(ids, logprobs, wanted, theirs):
+        for token, logprob, want, their in zip(closed(ids, logprobs), logprobs, closed(wanted, theirs), theirs):
             compared, difference = compared + 1, max(difference, abs(logprob - their))
             if token != want:
                 break

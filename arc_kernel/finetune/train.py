@@ -192,6 +192,7 @@ class Watch(TrainerCallback):
 
 def arguments(s: FinetuneSettings, out: Path, dtype: str, device: str) -> TrainingArguments:
     """Trainer's arguments for a run's settings. AdamW is torch's fused one, which CPUs and GPUs have."""
+    os.environ["ACCELERATE_MIXED_PRECISION"] = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, "no")  # whatever was there
     made = TrainingArguments(
         output_dir=str(out), per_device_train_batch_size=1, gradient_accumulation_steps=1, max_steps=s.steps, learning_rate=s.lr,
         lr_scheduler_type=s.schedule, lr_scheduler_kwargs={"num_cycles": s.restarts} if s.schedule == "cosine_with_restarts" else {},

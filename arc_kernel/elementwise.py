@@ -14,6 +14,8 @@ import functools
 import torch
 from torch.nn.functional import silu
 
+from .memory import exhausted
+
 TRIED = ((1, 80), (3, 112))  # batches and tokens of the trial; a batch of one is compiled for itself
 CLOSE = 3e-2  # largest share of the largest value by which compiled and plain may differ: 16-bit rounding at other places
 compiled: dict = {}  # plain piece to its compiled form, in a process that trains on a GPU; where it is empty none is used
@@ -26,10 +28,8 @@ def _piece(plain):
         global trouble
         try:
             return compiled.get(plain, plain)(*given)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # a size or layout the trial did not have and the compiler cannot do
-            if plain not in compiled:
+            if exhausted(error) or plain not in compiled:
                 raise
             compiled.clear()
             trouble = _reason(error)

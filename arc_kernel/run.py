@@ -125,7 +125,8 @@ class Run:
         if cut:
             self._say("note", text=f"time budget: fewer predictions for {len(cut)} of {len(expected)} tasks: "
                                    f"{min(cut)} to {max(cut)} less than asked")
-        self.candidates |= self._stored_candidates()  # what workers that died or hang had answered of their tasks, too
+        unfinished = [i for i in expected if not self._completions(i).is_file()]  # of workers that died or hang: what there is votes
+        self.candidates |= {i: found for i in unfinished if (found := self._read_candidates(i)) is not None}
         self._write_submission()
         if given_up:
             self.stop()

@@ -88,6 +88,8 @@ def _setting(parser: argparse.ArgumentParser, name: str, types: dict[str, type])
 def _precision(tasks: str, headroom: float, out: Path, rescaled: str, bench: bool, dtype: str, backend: str, **model) -> None:
     from . import checkup
 
+    if bench and (rescaled or dtype != "auto"):
+        raise ArcKernelError("precision: --bench measures every dtype and writes no model: leave out --dtype and --rescaled")
     opened = checkup.open_checked(tasks=tasks, headroom=headroom, **model)
     if bench:
         from .dtype_bench import bench_dtypes

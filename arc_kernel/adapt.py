@@ -14,9 +14,6 @@ import contextlib
 import copy
 import json
 import math
-import os
-import shutil
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +21,8 @@ from typing import Callable, Iterator
 
 import numpy as np
 
-from .checkpoint import load_model, readable, write_json
-from .errors import ArcKernelError
+from .checkpoint import load_model, whole_folder, write_json
+from .errors import ArcKernelError, first_line
 from .memory import exhausted
 from .passes import answers, padded, together
 from .precision.probe import UnknownLayout, check_layout, collected, recording
@@ -212,7 +209,7 @@ class TaskTrainer:
                 loss += part.detach()
             return loss
         except RuntimeError as error:
-            if not (exhausted(error) and self._decoder and self._decoder.make_room(str(error).splitlines()[0])):
+            if not (exhausted(error) and self._decoder and self._decoder.make_room(first_line(error))):
                 raise
         self._flat.tensor.grad.zero_()  # of passes before
         return self._backward(drawn, scaler)
@@ -274,9 +271,7 @@ def with_lora(base, folder: Path, rank: int, start: Path | None):
 
 def save_adapter(model, folder: Path, beside: dict[str, dict] | None = None) -> None:
     """Write the LoRA of a peft model as `folder` by write-then-rename, with JSON files `beside` its weights."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+    with whole_folder(folder, replace=True) as fresh:
         model.save_pretrained(fresh, save_embedding_layers=False)  # "auto" asks a hub
         with contextlib.suppress(FileNotFoundError):
             (fresh / "README.md").unlink()  # peft's empty model card
@@ -285,11 +280,6 @@ def save_adapter(model, folder: Path, beside: dict[str, dict] | None = None) -> 
         (fresh / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
         for name, facts in (beside or {}).items():
             write_json(fresh / name, facts)
-        readable(fresh)
-        shutil.rmtree(folder, ignore_errors=True)
-        fresh.rename(folder)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def leave_one_out(task: Task, builder: PromptBuilder, recipe: Recipe, rng: np.random.Generator) -> Iterator[Example]:
@@ -301,8 +291,7 @@ def leave_one_out(task: Task, builder: PromptBuilder, recipe: Recipe, rng: np.ra
     contexts = {}
     for target, pair in enumerate(task.train):
         others = tuple(i for i in range(len(task.train)) if i != target)
-        answer = max(len(builder.answer_ids(pair.output)), len(builder.answer_ids(pair.output.T)))
-        kept = builder.fit(tuple(task.train[i] for i in others), pair.input, answer, recipe.max_seq_len)
+        kept = builder.fit_example(tuple(task.train[i] for i in others), pair, recipe.max_seq_len)
         if kept is not None:
             contexts[target] = tuple(others[k] for k in kept)
     if not contexts:

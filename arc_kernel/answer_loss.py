@@ -8,11 +8,13 @@ Method: fused linear cross entropy, Hsu et al. 2024, "Liger Kernel: Efficient Tr
 from __future__ import annotations
 
 from typing import Callable
+from weakref import WeakKeyDictionary
 
 import torch
 
 CHUNK = {"cpu": 3 << 22, "cuda": 3 << 24}  # logits at once: 50 MB in float32, and 200 MB where launches count
-FACTORS = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # config fields of models that change logits after the head
+LOOKED_AT = 8  # tokens by which it is told whether a model's logits are its head's products
+_plain: WeakKeyDictionary = WeakKeyDictionary()  # model: what was found
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -41,23 +43,37 @@ class _HeadLoss(torch.autograd.Function):
         return (grad * grad_total).to(ctx.dtype), None, None, None
 
 
+def plain_head(model, ids: torch.Tensor) -> bool:
+    """Whether the logits of a causal language model are its head's products with what its decoder gives, and nothing more, seen on ids
+    int64 [B, T]. Some scale or cap them, or have a layer between the two: their configs have no common word for it."""
+    if model not in _plain:
+        training = model.training
+        model.eval()  # without dropout
+        with torch.no_grad():
+            asked = {"input_ids": ids[:1, :LOOKED_AT], "use_cache": False}
+            mine, wanted = model.get_output_embeddings()(model.base_model(**asked)[0]).float(), model(**asked).logits.float()
+        _plain[model] = mine.shape == wanted.shape and torch.allclose(mine, wanted, 1e-3, 1e-3, equal_nan=True)
+        model.train(training)
+    return _plain[model]
+
+
 def answer_losses(model, ids: torch.Tensor, labels: torch.Tensor,
                   decoder: Callable | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sum of the cross entropy (nats, float32) over the labels of a batch, that of each label [n] without a gradient, and the
     row each belongs to, int64 [n].
 
     `ids` and `labels` (negative: no loss) are int64 [B, T], padded on the right without a mask: in a causal model no token sees
-    what follows. `model` is a causal language model of transformers; where its config changes logits after the head, they are
+    what follows. `model` is a causal language model of transformers; where its logits are not its head's (`plain_head`), they are
     taken from the model whole. `decoder` gives hidden states [B, T or more, d] of ids in the model's place.
     """
     rows, at = (labels[:, 1:] >= 0).nonzero(as_tuple=True)  # position t predicts token t + 1
     wanted = labels[rows, at + 1]
-    head = model.get_output_embeddings()
-    if any(getattr(model.config, name, None) not in (None, 1, 1.0) for name in FACTORS):
+    if not plain_head(model, ids):
         kept = at.unique()
         logits = model(input_ids=ids, logits_to_keep=kept, use_cache=False).logits[rows, torch.searchsorted(kept, at)]
     else:
         hidden = (decoder(ids) if decoder else model.base_model(input_ids=ids, use_cache=False)[0])[rows, at]
+        head = model.get_output_embeddings()
         if type(head) is torch.nn.Linear and not head.weight.requires_grad:  # a head with a LoRA shows its base's weight
             return *_HeadLoss.apply(hidden.to(head.weight.dtype), head.weight, head.bias, wanted), rows
         logits = head(hidden)

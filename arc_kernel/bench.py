@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .checkpoint import check_writable, open_model, write_json
 from .errors import ArcKernelError
-from .generate import vllm_installed
+from .generate import chosen_backend
 from .precision import verdict
 
 FORMAT = 1  # of the JSON file
@@ -68,7 +68,7 @@ class Figure:
 def bench(model: str, dtype: str, backend: str, out: Path | None, against: Path | None, quick: bool) -> Path:
     """Measure, print the table and write the JSON; its path. Raises ArcKernelError before anything is measured."""
     folder, earlier, begun = open_model(model), read(against) if against else None, time.perf_counter()
-    backend = ("vllm" if vllm_installed() else "transformers") if backend == "auto" else backend
+    backend = chosen_backend(backend)
     device = verdict.device_name()
     dtype = verdict.candidates(dtype, device)[0]
     out = out or Path("runs/bench") / f"{folder.name}-{dtype}-{time.strftime('%Y%m%d-%H%M%S')}.json"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .adapt import TARGET_MODULES
-from .checkpoint import WEIGHTS, read_config
+from .checkpoint import decoder_config, head_size, weight_shapes
 from .precision import verdict
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -51,21 +51,14 @@ class Shape:
 
 
 def shape_of(folder: Path) -> Shape:
-    """The sizes of a model folder, from config and safetensors headers."""
-    from safetensors import safe_open
-
-    config, linears = read_config(folder), []
-    for file in sorted(folder.glob(WEIGHTS)):
-        with safe_open(file, framework="np") as tensors:
-            for key in sorted(tensors.keys()):
-                sides = tensors.get_slice(key).get_shape()
-                if key.endswith(".weight") and len(sides) == 2 and "embed" not in key and not key.startswith("lm_head"):
-                    linears.append((key.removesuffix(".weight"), sides[1], sides[0]))
-    heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    """The sizes of a model folder, from config and safetensors headers. Raises ArcKernelError for layouts other than Llama's."""
+    config = decoder_config(folder)
+    linears = tuple((name.removesuffix(".weight"), sides[1], sides[0]) for name, sides in sorted(weight_shapes(folder).items())
+                    if name.endswith(".weight") and len(sides) == 2 and "embed" not in name and not name.startswith("lm_head"))
+    heads, width = config["num_attention_heads"], head_size(config)
     adapted = tuple(layer for layer in linears if layer[0].rpartition(".")[2] in TARGET_MODULES)
-    return Shape(tuple(linears), adapted, config["num_hidden_layers"], heads * head_dim,
-                 config.get("num_key_value_heads", heads) * head_dim, config["hidden_size"], config["vocab_size"])
+    return Shape(linears, adapted, config["num_hidden_layers"], heads * width,
+                 config.get("num_key_value_heads", heads) * width, config["hidden_size"], config["vocab_size"])
 
 
 def train_flop(shape: Shape, tokens: int, labels: int, rank: int) -> dict[str, float]:

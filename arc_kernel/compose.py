@@ -14,7 +14,7 @@ from typing import Sequence
 import numpy as np
 
 from .tasks import COLOURS, MAX_SIDE, Grid, Pair
-from .views import SYMMETRIES
+from .views import SYMMETRIES, turned
 
 KINDS = ("symmetry", "mirror", "padding", "upscale")
 SIDES = ("input", "output")
@@ -42,7 +42,7 @@ class Composition:
         """The transformed grid int8 [rows, columns], which may be larger than ARC allows."""
         a = self.numbers
         if self.kind == "symmetry":
-            return np.ascontiguousarray(np.rot90(np.fliplr(grid) if a[0] >= 4 else grid, a[0] % 4))
+            return np.ascontiguousarray(turned(grid, a[0]))
         if self.kind == "mirror":
             wide = grid if MIRRORS[a[0]] == "down" else np.hstack([grid, np.fliplr(grid)])
             return wide if MIRRORS[a[0]] == "right" else np.vstack([wide, np.flipud(wide)])

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from . import elementwise
+from .errors import named_line
 from .flat_weights import FlatWeights
 from .fused_layer import Fused
 from .memory import exhausted, free_memory, mend_generators
@@ -149,7 +150,7 @@ class Decoder:
             self._pool = None  # one that a capture broke off in takes no other
             while error.__context__ is not None:  # the end of a capture that broke off raises an error of its own
                 error = error.__context__
-            reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+            reason = named_line(error)
             if not (exhausted(error) and self.make_room(reason)):
                 self._tries -= 1
                 if not self._tries:

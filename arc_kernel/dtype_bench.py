@@ -14,8 +14,8 @@ from . import ceilings, measure
 from .adapt import TaskTrainer
 from .dtypes import Model
 from .engine import EngineSettings
-from .errors import ArcKernelError
-from .generate import start_engine, vllm_installed
+from .errors import ArcKernelError, first_line
+from .generate import chosen_backend, start_engine
 from .memory import free_memory
 from .precision import verdict
 
@@ -29,7 +29,7 @@ def bench_dtypes(model: Model, backend: str) -> list[dict]:
     """Measure every dtype on this device, print the table, return its rows (`dtype`, `gemm` FLOP/s, `step` seconds,
     `train`, `prefill` and `decode` tokens/s, `note`)."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    backend = ("vllm" if vllm_installed() else "transformers") if backend == "auto" else backend
+    backend = chosen_backend(backend)
     begun, rows = time.perf_counter(), []
     with tqdm(total=3 * len(ceilings.DTYPES), desc="bench", unit="part") as bar:
         for dtype in ceilings.DTYPES:
@@ -40,7 +40,7 @@ def bench_dtypes(model: Model, backend: str) -> list[dict]:
                 try:
                     row |= part()
                 except (ArcKernelError, RuntimeError) as error:
-                    row["note"] = str(error).splitlines()[0][:100]
+                    row["note"] = first_line(error)[:100]
                 free_memory()
                 bar.update()
             rows.append(row)

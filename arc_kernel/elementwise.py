@@ -14,6 +14,7 @@ import functools
 import torch
 from torch.nn.functional import silu
 
+from .errors import named_line
 from .memory import exhausted
 
 TRIED = ((1, 80), (3, 112))  # batches and tokens of the trial; a batch of one is compiled for itself
@@ -32,7 +33,7 @@ def _piece(plain):
             if exhausted(error) or plain not in compiled:
                 raise
             compiled.clear()
-            trouble = _reason(error)
+            trouble = named_line(error)
             return plain(*given)
 
     call.plain = plain
@@ -129,10 +130,6 @@ def compile_on_gpu(dtype: torch.dtype, device: str, hidden: int, inner: int, hea
                     if not apart < CLOSE:
                         return f"{piece.__name__} compiled for this GPU is {apart:.2g} off"
     except Exception as error:  # whatever a compiler that is missing, or too old for this GPU, raises
-        return _reason(error)
+        return named_line(error)
     compiled.update(made)
     return ""
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]

@@ -53,7 +53,8 @@ def _evaluate(tasks: str, model: str, adapter: Path | None, count: int, **option
         _compare(tasks=tasks, **options)
 
 
-def _recall(tasks: str, model: str, adapter: Path | None, count: int, runs: list[Path], json: Path | None, seed: int, **_) -> None:
+def _recall(tasks: str, model: str, adapter: Path | None, count: int, runs: list[Path], json: Path | None, seed: int, out: Path | None,
+            solutions: str, resamples: int) -> None:
     from .checkpoint import check_writable, open_model, write_json
     from .finetune.recall import lengths_of, recall_by_distance, table
     from .finetune.run import training_dtype
@@ -61,6 +62,8 @@ def _recall(tasks: str, model: str, adapter: Path | None, count: int, runs: list
 
     if runs or not model or count < 1:
         raise ArcKernelError("evaluate: recall is a model's: give --model and a --count of 1 or more, and no run")
+    if out or solutions:
+        raise ArcKernelError("evaluate: --out and --solutions go with runs, not with recall: leave them out (--json keeps the figures)")
     if json:
         check_writable(json)
     device = device_name()

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from . import progress
 from .adapter_fit import HEAD, check_fit
-from .checkpoint import (TEXTS, TRAINED_PROMPT, WEIGHTS, check_model, load_model, load_tokenizer, make_portable, read_config, weight_shapes,
-                         weight_tensors, whole_folder, write_json)
+from .checkpoint import (TRAINED_PROMPT, WEIGHTS, check_model, copy_texts, load_model, load_tokenizer, make_portable, read_config,
+                         weight_shapes, weight_tensors, whole_folder, write_json)
 from .errors import ArcKernelError
 from .prompts import default_builder
 from .tasks import cells, load_challenges
@@ -106,8 +106,7 @@ def _prompt(model: Path) -> list[int]:
 
 def _copy_texts(model: Path, fresh: Path, dtype: str) -> None:
     """Config, tokenizer, chat template and licence of the base; the config says the dtype of what is written."""
-    for file in sorted(f for pattern in TEXTS for f in model.glob(pattern) if f.is_file() and not f.name.endswith(".index.json")):
-        shutil.copyfile(file, fresh / file.name)
+    copy_texts(model, fresh)
     config = read_config(fresh)
     if dtype != "auto":
         write_json(fresh / "config.json", {k: v for k, v in config.items() if k != "dtype"} | {"torch_dtype": dtype})

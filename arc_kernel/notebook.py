@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jupytext
 
-from .errors import ArcKernelError
+from .errors import ArcKernelError, first_line
 from .tasks import replacing
 
 
@@ -23,7 +23,7 @@ def write_notebook(source: Path, target: Path) -> None:
     except FileNotFoundError:
         raise ArcKernelError(f"{source}: no such file: give a jupytext percent script") from None
     except Exception as error:  # a broken header raises yaml's own errors, or whatever its shape leads to
-        raise ArcKernelError(f"{source}: not a percent notebook: {str(error).splitlines()[0]}") from None
+        raise ArcKernelError(f"{source}: not a percent notebook: {first_line(error)}") from None
     if not {"name", "display_name"} <= set(notebook.metadata.get("kernelspec") or {}):
         raise ArcKernelError(f"{source}: no kernelspec: give name and display_name in the YAML header (papermill needs them)")
     notebook.metadata.pop("jupytext", None)  # it says which jupytext version wrote it

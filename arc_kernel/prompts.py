@@ -178,6 +178,11 @@ class PromptBuilder:
             keep.remove(max(keep, key=lambda i: sizes[i]))
         return tuple(keep)
 
+    def fit_example(self, context: tuple[Pair, ...], target: Pair, max_seq_len: int) -> tuple[int, ...] | None:
+        """`fit` for an example that asks for `target.output`: indexes of the context pairs kept, under every view."""
+        answer = max(len(self.answer_ids(target.output)), len(self.answer_ids(target.output.T)))
+        return self.fit(context, target.input, answer, max_seq_len)
+
 
 def default_builder(tokenizer, encoder: str) -> PromptBuilder:
     """The builder for a model of which no run has said how it is asked: in its chat template, compact where it has none."""

@@ -268,13 +268,9 @@ class Run:
         gpus = gpu_count()
         if gpus and s.devices > gpus:
             raise ArcKernelError(f"settings: devices is {s.devices}: this machine shows {gpus} GPU")
-        backend = s.backend
-        if backend == "auto" and not generate.vllm_installed():
+        backend = generate.chosen_backend(s.backend)
+        if backend != "vllm" and s.backend == "auto":
             self._say("note", text="vLLM is not installed here: answering with the transformers backend")
-        if backend == "auto":
-            backend = "vllm" if generate.vllm_installed() else "transformers"
-        elif backend == "vllm" and not generate.vllm_installed():
-            raise ArcKernelError("settings: backend is vllm, which is not installed: use backend=transformers")
         shared = {f.name for f in dataclasses.fields(Job)} & {f.name for f in dataclasses.fields(Settings)}
         resolved = {
             "model": str(model.resolve()), "out": str(self.out.resolve()), "adapters": str(self.adapters.resolve()), "backend": backend,

@@ -18,7 +18,7 @@ from typing import Callable, Iterable, Iterator
 from .chooser import Chooser
 from .dtypes import Model
 from .engine import Answer, Prompt
-from .errors import counted
+from .errors import counted, named_line
 from .job import Job
 from .prompts import PromptBuilder
 from .select import PARTIAL, Completion, decided, read_completions, status_of, write_completions
@@ -40,6 +40,7 @@ class Work:
 
     task: Task
     waiting: list[Prompt]
+    adapter: Path | None = None
     share: float = 1.0
     ends: float = math.inf
     cut: int = 0
@@ -148,10 +149,10 @@ class Serving:
                 prompts, notes = self._prompts(task)
             except Exception as error:  # one task's trouble is its own
                 traceback.print_exc()
-                prompts, notes = [], [f"task {task.id}: {type(error).__name__}: {error}: fallback answer"]
+                prompts, notes = [], [f"task {task.id}: {named_line(error)}: fallback answer"]
             for note in notes:
                 self.tell("note", task=task.id, text=note)
-            work = Work(task, prompts, share)
+            work = Work(task, prompts, prompts[0].adapter if prompts else None, share)
             if prompts:
                 yield work
             else:
@@ -212,13 +213,13 @@ class Serving:
                     prompt = ready.send()
                     sent_at[prompt.key] = time.time()
                     yield prompt
-                elif exhausted or len({self._adapter_of(w.task) for w in open_works.values()} - {None}) >= engine.adapters:
+                elif exhausted or len({w.adapter for w in open_works.values()} - {None}) >= engine.adapters:
                     yield None
                 elif (work := next(works, None)) is None or work == LATER and not open_works:
                     exhausted = True
                 elif work == LATER:
                     yield None
-                elif work.waiting[0].adapter in left_out:
+                elif work.adapter in left_out:
                     unfinished.append(work)
                 else:
                     work.begin([w for w in open_works.values() if w.waiting], self.job.answer_until, latency)

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,10 +39,6 @@ class Task:
     id: str
     train: tuple[Pair, ...]
     test: tuple[Pair, ...]
-
-    def without_solutions(self) -> "Task":
-        """The same task with every test output hidden."""
-        return replace(self, test=tuple(Pair(p.input, None) for p in self.test))
 
 
 def cells(task: "Task") -> int:
@@ -207,12 +203,12 @@ def task_from_json(value: dict) -> Task:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, mode: str = "w"):
+def replacing(path: Path):
     """Open a temporary file beside `path` for writing and rename it to `path` when the block ends without error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
             yield file
         os.chmod(name, 0o644)  # mkstemp makes 0600; others must be able to read a submission
         os.replace(name, path)

@@ -23,6 +23,11 @@ from .tasks import COLOURS, Grid, Pair, Task
 SYMMETRIES = ("identity", "rot90", "rot180", "rot270", "flip", "flip.rot90", "flip.rot180", "flip.rot270")
 
 
+def turned(grid: Grid, symmetry: int) -> Grid:
+    """A grid [rows, columns] under the symmetry of this index in SYMMETRIES: mirrored first, then turned."""
+    return np.rot90(np.fliplr(grid) if symmetry >= 4 else grid, symmetry % 4)
+
+
 @dataclass(frozen=True)
 class View:
     """How a task is seen: an index into SYMMETRIES, the new colour of each colour, the new order of the train pairs."""
@@ -33,6 +38,11 @@ class View:
 
     def __str__(self) -> str:
         return f"{SYMMETRIES[self.symmetry]}|{''.join(map(str, self.colours))}|{','.join(map(str, self.order))}"
+
+    @classmethod
+    def identity(cls, pairs: int) -> "View":
+        """The view that shows a task of so many train pairs as it is."""
+        return cls(0, tuple(range(COLOURS)), tuple(range(pairs)))
 
     @classmethod
     def parse(cls, text: str) -> "View":
@@ -56,13 +66,12 @@ class View:
 
     def apply_grid(self, grid: Grid) -> Grid:
         """A grid as this view shows it."""
-        turned = np.fliplr(grid) if self.symmetry >= 4 else grid
-        return np.ascontiguousarray(np.array(self.colours, dtype=np.int8)[np.rot90(turned, self.symmetry % 4)])
+        return np.ascontiguousarray(np.array(self.colours, dtype=np.int8)[turned(grid, self.symmetry)])
 
     def undo(self, grid: Grid) -> Grid:
         """The exact inverse of `apply_grid`."""
-        turned = np.rot90(np.argsort(self.colours).astype(np.int8)[grid], -(self.symmetry % 4))
-        return np.ascontiguousarray(np.fliplr(turned) if self.symmetry >= 4 else turned)
+        back = np.rot90(np.argsort(self.colours).astype(np.int8)[grid], -(self.symmetry % 4))
+        return np.ascontiguousarray(np.fliplr(back) if self.symmetry >= 4 else back)
 
 
 def task_rng(seed: int, task_id: str, purpose: str) -> np.random.Generator:
@@ -85,7 +94,7 @@ def spread_views(task: Task, test_index: int, n: int, rng: np.random.Generator, 
     occur, and symmetries of the grids themselves, give no new view.
     """
     used = _colours_used(task, test_index)
-    identity = View(0, tuple(range(COLOURS)), tuple(range(len(task.train))))
+    identity = View.identity(len(task.train))
     found, seen = [identity], {_fingerprint(identity, task, test_index)}
     draws = _draws(task, used, rng, permute_background, n)
     sources = {s: draws(s) for s in (*map(int, rng.permutation(np.arange(1, 8))), 0)}

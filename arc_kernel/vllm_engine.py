@@ -47,7 +47,9 @@ class VllmEngine:
             args.update(enable_lora=True, max_loras=self.adapters, max_lora_rank=rank)
         args.update(enforce_eager=asked["enforce_eager"])
         if device == "cpu":
-            cpu_lora.install()
+            if not cpu_lora.install():
+                print("this vLLM's LoRA on a CPU is another than arc_kernel.cpu_lora knows: its own is used, up to 8 times slower",
+                      file=sys.stderr, flush=True)
             keep_memory()
             args.update(kv_cache_memory_bytes=CPU_KV_BYTES, block_size=CPU_BLOCK)
         else:

@@ -18,7 +18,7 @@ from pathlib import Path
 from . import adapt
 from .checkpoint import load_tokenizer, require_device, require_own_gpu
 from .dtypes import HEADROOM, HEADROOM_TTT, Model
-from .errors import ArcKernelError
+from .errors import ArcKernelError, named_line
 from .grids import GridEncoder
 from .job import Job
 from .memory import free_memory, importing
@@ -140,40 +140,39 @@ class Worker:
                 self._load_trainer([before])
             return tokens
         self.tell("adapt-failed", task=task.id, error=f"task {task.id}: {trouble}: answered without an adapter")
-        if self._trainer is None or self._trainer.dtype != before:  # the task's own fault
-            self._load_trainer([before])
+        self._load_trainer([before])  # the task's own fault
         return 0
 
     def _adapt(self, task: Task, share: float) -> int:
         """Train one task's adapter in this share of the time left; its training tokens. Any failure but a NaN leaves the task
         to the base model."""
         begun = told = time.perf_counter()
-        waiting, total = [], 0
+        waiting, taken, total = [], 0, 0  # losses not told yet; steps; tokens
         seconds = share * max(0.001, self.job.adapt_until - time.time())
 
         def on_step(step: int, loss: float, tokens: int) -> None:
-            nonlocal total
+            nonlocal taken, total
             if time.time() > self.job.adapt_until and step < adapt.fewest_steps(self.job.ttt_steps):
                 raise ArcKernelError(f"task {task.id}: time budget: training ends at step {step}: answered without an adapter")
-            total += tokens
+            taken, total = step, total + tokens
             waiting.append(round(loss, 5))
             if time.perf_counter() - told > PROGRESS_SECONDS:
-                tell_losses(step)
+                tell_losses()
 
-        def tell_losses(step: int) -> None:
+        def tell_losses() -> None:
             nonlocal told
-            self.tell("loss", task=task.id, step=step, losses=waiting[:], tokens=total)
+            if waiting:
+                self.tell("loss", task=task.id, step=taken, losses=waiting[:], tokens=total)
             waiting.clear()
             told = time.perf_counter()
 
         def on_trouble(text: str) -> None:
-            waiting.clear()
+            tell_losses()  # after a rollback those of the steps that are taken again replace them
             self.tell("precision", task=task.id, stage="adapt", dtype=self._trainer.dtype, text=f"task {task.id}: {text}")
 
         try:
             facts = self._trainer.train(task, Path(self.job.adapters) / task.id, on_step, on_trouble, seconds=seconds)
-            if waiting:
-                tell_losses(facts["steps"])
+            tell_losses()
             self.tell("adapted", task=task.id, seconds=round(time.perf_counter() - begun, 3), tokens=total,
                       dtype=self._trainer.dtype, **facts)
         except FloatingPointError:
@@ -183,7 +182,7 @@ class Worker:
         except Exception as error:
             traceback.print_exc()
             require_device(self.device)
-            self.tell("adapt-failed", task=task.id, error=f"task {task.id}: {type(error).__name__}: {error}: answered without an adapter")
+            self.tell("adapt-failed", task=task.id, error=f"task {task.id}: {named_line(error)}: answered without an adapter")
         return total
 
     def _answer_all(self) -> None:

@@ -1,21 +1,25 @@
 """Test-time training on a tiny random model of the real architecture: `python -m pytest tests/test_adapt.py`."""
 
 import dataclasses
+import io
 import json
 import time
+import types
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
 
-from arc_kernel import adapt, fused_layer
+from arc_kernel import adapt, fused_layer, report
 from arc_kernel.decoder_pass import Decoder
 from arc_kernel.grids import GridEncoder
+from arc_kernel.job import Job
 from arc_kernel.precision import rescale
 from arc_kernel.prompts import IGNORED, PromptBuilder
-from arc_kernel.tasks import Pair, Task
+from arc_kernel.tasks import Pair, Task, task_from_json, task_to_json
 from arc_kernel.views import task_rng
+from arc_kernel.worker import Worker
 from models import nan_model, tiny_model
 
 RECIPE = adapt.Recipe(steps=3, batch=2, lr=1e-2, rank=4, max_seq_len=4096, permute_background=False, seed=5)
@@ -51,7 +55,7 @@ def test_adapter_is_the_same_bit_for_bit_with_and_without_solutions(trainer, arc
     assert task.test[0].output is not None
     wrong = dataclasses.replace(task, test=(Pair(task.test[0].input, task.train[0].output),))
     known, _ = trained(trainer, task, tmp_path / "known")
-    assert same(known, trained(trainer, task.without_solutions(), tmp_path / "hidden")[0])
+    assert same(known, trained(trainer, task_from_json(task_to_json(task)), tmp_path / "hidden")[0])
     assert same(known, trained(trainer, wrong, tmp_path / "wrong")[0])
 
 
@@ -271,3 +275,21 @@ def test_a_pass_that_does_not_fit_beside_the_graphs_is_done_again_without_them(t
     assert torch.allclose(trainer._flat.tensor.grad, wanted, rtol=1e-3, atol=1e-6) and "out of memory" in trainer._decoder.trouble
     with pytest.raises(torch.OutOfMemoryError):  # nothing is left to give back
         trainer._backward(drawn, scaler)
+
+
+def test_loss_curve_is_whole_where_the_trainer_says_something_or_goes_back(arc_training, tmp_path):
+    job = Job(**dict.fromkeys(f.name for f in dataclasses.fields(Job)) | {"ttt_steps": 6, "adapt_until": time.time() + 60, "adapters": str(tmp_path)})
+    said = io.StringIO()
+    worker = Worker(io.StringIO(json.dumps(dataclasses.asdict(job)) + "\n"), said)
+
+    def train(task, folder, on_step, on_trouble, seconds):
+        for step, trouble in ((1, ""), (2, "no CUDA graphs any more"), (3, ""), (4, "back to step 2"), (3, ""), (4, ""), (5, ""), (6, "")):
+            on_step(step, float(step), 10)
+            if trouble:
+                on_trouble(trouble)
+        return {"steps": 6}
+
+    worker._trainer = types.SimpleNamespace(train=train, dtype="float32")
+    worker._adapt(arc_training.tasks["d037b0a7"], 1.0)
+    events = [json.loads(line) for line in said.getvalue().splitlines()]
+    assert report.losses(events) == {"d037b0a7": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]}

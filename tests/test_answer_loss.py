@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, CohereConfig, CohereForCausalLM
+from transformers import AutoModelForCausalLM
 
 from arc_kernel import answer_loss, lora_linear
 from models import tiny_model
@@ -46,11 +47,19 @@ def test_loss_and_gradient_are_torchs(model_folder, tmp_path, example):
     assert_alike(AutoModelForCausalLM.from_pretrained(tiny_model(model_folder, tmp_path / "tiny"), dtype=torch.float32), example)
 
 
-def test_a_model_that_scales_its_logits_has_the_loss_of_the_scaled_ones(example):
-    config = CohereConfig(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                          num_key_value_heads=1, logit_scale=0.25)
+@pytest.mark.parametrize("name, asked", [
+    ("Cohere", {"logit_scale": 0.25}), ("Gemma2", {"final_logit_softcapping": 0.5, "head_dim": 16}),
+    ("ModernBertDecoder", {}),  # a layer between decoder and head, and no field that says so
+])
+def test_a_model_that_does_more_than_its_heads_product_has_its_own_loss(example, name, asked):
+    config = getattr(transformers, f"{name}Config")(**asked, vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                                                    num_attention_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config.num_key_value_heads = 1
     torch.manual_seed(0)
-    assert_alike(CohereForCausalLM(config).float(), example)
+    model = transformers.AutoModelForCausalLM.from_config(config).float()
+    ids, labels = (part[-150:] for part in example)
+    with torch.no_grad():
+        assert ours(model, ids, labels).item() == pytest.approx(by_torch(model, ids, labels).item(), abs=1e-4)
 
 
 def test_head_with_a_lora_is_trained_as_it_is_served(model_folder, tmp_path, example):
@@ -72,6 +81,7 @@ def test_head_with_a_lora_is_trained_as_it_is_served(model_folder, tmp_path, exa
 def test_logits_of_all_positions_are_never_held_at_once(model_folder, tmp_path, example, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(tiny_model(model_folder, tmp_path / "tiny"), dtype=torch.float32)
     model.get_output_embeddings().requires_grad_(False)
+    ours(model, *example)  # looks at the model once
     rows, linear = [], torch.nn.functional.linear
     monkeypatch.setattr(torch.nn.functional, "linear",
                         lambda x, w, b=None: (rows.append(len(x)) if len(w) == 49152 else None) or linear(x, w, b))

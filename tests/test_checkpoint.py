@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers.integrations import sdpa_attention
 
 from arc_kernel import checkpoint
@@ -74,6 +75,16 @@ def test_old_gpus_attend_with_a_key_for_every_query_and_compute_the_same(model_f
         checkpoint.repeat_keys()
         assert torch.allclose(model(input_ids=ids).logits, before, atol=1e-5)
     assert heads == [(2, 2)] * 2
+
+
+def test_a_reason_that_begins_with_an_empty_line_is_told_and_one_without_words_by_its_name(model_folder, monkeypatch):
+    for error, said in ((ImportError("\nneeds sentencepiece:\npip install it\n"), "needs sentencepiece:"), (RuntimeError(), "RuntimeError")):
+        def fail(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
+        with pytest.raises(ArcKernelError, match=f"tokenizer cannot be loaded: {said}$"):
+            checkpoint.load_tokenizer(model_folder)
 
 
 def test_shard_named_by_the_index_and_missing_is_named(model_folder, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from arc_kernel import __main__, checkpoint, checkup, chooser, dtype_bench
+from arc_kernel import __main__, checkpoint, checkup, chooser, dtype_bench, generate
 from arc_kernel.precision import rescale
 from arc_kernel.transformers_engine import TransformersEngine
 from models import nan_model, tiny_model
@@ -30,9 +30,8 @@ def grown(tiny, tmp_path_factory):
 
 
 def arguments(**options):
-    flags = [part for name, value in options.items()
-             for part in ([f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)]))]
-    return ["precision", "--backend", "transformers", *flags]
+    return ["precision", *(part for name, value in ({"backend": "transformers"} | options).items()
+                           for part in ([f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])))]
 
 
 @pytest.fixture
@@ -203,7 +202,17 @@ def test_bench_prints_a_row_for_each_dtype(precision, tiny, monkeypatch):
     assert done.returncode == 0, done.stderr
     rows = {line.split()[0]: line for line in done.stdout.splitlines()
             if line.startswith(("bfloat16", "float16", "float32")) and "(" in line}
+    for asked, said in (({"dtype": "float16"}, "measures every dtype"), ({"rescaled": "x"}, "writes no model")):
+        refused = precision(model=tiny, bench=True, **asked)
+        assert refused.returncode == 1 and said in refused.stderr
     assert len(rows) == 3 and all(line.count("(") == 4 for line in rows.values()) and "(1.00)" in done.stdout
+
+
+@pytest.mark.parametrize("options", [{}, {"bench": True}])
+def test_vllm_that_is_asked_for_and_not_installed_is_one_line(precision, tiny, tmp_path, monkeypatch, options):
+    monkeypatch.setattr(generate, "vllm_installed", lambda: False)
+    done = precision(model=tiny, backend="vllm", out=tmp_path, **options)
+    assert done.returncode == 1 and done.stderr.count("error: ") == 1 and "vllm, which is not installed: use backend=transformers" in done.stderr
 
 
 @pytest.mark.parametrize("options, said", [({"model": "nowhere"}, "nowhere: no such model folder"),

@@ -14,6 +14,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, get_scheduler
+from transformers.integrations import sdpa_attention
 
 from arc_kernel import __main__ as command_line
 from arc_kernel import ceilings, checkpoint, cpu_attention
@@ -357,6 +358,13 @@ def test_a_run_with_other_settings_is_not_overwritten(settings, prepared, killed
         run.finetune(settings, prepared)
     with pytest.raises(ArcKernelError, match="holds a run with other settings.*lr: 0.02 vs 0.01"):
         run.finetune(dataclasses.replace(settings, lr=2e-2), prepared)
+
+
+def test_on_a_gpu_without_flash_attention_keys_are_repeated_before_anything_is_trained(settings, monkeypatch):
+    monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", sdpa_attention.use_gqa_in_sdpa)  # put back afterwards
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    Learner(checkpoint.open_model(settings.model), 4, None, "float32", device="cuda")
+    assert not sdpa_attention.use_gqa_in_sdpa(None, None)
 
 
 def test_an_adapter_for_another_base_is_refused_before_the_model_is_loaded(settings, prepared, model_folder):

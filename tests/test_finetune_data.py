@@ -161,7 +161,8 @@ def test_too_long_examples_lose_their_largest_context_pairs_or_are_drawn_again(t
     source = open_source(str(lines(tmp_path / "v.jsonl", {"id": "v", "variations": [rows]})))
     stream = Stream([source], build(), 0, 300)
     drawn = [stream.draw(i) for i in range(20)]
-    assert all(len(d.example.input_ids) <= 300 < d.tokens and d.dropped == 1 for d in drawn)  # the large pair is context, and dropped
+    assert all(len(d.example.input_ids) <= 300 < d.tokens for d in drawn)  # the large pair is context, and dropped
+    assert all(stream.builder.text_of(d.example.input_ids.tolist()).count("O") == 3 for d in drawn)  # two small ones and the test's
     with pytest.raises(ArcKernelError, match="none of 50 drawn examples has 20 tokens or fewer"):
         Stream([source], build(), 0, 4096, limit=20).draw(0)
 

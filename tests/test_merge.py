@@ -16,6 +16,7 @@ from arc_kernel import adapt, checkpoint
 from arc_kernel.__main__ import main
 from arc_kernel.errors import ArcKernelError
 from arc_kernel.grids import GridEncoder
+from arc_kernel.kaggle.templates import model_card
 from arc_kernel.merge import PROMPT_TASKS, merge
 from arc_kernel.prompts import PromptBuilder
 
@@ -38,6 +39,8 @@ def bases(model_folder, tmp_path_factory):
     made = {tied: tiny_model(model_folder, folder / f"tied-{tied}", tied) for tied in (True, False)}
     for tied, base in made.items():
         (base / "optimizer.pt").write_text("not to be copied")
+        (base / "LICENSES").mkdir()  # neither
+        (base / "README.md").write_text("---\nlicense: mit\n---\n")
         config = checkpoint.read_config(base) | {"rope_parameters": {"rope_type": "default", "rope_theta": 50_000.0}}
         checkpoint.write_json(base / "config.json", {k: v for k, v in config.items() if k != "rope_theta"})
         if tied or transformers.__version__.startswith("4."):  # which refuses a folder that says its theta in 5's form only
@@ -82,7 +85,8 @@ def test_merged_folder_computes_what_base_and_adapter_do(merged, adapter):
 
 def test_nothing_but_the_adapted_weights_changes_and_nothing_else_is_copied(merged):
     tied, base, folder, _ = merged
-    assert {p.name for p in folder.iterdir()} == {p.name for p in base.iterdir()} - {"optimizer.pt"}
+    assert {p.name for p in folder.iterdir()} == {p.name for p in base.iterdir()} - {"optimizer.pt", "LICENSES"}
+    assert model_card(folder).licence == "mit"
     before, after = (load_file(f / "model.safetensors") for f in (base, folder))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert before.keys() == after.keys() and {t.dtype for t in after.values()} == {torch.bfloat16}

@@ -6,7 +6,6 @@ Knows torch, peft and model folders; nothing of data or of the loop.
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from .. import decoder_pass, fused_layer
 from ..adapt import save_adapter, with_lora
 from ..adapter_fit import check_fit
 from ..answer_loss import answer_losses
-from ..checkpoint import TEXTS, TRAINED_PROMPT, load_model, read_config, whole_folder, write_json
+from ..checkpoint import TRAINED_PROMPT, copy_texts, load_model, prepare_for, read_config, whole_folder, write_json
 from ..errors import ArcKernelError
 from ..flat_weights import FlatWeights
 
@@ -31,11 +30,12 @@ class Learner(torch.nn.Module):
     With a LoRA of `rank` above 0 (or the one in `start`) the base is frozen in `dtype`; with rank 0 all weights are float32.
     A LoRA's passes are CUDA graphs (`decoder_pass`) where they can be: on a GPU, in one process (the hooks by which DDP sums gradients
     see nothing of a graph's), and where activations are kept.
-    Raises ArcKernelError where `start` was made for another model.
+    It is made on the CPU; `device` is where it will be trained. Raises ArcKernelError where `start` was made for another model.
     """
 
-    def __init__(self, folder: Path, rank: int, start: Path | None, dtype: str, gradient_checkpointing: bool = False):
+    def __init__(self, folder: Path, rank: int, start: Path | None, dtype: str, gradient_checkpointing: bool = False, device: str = "cpu"):
         super().__init__()
+        prepare_for(device)
         self.folder = folder
         if start is not None:
             check_fit(start, folder)
@@ -100,14 +100,11 @@ class Learner(torch.nn.Module):
             return out / ADAPTER
         config = read_config(self.folder)
         dtype = getattr(torch, str(config.get("torch_dtype") or config.get("dtype") or "float32"))
-        with whole_folder(out / MODEL) as fresh:
+        with whole_folder(out / MODEL, replace=True) as fresh:
             weights = {name: weight.detach().to(dtype) for name, weight in self.network.named_parameters()}
             save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
-            for file in {f for pattern in TEXTS for f in self.folder.glob(pattern)}:
-                if file.name != "model.safetensors.index.json":
-                    shutil.copyfile(file, fresh / file.name)
+            copy_texts(self.folder, fresh)
             write_json(fresh / TRAINED_PROMPT, prompt)
-            shutil.rmtree(out / MODEL, ignore_errors=True)
         return out / MODEL
 
     def load(self, folder: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Iterable, NamedTuple, Sequence
 import numpy as np
 
 from ..tasks import COLOURS, Grid, Pair, Task
+from ..views import SYMMETRIES, turned
 from .data import Source
 
 SMALL = 16  # cells of a pair: below, two tasks may share one by chance (a recoloured 1x1 output of a 3x3 input)
@@ -37,8 +38,8 @@ def _counts(grid: Grid) -> list[int]:
 def canonical(pair: Pair) -> tuple:
     """The same value for every symmetry and every colouring of a pair, different for different pairs."""
     forms = []
-    for symmetry in range(8):
-        seen = [np.rot90(np.fliplr(g) if symmetry >= 4 else g, symmetry % 4) for g in (pair.input, pair.output)]
+    for symmetry in range(len(SYMMETRIES)):
+        seen = [turned(g, symmetry) for g in (pair.input, pair.output)]
         cells = np.concatenate([g.ravel() for g in seen])
         colours, first = np.unique(cells, return_index=True)
         names = np.zeros(COLOURS, np.int8)

@@ -91,8 +91,7 @@ def hold_out(sources: list[Source], count: int, seed: int, builder: PromptBuilde
         pairs = [small[k] for k in rng.permutation(len(small))[:shown]]
         if len(pairs) <= min(CONTEXT):
             continue
-        answer = max(len(builder.answer_ids(pairs[-1].output)), len(builder.answer_ids(pairs[-1].output.T)))
-        if builder.fit(tuple(pairs[:-1]), pairs[-1].input, answer, longest) == tuple(range(len(pairs) - 1)):
+        if builder.fit_example(tuple(pairs[:-1]), pairs[-1], longest) == tuple(range(len(pairs) - 1)):
             tasks.append(Task(group.id, tuple(pairs[:-1]), (pairs[-1],)))
         if len(tasks) == count:
             return tuple(tasks)
@@ -124,7 +123,7 @@ class Run:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         dtype = training_dtype(s.dtype, device)
         torch.manual_seed(s.seed)
-        learner = Learner(folder, s.lora_rank, Path(s.adapter) if s.adapter else None, dtype, s.gradient_checkpointing)
+        learner = Learner(folder, s.lora_rank, Path(s.adapter) if s.adapter else None, dtype, s.gradient_checkpointing, device)
         trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
         self.peak = ceilings.gemm(dtype, device, repeats=3)
         self._say("start", text=f"{trained / 1e6:.1f}M weights trained in {dtype} on {verdict.device_model(device)}, "

@@ -28,12 +28,11 @@ SIDES = {"output": ("input", "output"), "inputs": ("input",), "outputs": ("outpu
 
 @dataclass(frozen=True)
 class Drawn:
-    """An example, its kind, its tokens before context pairs were dropped, and how many were."""
+    """An example, its kind, and its tokens before context pairs were dropped."""
 
     example: Example
     kind: str
     tokens: int
-    dropped: int
 
 
 class Stream:
@@ -73,7 +72,7 @@ class Stream:
         source = self.sources[rng.choice(len(self.sources), p=self._weights)]
         if source.kind == "recall":
             example = recall.example(self.builder, source.tokens, rng)
-            return Drawn(example, "recall", len(example.input_ids), 0)
+            return Drawn(example, "recall", len(example.input_ids))
         pairs = source.draw(rng, limit)
         if not pairs:
             return None
@@ -84,12 +83,12 @@ class Stream:
         view = random_view(len(pairs) - 1, rng, self.permute_background)
         shown = [view.apply_pair(p) for p in pairs]
         example = self._example(source.kind, shown)
-        tokens, count = len(example.input_ids), len(shown)
+        tokens = len(example.input_ids)
         while fit and len(example.input_ids) > self.longest and len(shown) > 2:
             size = lambda i: sum(getattr(shown[i], side).size for side in SIDES[source.kind])
             del shown[max(range(len(shown) - 1), key=size)]
             example = self._example(source.kind, shown)
-        return Drawn(example, source.kind, tokens, count - len(shown))
+        return Drawn(example, source.kind, tokens)
 
     def _example(self, kind: str, pairs: Sequence[Pair]) -> Example:
         *context, target = pairs

@@ -24,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..adapt import SKIPS
 from ..ceilings import Shape, train_flop
-from ..errors import ArcKernelError
+from ..errors import ArcKernelError, first_line
 from ..memory import exhausted
 from ..passes import answers, padded, together
 from ..precision.probe import UnknownLayout, check_layout, collected, recording
@@ -116,7 +116,7 @@ class StepTrainer(Trainer):
                 found.append((each, kinds[rows]))
             return found
         except RuntimeError as error:
-            if not (exhausted(error) and self.model.make_room(str(error).splitlines()[0])):
+            if not (exhausted(error) and self.model.make_room(first_line(error))):
                 raise
         self.model.zero_grad()  # of passes before
         return self._backward(model, step, sampled)

@@ -15,7 +15,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
-from ..errors import ArcKernelError
+from ..errors import ArcKernelError, first_line
 from . import target
 from .profiles import HERE, Profile, installed as preinstalled
 
@@ -60,7 +60,7 @@ def wanted(profile: Profile) -> list[Requirement]:
     except FileNotFoundError:
         raise ArcKernelError(f"{file}: no such file: wheels are built in a clone of the repository") from None
     except InvalidRequirement as error:
-        raise ArcKernelError(f"profile {profile.name}: {str(error).splitlines()[0]}: mend {file} or profiles.toml") from None
+        raise ArcKernelError(f"profile {profile.name}: {first_line(error)}: mend {file} or profiles.toml") from None
     environment = target.environment(profile)
     return [r for r in found if canonicalize_name(r.name) not in profile.skip and (not r.marker or r.marker.evaluate(environment))]
 

@@ -18,7 +18,7 @@ import numpy as np
 from ..checkpoint import load_model, weight_tensors
 from ..errors import ArcKernelError
 from ..prompts import IGNORED, Example, PromptBuilder
-from ..tasks import COLOURS, Pair, Task, cells
+from ..tasks import Pair, Task, cells
 from ..views import View, random_view, task_rng
 
 LIMIT = 65504.0  # largest finite float16 (IEEE 754 binary16)
@@ -90,7 +90,7 @@ def sample(tasks: Iterable[Task]) -> list[Task]:
     return [order[i] for i in sorted({0, len(order) // 2, len(order) - 1})] if order else []
 
 
-def examples(tasks: list[Task], builder: PromptBuilder, longest: int, seed: int = 0) -> list[Example]:
+def examples(tasks: list[Task], builder: PromptBuilder, longest: int) -> list[Example]:
     """Teacher-forced examples of up to `longest` tokens from train pairs: the last pair of each task as the target, under a
     random view, and that of the first task that fits as it is, too.
 
@@ -99,12 +99,10 @@ def examples(tasks: list[Task], builder: PromptBuilder, longest: int, seed: int 
     made = []
     for task in (t for t in tasks if t.train):
         *context, target = task.train
-        answer = max(len(builder.answer_ids(target.output)), len(builder.answer_ids(target.output.T)))
-        kept = builder.fit(tuple(context), target.input, answer, longest)
+        kept = builder.fit_example(tuple(context), target, longest)
         if kept is not None:
             shown = tuple(context[k] for k in kept)
-            plain, drawn = (View(0, tuple(range(COLOURS)), tuple(range(len(shown)))),
-                            random_view(len(shown), task_rng(seed, task.id, "probe")))
+            plain, drawn = View.identity(len(shown)), random_view(len(shown), task_rng(0, task.id, "probe"))
             for view in (drawn,) if made else (plain, drawn):
                 made.append(builder.example(tuple(view.apply_pair(shown[k]) for k in view.order), view.apply_pair(target)))
     square = Pair(*(np.arange(9, dtype=np.int8).reshape(3, 3) for _ in range(2)))

@@ -14,7 +14,7 @@ import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ..checkpoint import TEXTS, WEIGHTS, load_model, read_config, weight_shapes, weight_tensors, whole_folder, write_json
+from ..checkpoint import WEIGHTS, copy_texts, load_model, read_config, weight_shapes, weight_tensors, whole_folder, write_json
 from ..errors import ArcKernelError
 from ..memory import free_memory
 from ..prompts import Example
@@ -204,9 +204,7 @@ def write_model(source: Path, rescale: Rescale, target: Path) -> None:
     from safetensors.torch import save_file
 
     with whole_folder(target) as fresh:
-        for pattern in TEXTS:
-            for file in source.glob(pattern):
-                shutil.copy(file, fresh)
+        copy_texts(source, fresh)
         config = read_config(source)
         config["rms_norm_eps"] *= 4.0**-rescale.residual
         tensors, embedding = {}, None
@@ -217,7 +215,6 @@ def write_model(source: Path, rescale: Rescale, target: Path) -> None:
             tensors[name] = shift(tensor, rescale.exponent(name), name)
         if rescale.tied and rescale.untie:
             tensors["lm_head.weight"], config["tie_word_embeddings"] = embedding, False
-        (fresh / "model.safetensors.index.json").unlink(missing_ok=True)
         save_file(tensors, fresh / WEIGHTS.replace("*", ""), metadata={"format": "pt"})
         write_json(fresh / "config.json", config)
         write_json(fresh / "precision.json", {"rescale": rescale.to_json()})
@@ -253,9 +250,8 @@ def underflow(source: Path, target: Path, made: list[Example], device: str) -> d
     return {"logit_change": change, "flushed": weights["flushed"], "subnormal": weights["subnormal"]}
 
 
-def convert_adapter(source: Path, target: Path, rescale: Rescale, back: bool = False) -> None:
-    """Write the LoRA in folder `source`, made for the original weights, for the rescaled ones as `target` (`back`: the
-    other way round).
+def convert_adapter(source: Path, target: Path, rescale: Rescale) -> None:
+    """Write the LoRA in folder `source`, made for the original weights, for the rescaled ones as `target`.
 
     A layer's B @ A is scaled like its weight, half of the exponent in A and half in B, so that neither gets too small for
     float16. Raises Refused for adapters with anything but plain LoRA weights.
@@ -269,7 +265,7 @@ def convert_adapter(source: Path, target: Path, rescale: Rescale, back: bool = F
             raise Refused(f"{source}: {name}: only plain LoRA weights are rescaled")
         exponent = rescale.exponent(f"{match[1]}.weight")
         half = exponent // 2 if match[2] == "A" else exponent - exponent // 2
-        tensors[name] = shift(tensor, -half if back else half, name)
+        tensors[name] = shift(tensor, half, name)
     target.mkdir(parents=True)
     shutil.copy(source / "adapter_config.json", target)
     save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})

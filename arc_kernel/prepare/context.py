@@ -5,6 +5,7 @@ Knows configs only; no weight changes.
 
 from __future__ import annotations
 
+from ..checkpoint import head_size
 from ..errors import ArcKernelError
 from .draft import Draft
 
@@ -17,11 +18,6 @@ def ntk_theta(theta: float, scale: float, head_size: int) -> float:
     (arXiv 2309.00071), section 3.1.
     """
     return theta * scale ** (head_size / (head_size - 2))
-
-
-def head_size(config: dict) -> int:
-    """Dimensions of one attention head."""
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
 def window_of(config: dict) -> int | None:

@@ -7,13 +7,12 @@ layouts, and nothing of what is changed or why. Nothing in the checkpoint is run
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Iterator
 
-from ..checkpoint import (PICKLED, WEIGHTS, check_safetensors, load_tokenizer, portable_config, read_config, weight_shapes, weight_tensors,
-                          write_json)
+from ..checkpoint import (CARD, PICKLED, WEIGHTS, check_safetensors, copy_texts, load_tokenizer, portable_config, read_config,
+                          weight_shapes, weight_tensors, write_json)
 from ..errors import ArcKernelError
 from ..progress import bar
 from .needed import check_weights, known_architecture, needed_shapes
@@ -21,7 +20,6 @@ from .needed import check_weights, known_architecture, needed_shapes
 ROWS = ("embed_tokens.weight", "lm_head.weight", "lm_head.bias")  # ends of the names of weights with a row a token
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-CARRIED = ("LICENSE*", "README.md")  # copied as they are
 
 Weights = Iterator[tuple]  # (name, torch tensor) of each weight
 
@@ -98,9 +96,7 @@ class Draft:
 
         self.load_tokenizer()
         write_json(self.folder / "generation_config.json", self.generation)
-        for pattern in CARRIED:
-            for file in self.source.glob(pattern):
-                shutil.copy(file, self.folder)
+        copy_texts(self.source, self.folder, CARD)
         if self.licence and not (self.folder / "README.md").exists():
             (self.folder / "README.md").write_text(f"---\nlicense: {self.licence}\n---\n", encoding="utf-8")
         needed, tensors, unused = needed_shapes(self.folder), {}, []

@@ -12,7 +12,6 @@ from pathlib import Path
 from statistics import median
 
 from .. import checkpoint, trained_prompt
-from ..errors import ArcKernelError
 from ..precision import probe, verdict
 from ..prompts import default_builder
 from ..tasks import Task, load_challenges
@@ -21,7 +20,6 @@ from . import context
 from .draft import ROWS
 
 SAMPLE = 40  # tasks whose prompts are counted
-SIZES = ("num_attention_heads", "num_hidden_layers", "hidden_size")  # of a config.json, without which there is no row
 COLUMNS = {"model": "model", "parameters": "weights", "without_embeddings": "no emb.", "context": "context", "rope_theta": "theta",
            "heads": "heads/kv", "halves": "by 2", "head_size": "size", "layers": "layers", "vocabulary": "tokens", "tied": "tied",
            "chat_template": "template", "digits": "digits", "task_tokens": "task", "float16_headroom": "fp16 bits", "licence": "licence"}
@@ -52,18 +50,14 @@ def text(facts: dict) -> str:
 
 def _facts(name: str, sample: list[Task], encoder: str) -> dict:
     folder = checkpoint.open_model(name)
-    config, shapes, tokenizer = checkpoint.read_config(folder), checkpoint.weight_shapes(folder), checkpoint.load_tokenizer(folder)
-    if absent := [key for key in SIZES if not config.get(key)]:
-        raise ArcKernelError(f"{folder / 'config.json'}: no {', '.join(absent)}: only decoders laid out as Llama's are known: "
-                             "leave this model out")
+    config, shapes, tokenizer = checkpoint.decoder_config(folder), checkpoint.weight_shapes(folder), checkpoint.load_tokenizer(folder)
     heads, kv = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
     builder = default_builder(tokenizer, encoder)
-    identity = lambda task: View(0, tuple(range(10)), tuple(range(len(task.train))))
-    lengths = [len(builder.prompt(identity(task), task, 0)) for task in sample]
+    lengths = [len(builder.prompt(View.identity(len(task.train)), task, 0)) for task in sample]
     return {"model": name if name == checkpoint.EMBEDDED else folder.name, "parameters": checkpoint.parameter_count(folder),
             "without_embeddings": sum(math.prod(s) for n, s in shapes.items() if not n.endswith(ROWS)),
             "context": checkpoint.context_length(folder), "rope_theta": context.theta_of(config), "heads": heads, "kv_heads": kv,
-            "halves": heads % 2 == 0 and kv % 2 == 0, "head_size": context.head_size(config), "layers": config["num_hidden_layers"],
+            "halves": heads % 2 == 0 and kv % 2 == 0, "head_size": checkpoint.head_size(config), "layers": config["num_hidden_layers"],
             "sliding_window": context.window_of(config), "vocabulary": len(tokenizer),
             "tied": not any(n.endswith(ROWS[1]) for n in shapes), "chat_template": _template(tokenizer.chat_template),
             "digits": [len(builder.ids_of(d)) for d in "0123456789"] == [1] * 10 and len(builder.ids_of("0123456789")) == 10,
@@ -98,8 +92,8 @@ def _licence(folder: Path) -> str:
     stated = re.search(r"^license:\s*(\S+)", readme.read_text(encoding="utf-8", errors="replace"), re.M) if readme.is_file() else None
     if stated:
         return stated[1].strip("\"'")
-    lines = (line.strip() for f in sorted(folder.glob("LICENSE*")) for line in f.read_text(encoding="utf-8", errors="replace").splitlines())
-    return next(filter(None, lines), "")
+    texts = (f.read_text(encoding="utf-8", errors="replace") for f in sorted(folder.glob("LICENSE*")) if f.is_file())
+    return next((line.strip() for text in texts for line in text.splitlines() if line.strip()), "")
 
 
 def _shown(key: str, value) -> str:

@@ -107,10 +107,11 @@ def _bench(**options) -> None:
 
 def _solve(**options) -> None:
     settings = Settings(**options)
-    from . import report, run, score
+    from . import run, score
+    from .events import stage_table
 
     result = run.solve(settings)
-    print(report.stage_table(result["stages"]))
+    print(stage_table(result["stages"]))
     if result["metrics"]:
         print(score.table(result["metrics"]))
     print(f"{result['seconds']:.0f} s in all, {result['free_gb']} GB of disk left\n"

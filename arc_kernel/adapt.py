@@ -21,8 +21,9 @@ from typing import Callable, Iterator
 
 import numpy as np
 
-from .checkpoint import load_model, whole_folder, write_json
+from .checkpoint import load_model
 from .errors import ArcKernelError, first_line
+from .files import whole_folder, write_json
 from .memory import exhausted
 from .passes import answers, padded, together
 from .precision.probe import UnknownLayout, check_layout, collected, recording

@@ -48,6 +48,11 @@ def check_fit(adapter: Path, model: Path) -> tuple[dict[str, int], list[str]]:
     return ranks, others
 
 
+def adapter_rank(folder: Path) -> int:
+    """The rank of a saved LoRA."""
+    return int(_read_config(folder)["r"])
+
+
 def _left_out(config: dict, ranks: dict[str, int], base: dict[str, list[int]]) -> list[str]:
     """Modules of the base that are targets by name, of which the adapter has no matrices."""
     targets = config.get("target_modules")

@@ -20,8 +20,10 @@ from typing import Iterator
 
 from tqdm import tqdm
 
-from .checkpoint import check_writable, open_model, write_json
+from .checkpoint import open_model
+from .device import cores, device_model, device_name
 from .errors import ArcKernelError
+from .files import check_writable, write_json
 from .generate import chosen_backend
 from .precision import verdict
 
@@ -69,11 +71,11 @@ def bench(model: str, dtype: str, backend: str, out: Path | None, against: Path 
     """Measure, print the table and write the JSON; its path. Raises ArcKernelError before anything is measured."""
     folder, earlier, begun = open_model(model), read(against) if against else None, time.perf_counter()
     backend = chosen_backend(backend)
-    device = verdict.device_name()
+    device = device_name()
     dtype = verdict.candidates(dtype, device)[0]
     out = out or Path("runs/bench") / f"{folder.name}-{dtype}-{time.strftime('%Y%m%d-%H%M%S')}.json"
     check_writable(out)
-    facts = {"format": FORMAT, "date": time.strftime("%Y-%m-%d %H:%M:%S"), "device": verdict.device_model(device), "cores": _cores(),
+    facts = {"format": FORMAT, "date": time.strftime("%Y-%m-%d %H:%M:%S"), "device": device_model(device), "cores": len(cores()),
              "load": os.getloadavg()[0], "model": folder.name, "versions": verdict.versions()}
     asked = {"dtype": dtype, "backend": backend, "quick": quick}
     facts |= asked
@@ -209,7 +211,3 @@ def _part(asked: dict) -> Iterator[dict | None]:
             log.seek(0)
             lines = [line.strip() for line in log if line.strip()] or ["no word"]
             yield {"part": asked["part"], "note": f"ended with status {process.returncode}: {lines[-1][:200]}"}
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 
 from . import ceilings, checkup, measure
-from .checkpoint import WEIGHTS
+from .checkpoint import WEIGHTS, open_model
+from .device import device_name
 from .dtypes import HEADROOM_TTT
 from .engine import EngineSettings
 from .errors import ArcKernelError
@@ -49,7 +50,7 @@ class Part:
     def __init__(self, asked: dict, out):
         self.asked, self._out, self.name = asked, out, asked["part"]
         self.dtype, self.quick, self.until = asked["dtype"], asked["quick"], time.time() + asked["seconds"]
-        self.device = verdict.device_name()
+        self.device = device_name()
 
     def say(self, name: str, seconds: float, **facts) -> None:
         """A sample."""
@@ -93,7 +94,7 @@ class Part:
         self.memory(f"peak memory of {self.name}", measure.peak_memory())
 
     def _ceilings(self) -> None:
-        shape = ceilings.shape_of(checkup.open_model(self.asked["model"]))
+        shape = ceilings.shape_of(open_model(self.asked["model"]))
         for way, speeds in ceilings.bandwidth(self.device).items():
             for speed in speeds:
                 self.say(f"memory {way}", ceilings.COPIED / speed, bytes=ceilings.COPIED)
@@ -212,7 +213,7 @@ class Part:
         from . import run
         from .settings import Settings
 
-        speed, shape = self.gemm(), ceilings.shape_of(checkup.open_model(self.asked["model"]))
+        speed, shape = self.gemm(), ceilings.shape_of(open_model(self.asked["model"]))
         steps = SOLVED["ttt_steps"]
         for _ in range(self.asked["rounds"]):
             with tempfile.TemporaryDirectory() as scratch:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from .adapt import TARGET_MODULES
 from .checkpoint import decoder_config, head_size, weight_shapes
+from .device import synchronize
 from .precision import verdict
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -119,9 +120,3 @@ def bandwidth(device: str) -> dict[str, list[float]]:
     return found
 
 
-def synchronize(device: str) -> None:
-    """Wait for a GPU to have done what it was given; a CPU has."""
-    import torch
-
-    if device == "cuda":
-        torch.cuda.synchronize()

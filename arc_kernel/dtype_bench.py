@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 from . import ceilings, measure
 from .adapt import TaskTrainer
+from .device import device_model, native_bfloat16
 from .dtypes import Model
 from .engine import EngineSettings
 from .errors import ArcKernelError, first_line
 from .generate import chosen_backend, start_engine
 from .memory import free_memory
-from .precision import verdict
 
 TOKENS, STEPS = 1024, 4  # of training; the first step is left out, it is slower
 PROMPTS, PROMPT_TOKENS = 8, 257
@@ -45,9 +45,9 @@ def bench_dtypes(model: Model, backend: str) -> list[dict]:
                 bar.update()
             rows.append(row)
     print(table(rows))
-    if not verdict.native_bfloat16(model.device):
+    if not native_bfloat16(model.device):
         print("bfloat16 is emulated on this device: it costs what its row says and gains nothing")
-    print(f"{verdict.device_model(model.device)}, {backend}, {time.perf_counter() - begun:.0f} s")
+    print(f"{device_model(model.device)}, {backend}, {time.perf_counter() - begun:.0f} s")
     return rows
 
 

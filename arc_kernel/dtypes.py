@@ -14,13 +14,14 @@ from typing import Callable, Sequence
 
 from filelock import FileLock
 
-from .checkpoint import cache_folder, weights_sha256, write_json
+from .checkpoint import cache_folder, weights_sha256
 from .engine import EngineSettings, Prompt
+from .files import write_json
 from .generate import start_engine
 from .precision import probe, rescale, verdict
 from .precision.probe import Ranges
 from .precision.rescale import Refused, Rescale
-from .prompts import PromptBuilder
+from .prompts import IGNORED, PromptBuilder
 from .tasks import Task
 
 Peaks = dict[str, list[float]]  # by site, one per layer
@@ -85,7 +86,7 @@ class Model:
 
     def canary_prompts(self) -> list[Prompt]:
         """Real prompts of the tasks the model is probed on, each short enough for a canary."""
-        return [Prompt((i,), [int(t) for t in e.input_ids[: int((e.labels != probe.IGNORED).argmax())]], self.adapter)
+        return [Prompt((i,), [int(t) for t in e.input_ids[: int((e.labels != IGNORED).argmax())]], self.adapter)
                 for i, e in enumerate(self._asked)]
 
     def plan(self, adapters: Sequence[Peaks] = ()) -> Rescale | None:

@@ -9,9 +9,9 @@ import numpy as np
 
 from .errors import counted
 from .evaluate import AVERAGES, BY_SIZE, CURVE, PUBLISHED_FIGURES, SHOWN, attempts_of, percent, published_row, run_names, shared_tasks
+from .files import replacing
 from .report import NOTE, page, predictions_html, svg, task_html
 from .run_folder import RunFolder
-from .tasks import replacing
 
 DIFFERENCES = ("pass_1", "accuracy", "pass_n", "vote_1", "vote_2")  # plotted; the table has all
 

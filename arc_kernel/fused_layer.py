@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from . import cpu_attention, elementwise, lora_linear
-from .checkpoint import shares_keys
+from .device import shares_keys
 from .lora_linear import Group, plain
 
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")  # the same arithmetic

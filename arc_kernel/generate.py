@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-from pathlib import Path
 
 from .engine import EngineSettings
 from .errors import ArcKernelError
@@ -27,8 +25,3 @@ def chosen_backend(asked: str) -> str:
 def start_engine(backend: str, settings: EngineSettings, device: str) -> VllmEngine | TransformersEngine:
     """A started engine of `backend` (`vllm` or `transformers`); it has `answer` and `close`."""
     return VllmEngine(settings, device) if backend == "vllm" else TransformersEngine(settings, device)
-
-
-def adapter_rank(folder: Path) -> int:
-    """The rank of a saved LoRA."""
-    return int(json.loads((folder / "adapter_config.json").read_text())["r"])

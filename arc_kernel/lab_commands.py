@@ -55,10 +55,11 @@ def _evaluate(tasks: str, model: str, adapter: Path | None, count: int, **option
 
 def _recall(tasks: str, model: str, adapter: Path | None, count: int, runs: list[Path], json: Path | None, seed: int, out: Path | None,
             solutions: str, resamples: int) -> None:
-    from .checkpoint import check_writable, open_model, write_json
+    from .checkpoint import open_model
+    from .files import check_writable, write_json
     from .finetune.recall import lengths_of, recall_by_distance, table
     from .finetune.run import training_dtype
-    from .precision.verdict import device_name
+    from .device import device_name
 
     if runs or not model or count < 1:
         raise ArcKernelError("evaluate: recall is a model's: give --model and a --count of 1 or more, and no run")
@@ -74,7 +75,7 @@ def _recall(tasks: str, model: str, adapter: Path | None, count: int, runs: list
 
 
 def _compare(runs: list[Path], json: Path | None, out: Path | None, tasks: str, solutions: str, resamples: int, seed: int) -> None:
-    from .checkpoint import write_json
+    from .files import write_json
     from .evaluate import evaluate, table
     from .run_folder import read_run
 

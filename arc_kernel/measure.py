@@ -18,11 +18,12 @@ from typing import Callable, Iterable, Sequence
 import numpy as np
 
 from . import adapt
-from .ceilings import Shape, shape_of, synchronize, train_flop
-from .checkpoint import write_json
+from .ceilings import Shape, shape_of, train_flop
+from .device import synchronize
 from .dtypes import Model, Variant
 from .engine import Prompt
 from .errors import ArcKernelError
+from .files import write_json
 from .prompts import IGNORED, Example
 from .tasks import Task
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from . import progress
 from .adapter_fit import HEAD, check_fit
 from .checkpoint import (TRAINED_PROMPT, WEIGHTS, check_model, copy_texts, load_model, load_tokenizer, make_portable, read_config,
-                         weight_shapes, weight_tensors, whole_folder, write_json)
+                         weight_shapes, weight_tensors)
 from .errors import ArcKernelError
+from .files import whole_folder, write_json
 from .prompts import default_builder
 from .tasks import cells, load_challenges
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import jupytext
 
 from .errors import ArcKernelError, first_line
-from .tasks import replacing
+from .files import replacing
 
 
 def write_notebook(source: Path, target: Path) -> None:

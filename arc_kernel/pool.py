@@ -13,7 +13,6 @@ import json
 import math
 import os
 import queue
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Callable, Iterator
 
+from .device import cores, gpu_count
 from .errors import ArcKernelError, counted
 
 STAGES = ("adapt", "answer")
@@ -252,22 +252,6 @@ class Pool:
         self._wanting.pop(number, None)
         self._kept = {key: task for key, task in self._kept.items() if key[0] != number}
         return process
-
-
-def gpu_count() -> int:
-    """NVIDIA GPUs this process may use, without importing torch."""
-    visible, tool = os.environ.get("CUDA_VISIBLE_DEVICES"), shutil.which("nvidia-smi")
-    if visible is not None and (tool or Path("/proc/driver/nvidia").exists()):
-        return len([v for v in visible.split(",") if v and v != "-1"])
-    if not tool:
-        return 0
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
-
-
-def cores() -> list[int]:
-    """The CPU cores this process may use."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 def _share(device: int, devices: int) -> list[int]:

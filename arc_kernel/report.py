@@ -10,22 +10,23 @@ import base64
 import html
 import io
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
+from .events import losses, stage_rows, stage_table
+from .files import replacing
 from .precision.probe import headroom
 from .precision.rescale import Rescale
 from .score import FIGURES
 from .select import Candidate
 from .settings import Settings
-from .tasks import Attempts, Challenges, Grid, Task, replacing
+from .tasks import Attempts, Challenges, Grid, Task
 
 # The colours of ARC's own testing interface (github.com/fchollet/ARC-AGI, apps/css/common.css), 0 to 9, then grid lines.
 PALETTE = ("000000", "0074D9", "FF4136", "2ECC40", "FFDC00", "AAAAAA", "F012BE", "FF851B", "7FDBFF", "870C25", "555555")
 CANDIDATES_SHOWN = 8
-STAGE_COUNTS = ("seconds", "tokens", "prompt_tokens", "cached_tokens", "predictions", "repeated", "decided")
 PAGE_STYLE = """body{font:14px/1.4 system-ui,sans-serif;margin:2em auto;max-width:1200px;padding:0 1em;color:#222}
 h2{margin-top:2em;border-top:1px solid #ccc;padding-top:1em}td,th{padding:.15em .8em}"""
 # Styles stand in the elements, because a notebook shows pieces of the page without its style sheet.
@@ -36,62 +37,10 @@ NOTE = "color:#a40"
 RIGHT, WRONG = "outline:3px solid #2a2", "outline:3px solid #c33"
 
 
-def read_events(out: Path) -> list[dict]:
-    """The events of a run folder; a last line cut short by a kill is left out."""
-    path, events = out / "events.jsonl", []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            continue
-    return events
-
-
 def read_verdict(out: Path) -> dict | None:
     """The precision.json of a run folder; None where no dtype was needed yet."""
     path = out / "precision.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def stage_rows(events: list[dict]) -> list[dict]:
-    """Seconds, share of all seconds, tokens, tokens/s and predictions of each stage, summed over workers and starts.
-
-    Of its predictions, `repeated` had the answer of an equal prompt; `decided` were not made, as they could not change a
-    vote; `cached` is the share of the prompts' tokens that was there from an earlier prompt. A stage of its own is what is
-    answered again, so that the rows say how many predictions that were and what they cost.
-    """
-    sums: dict[str, Counter] = {}
-    for e in events:
-        if e["event"] == "stage":
-            sums.setdefault(e["stage"], Counter()).update({k: e.get(k, 0) for k in STAGE_COUNTS})
-    total = sum(s["seconds"] for s in sums.values()) or 1.0
-    rows = []
-    for stage, s in sums.items():
-        seconds, tokens, prompts = s["seconds"], s["tokens"] + s["prompt_tokens"], s["prompt_tokens"]
-        rows.append({"stage": stage, "seconds": round(seconds, 2), "share": round(seconds / total, 4), "tokens": tokens,
-                     "tokens_per_second": round(tokens / seconds, 1) if tokens and seconds else 0.0,
-                     "cached": round(s["cached_tokens"] / prompts, 4) if prompts else 0.0,
-                     **{k: s[k] for k in ("predictions", "repeated", "decided")}})
-    return rows
-
-
-def stage_table(rows: list[dict]) -> str:
-    """The stage rows as a text table."""
-    lines = [f"{'stage':26}{'seconds':>10}{'share':>8}{'tokens':>10}{'tokens/s':>10}"
-             f"{'cached':>8}{'predictions':>13}{'repeated':>10}{'decided':>9}"]
-    rate = lambda r: f"{r['tokens']:10d}{r['tokens_per_second']:10.0f}" if r["tokens"] else f"{'':20}"
-    made = lambda r: f"{r['cached']:8.1%}{r['predictions']:13d}{r['repeated']:10d}{r['decided']:9d}" if r["predictions"] else ""
-    return "\n".join(lines + [f"{r['stage']:26}{r['seconds']:10.1f}{r['share']:8.1%}{rate(r)}{made(r)}".rstrip() for r in rows])
-
-
-def losses(events: list[dict]) -> dict[str, list[float]]:
-    """Training loss per step (nats per answer token) of each task; a task trained again after a kill starts over."""
-    curves: dict[str, list[float]] = {}
-    for e in events:
-        if e["event"] == "loss":
-            before = curves.get(e["task"], [])[: e["step"] - len(e["losses"])]
-            curves[e["task"]] = before + e["losses"]
-    return curves
 
 
 def picture(grid: Grid, caption: str = "", style: str = "", width: int = 150) -> str:

@@ -11,24 +11,24 @@ import dataclasses
 import json
 import math
 import os
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 
-from tqdm import tqdm
-
 from . import adapt, adapter_fit, checkpoint, disk, generate, progress, report, score, select, trained_prompt
+from .device import gpu_count
 from .errors import ArcKernelError
+from .events import EventLog, read_events, stage_rows
+from .files import replacing
 from .grids import GridEncoder
 from .job import Job
 from .kaggle import profiles
-from .pool import Pool, gpu_count
+from .pool import Pool
 from .precision import probe
 from .precision.verdict import Precision
 from .run_folder import completions_file, stored_settings, tasks_digest
 from .settings import Settings
-from .tasks import Attempts, cells, load_challenges, replacing, task_to_json, write_submission
+from .tasks import Attempts, cells, load_challenges, task_to_json, write_submission
 
 ADAPT_SHARE = 0.6  # of the time budget; the rest is for engine and answers, which took 0.28 of a run's seconds on a CPU (README)
 FINISH_SHARE, FINISH_SECONDS = 0.02, 20.0  # of the budget, at least seconds, kept for votes, score and report
@@ -44,6 +44,7 @@ class Run:
         self.begun = time.perf_counter()
         settings = trained_prompt.resolved(settings)
         self.settings, self.out, self.devices = settings, settings.out_path, settings.devices or gpu_count() or 1
+        self.log = EventLog(self.out, self.begun)
         ids = [i.strip() for i in settings.task_ids.split(",") if i.strip()]
         self.challenges = load_challenges(settings.tasks, settings.solutions).select(ids, settings.limit)
         if not self.challenges.tasks:
@@ -54,7 +55,7 @@ class Run:
         self.candidates = self._stored_candidates()
         self._write_submission()
         for task_id, error in self.challenges.broken.items():
-            self._say("broken-task", task=task_id, error=error)
+            self.log.say("broken-task", task=task_id, error=error)
         self._pool: Pool | None = None
         self._stage("read tasks", time.perf_counter() - self.begun)
 
@@ -75,7 +76,7 @@ class Run:
                 size = disk.adapter_bytes(Path(self.job.model), self.job.lora_rank, adapt.TARGET_MODULES)
                 if not size:
                     raise adapt.nothing_to_adapt(self.job.model)
-                self._say("disk", text=disk.forecast(len(todo["adapt"]), size, self.adapters))
+                self.log.say("disk", text=disk.forecast(len(todo["adapt"]), size, self.adapters))
         tasks = {i: task_to_json(self.challenges.tasks[i]) for i in todo["answer"]}
         self._pool = Pool(self.devices, dataclasses.asdict(self.job), tasks, todo, self.out, self._share)
         steps, tokens = len(todo["adapt"]) * self.job.ttt_steps, defaultdict(int)
@@ -93,7 +94,7 @@ class Run:
                     self._pool.stop_holders("adapt")
                 progress.move(bar, sum(done.values()), sum(tokens.values()), f"{finished}/{len(todo['adapt'])} tasks")
         if cut:
-            self._say("note", text=f"time budget: fewer steps for {len(cut)} of {len(todo['adapt'])} tasks: "
+            self.log.say("note", text=f"time budget: fewer steps for {len(cut)} of {len(todo['adapt'])} tasks: "
                                    f"{min(cut)} to {max(cut)} of {self.job.ttt_steps}")
 
     def answer(self) -> None:
@@ -123,7 +124,7 @@ class Run:
                 given_up = given_up or bool(message.get("held"))
                 progress.move(bar, sum(done.values()), tokens, f"{finished}/{len(expected)} tasks")
         if cut:
-            self._say("note", text=f"time budget: fewer predictions for {len(cut)} of {len(expected)} tasks: "
+            self.log.say("note", text=f"time budget: fewer predictions for {len(cut)} of {len(expected)} tasks: "
                                    f"{min(cut)} to {max(cut)} less than asked")
         unfinished = [i for i in expected if not self._completions(i).is_file()]  # of workers that died or hang: what there is votes
         self.candidates |= {i: found for i in unfinished if (found := self._read_candidates(i)) is not None}
@@ -143,14 +144,14 @@ class Run:
         if metrics:
             self._write_json("metrics.json", metrics)
         self._stage("vote, score", time.perf_counter() - begun)
-        rows = report.stage_rows(self.events())
+        rows = stage_rows(self.events())
         path = report.write_report(self.out, self.settings, self.challenges, self.candidates, attempts, metrics, self.events())
         return {"submission": self.out / "submission.json", "report": path, "metrics": metrics, "stages": rows,
                 "seconds": round(time.perf_counter() - self.begun, 1), "free_gb": round(disk.free_gb(self.out), 1)}
 
     def events(self) -> list[dict]:
         """Everything that happened on this output folder so far, one dict per line of events.jsonl."""
-        return report.read_events(self.out)
+        return read_events(self.out)
 
     def attempts(self) -> dict[tuple[str, int], Attempts]:
         """The two attempts of every test output as they stand now."""
@@ -200,26 +201,15 @@ class Run:
         loud = (event in ("note", "adapt-failed", "worker-died", "precision", "stop", "out-of-time")
                 or (event == "verdict" and message["dtype"] is None))
         loud = loud or bool(facts.get("error"))
-        (self._say if loud else self._log)(event, **facts)
+        (self.log.say if loud else self.log.add)(event, **facts)
         if event in ("adapted", "answered") and not self._low:
             left = {folder: disk.free_gb(folder) for folder in (self.out, self.adapters)}
             for folder in [f for f, free in left.items() if free < disk.LOW_GB]:
                 self._low = True
-                self._say("disk", text=f"{folder}: only {left[folder]:.1f} GB left: free some, or what comes next is lost")
-
-    def _log(self, event: str, **facts) -> None:
-        line = json.dumps({"event": event, "at": round(time.perf_counter() - self.begun, 3), **facts})
-        with open(self.out / "events.jsonl", "a", encoding="utf-8") as file:
-            file.write(line + "\n")
-
-    def _say(self, event: str, **facts) -> None:
-        """Log an event and print it as one line."""
-        self._log(event, **facts)
-        text = facts.get("error") or facts.get("text") or ", ".join(f"{k} {v}" for k, v in facts.items())
-        tqdm.write(f"{event}: {text}", file=sys.stderr)
+                self.log.say("disk", text=f"{folder}: only {left[folder]:.1f} GB left: free some, or what comes next is lost")
 
     def _stage(self, stage: str, seconds: float) -> None:
-        self._log("stage", stage=stage, seconds=round(seconds, 3))
+        self.log.add("stage", stage=stage, seconds=round(seconds, 3))
 
     def _claim_folder(self) -> None:
         """Make the output folder this run's: refuse one that cannot be written, or holds a run with other settings."""
@@ -260,7 +250,7 @@ class Run:
         model = checkpoint.open_model(s.model)
         for name, trained in trained_prompt.recorded(s.model, s.adapter).items():
             if trained != getattr(s, name):
-                self._say("note", text=f"{name} is {getattr(s, name)}, but {s.adapter or s.model} was fine-tuned with {trained}")
+                self.log.say("note", text=f"{name} is {getattr(s, name)}, but {s.adapter or s.model} was fine-tuned with {trained}")
         if s.adapter:
             adapter_fit.check_fit(Path(s.adapter), model)
         if s.profile != "auto":
@@ -270,7 +260,7 @@ class Run:
             raise ArcKernelError(f"settings: devices is {s.devices}: this machine shows {gpus} GPU")
         backend = generate.chosen_backend(s.backend)
         if backend != "vllm" and s.backend == "auto":
-            self._say("note", text="vLLM is not installed here: answering with the transformers backend")
+            self.log.say("note", text="vLLM is not installed here: answering with the transformers backend")
         shared = {f.name for f in dataclasses.fields(Job)} & {f.name for f in dataclasses.fields(Settings)}
         resolved = {
             "model": str(model.resolve()), "out": str(self.out.resolve()), "adapters": str(self.adapters.resolve()), "backend": backend,
@@ -279,7 +269,7 @@ class Run:
             "adapt_until": self._until(ADAPT_SHARE), "answer_until": self._last_call() + GRACE_SHARE / 2 * s.time_budget,
             "probe_tasks": tuple(map(task_to_json, probe.sample(self.challenges.tasks.values())))}
         job = Job(**{name: getattr(s, name) for name in shared} | resolved)
-        self._log("resolved", **{k: v for k, v in dataclasses.asdict(job).items() if k not in UNTOLD})
+        self.log.add("resolved", **{k: v for k, v in dataclasses.asdict(job).items() if k not in UNTOLD})
         return job
 
     def _todo(self) -> dict[str, list[str]]:

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from .errors import ArcKernelError
+from .files import replacing
 from .grids import GridEncoder, Unparsable
-from .tasks import Attempts, Challenges, Grid, Task, replacing
+from .tasks import Attempts, Challenges, Grid, Task
 from .views import View
 
 STATUSES = ("ok", "unparsable", "truncated", "nan")

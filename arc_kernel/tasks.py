@@ -6,17 +6,15 @@ line. Knows nothing of prompts, models or scores.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from .errors import ArcKernelError
+from .files import replacing
 
 Grid = np.ndarray  # int8 [rows, columns], values 0-9, 1-30 each side
 MAX_SIDE, COLOURS = 30, 10
@@ -200,22 +198,6 @@ def task_to_json(task: Task) -> dict:
 def task_from_json(value: dict) -> Task:
     """The inverse of `task_to_json`; raises ArcKernelError as `load_challenges` does."""
     return _check_task(value["id"], value, None, f"task {value['id']}")
-
-
-@contextlib.contextmanager
-def replacing(path: Path):
-    """Open a temporary file beside `path` for writing and rename it to `path` when the block ends without error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            yield file
-        os.chmod(name, 0o644)  # mkstemp makes 0600; others must be able to read a submission
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
 
 
 Attempts = tuple[Grid, Grid]

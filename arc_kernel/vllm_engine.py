@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
 from . import cpu_lora, loopback
+from .device import cores
 from .engine import CHECK_EVERY, Answer, EngineSettings, Prompt, ServedAdapters, Viable, Wanted, failed
 from .errors import ArcKernelError
 from .kaggle import profiles
@@ -157,7 +158,7 @@ def _prepare_environment(device: str) -> None:
     """Settings vLLM reads only from the environment, set before its first import; what the user set stays."""
     defaults = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     if device == "cpu":  # without it vLLM's CPU build falls back to one thread
-        defaults["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+        defaults["OMP_NUM_THREADS"] = str(len(cores()))
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     loopback.ensure()

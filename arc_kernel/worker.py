@@ -16,7 +16,8 @@ import traceback
 from pathlib import Path
 
 from . import adapt
-from .checkpoint import load_tokenizer, require_device, require_own_gpu
+from .checkpoint import load_tokenizer
+from .device import device_name, require_device, require_own_gpu
 from .dtypes import HEADROOM, HEADROOM_TTT, Model
 from .errors import ArcKernelError, named_line
 from .grids import GridEncoder
@@ -71,7 +72,7 @@ class Worker:
         job = self.job
         with importing("torch"):
             importlib.import_module("peft" if job.ttt_steps else "transformers")  # and torch with it
-        self.device = verdict.device_name()
+        self.device = device_name()
         require_own_gpu(self.device)
         self.builder = PromptBuilder(load_tokenizer(Path(job.model)), GridEncoder.from_name(job.grid_encoder), job.prompt)
         start = Path(job.adapter) if job.adapter else None

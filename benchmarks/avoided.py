@@ -22,13 +22,15 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
-from arc_kernel import checkpoint, report, select
+from arc_kernel import checkpoint, select
 from arc_kernel.engine import Answer, Prompt
+from arc_kernel.events import stage_table
 from arc_kernel.grids import GridEncoder
 from arc_kernel.job import Job
 from arc_kernel.kaggle import profiles
 from arc_kernel.prompts import PromptBuilder
-from arc_kernel.run import solve, stored_settings
+from arc_kernel.run import solve
+from arc_kernel.run_folder import stored_settings
 from arc_kernel.serving import Serving, Work
 from arc_kernel.settings import AUTO, PROMPTS, Settings
 from arc_kernel.tasks import cells, load_challenges
@@ -113,7 +115,7 @@ def compare(options: argparse.Namespace) -> None:
         if folder == early and (full / "adapters").is_dir():
             shutil.copytree(full / "adapters", early / "adapters", dirs_exist_ok=True)
         results[folder] = solve(dataclasses.replace(settings, out=str(folder), early_stop=folder == early))
-        print(f"{folder}\n{report.stage_table(results[folder]['stages'])}")
+        print(f"{folder}\n{stage_table(results[folder]['stages'])}")
     rows = {f: [r for r in result["stages"] if r["predictions"]] for f, result in results.items()}
     whole, decided, repeated = (sum(r[k] for r in rows[f]) for f, k in ((full, "predictions"), (early, "decided"), (full, "repeated")))
     print(f"{whole} predictions: {decided} decided ({decided / whole:.1%}), {repeated} repeated ({repeated / whole:.1%})")

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from arc_kernel import adapt, checkpoint, run, trained_prompt
+from arc_kernel.device import device_name
 from arc_kernel.grids import GridEncoder
 from arc_kernel.precision import verdict
 from arc_kernel.prompts import PromptBuilder
@@ -44,7 +45,7 @@ def arm_settings(settings: Settings, arm: str) -> Settings:
 
 def step_seconds(tasks: list[Task], arms: dict[str, Settings]) -> dict[str, float]:
     """Seconds of a training step by arm, mean over the tasks."""
-    device, trainers, seconds = verdict.device_name(), {}, {arm: [] for arm in arms}
+    device, trainers, seconds = device_name(), {}, {arm: [] for arm in arms}
     for arm, s in arms.items():
         model = checkpoint.open_model(s.model)
         builder = PromptBuilder(checkpoint.load_tokenizer(model), GridEncoder.from_name(s.grid_encoder), s.prompt)

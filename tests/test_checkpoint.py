@@ -12,7 +12,9 @@ import transformers
 from transformers.integrations import sdpa_attention
 
 from arc_kernel import checkpoint
+from arc_kernel.device import repeat_keys, require_own_gpu
 from arc_kernel.errors import ArcKernelError
+from arc_kernel.files import whole_folder
 from models import tiny_model
 
 
@@ -72,13 +74,13 @@ def test_old_gpus_attend_with_a_key_for_every_query_and_compute_the_same(model_f
     with torch.no_grad():
         before = model(input_ids=ids).logits
         heads.clear()
-        checkpoint.repeat_keys()
+        repeat_keys()
         assert torch.allclose(model(input_ids=ids).logits, before, atol=1e-5)
     assert heads == [(2, 2)] * 2
 
 
 def test_a_reason_that_begins_with_an_empty_line_is_told_and_one_without_words_by_its_name(model_folder, monkeypatch):
-    for error, said in ((ImportError("\nneeds sentencepiece:\npip install it\n"), "needs sentencepiece:"), (RuntimeError(), "RuntimeError")):
+    for error, said in ((ImportError("\nneeds sentencepiece:\npip install it"), "needs sentencepiece:"), (RuntimeError(), "RuntimeError")):
         def fail(*args, **kwargs):
             raise error
 
@@ -103,10 +105,10 @@ def test_shard_named_by_the_index_and_missing_is_named(model_folder, tmp_path):
 
 def test_folder_that_nothing_can_replace_is_an_error_and_one_that_another_process_made_first_is_not(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(OSError), checkpoint.whole_folder(Path(".")) as fresh:
+    with pytest.raises(OSError), whole_folder(Path(".")) as fresh:
         (fresh / "mine").touch()
     assert list(tmp_path.iterdir()) == []
-    with checkpoint.whole_folder(tmp_path / "model") as fresh:
+    with whole_folder(tmp_path / "model") as fresh:
         (fresh / "mine").touch()
         (tmp_path / "model").mkdir()
         (tmp_path / "model" / "theirs").touch()
@@ -119,4 +121,4 @@ def test_worker_whose_gpu_is_lost_does_not_go_on_on_the_cpu(monkeypatch, device,
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     with pytest.raises(RuntimeError, match="GPU 1 cannot be used any more") if lost else contextlib.nullcontext():
-        checkpoint.require_own_gpu(device)
+        require_own_gpu(device)

@@ -212,7 +212,8 @@ def test_bench_prints_a_row_for_each_dtype(precision, tiny, monkeypatch):
 def test_vllm_that_is_asked_for_and_not_installed_is_one_line(precision, tiny, tmp_path, monkeypatch, options):
     monkeypatch.setattr(generate, "vllm_installed", lambda: False)
     done = precision(model=tiny, backend="vllm", out=tmp_path, **options)
-    assert done.returncode == 1 and done.stderr.count("error: ") == 1 and "vllm, which is not installed: use backend=transformers" in done.stderr
+    assert done.returncode == 1 and done.stderr.count("error: ") == 1
+    assert "backend is vllm, which is not installed: use backend=transformers" in done.stderr
 
 
 @pytest.mark.parametrize("options, said", [({"model": "nowhere"}, "nowhere: no such model folder"),

@@ -20,12 +20,12 @@ from arc_kernel import __main__ as command_line
 from arc_kernel import ceilings, checkpoint, cpu_attention
 from arc_kernel.decoder_pass import Decoder
 from arc_kernel.errors import ArcKernelError
+from arc_kernel.events import read_events
 from arc_kernel.finetune import learner, page, run, study, train
 from arc_kernel.finetune.learner import Learner
 from arc_kernel.finetune.settings import FinetuneSettings
 from arc_kernel.prepare import vocabulary
 from arc_kernel.prepare.make import prepare
-from arc_kernel.report import read_events
 from models import tiny_model
 
 

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from arc_kernel import adapt, checkpoint
 from arc_kernel.__main__ import main
 from arc_kernel.errors import ArcKernelError
+from arc_kernel.files import write_json
 from arc_kernel.grids import GridEncoder
 from arc_kernel.kaggle.templates import model_card
 from arc_kernel.merge import PROMPT_TASKS, merge
@@ -42,7 +43,7 @@ def bases(model_folder, tmp_path_factory):
         (base / "LICENSES").mkdir()  # neither
         (base / "README.md").write_text("---\nlicense: mit\n---\n")
         config = checkpoint.read_config(base) | {"rope_parameters": {"rope_type": "default", "rope_theta": 50_000.0}}
-        checkpoint.write_json(base / "config.json", {k: v for k, v in config.items() if k != "rope_theta"})
+        write_json(base / "config.json", {k: v for k, v in config.items() if k != "rope_theta"})
         if tied or transformers.__version__.startswith("4."):  # which refuses a folder that says its theta in 5's form only
             checkpoint.make_portable(base)
     return made

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from arc_kernel import bundle, generate, notebook
+from arc_kernel.device import gpu_count
 from arc_kernel.kaggle import datasets
-from arc_kernel.pool import gpu_count
 from arc_kernel.tasks import read_submission
 from models import tiny_model
 from small_wheels import make_wheel

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from arc_kernel.device import native_bfloat16
 from arc_kernel.precision import verdict
 
 REFERENCE = [([5, 6, 7, 8, 9], [-0.1] * 5), ([1, 2, 3, 4, 5], [-0.2] * 5)]
@@ -58,7 +59,7 @@ def test_what_follows_the_first_difference_does_not_count():
 @pytest.mark.parametrize("wanted", ["bfloat16", "float16", "float32", "auto"])
 def test_dtypes_start_with_the_wanted_one_and_end_with_float32(wanted):
     tried = verdict.candidates(wanted, "cpu")
-    native = verdict.native_bfloat16("cpu")
+    native = native_bfloat16("cpu")
     assert tried[0] == wanted if wanted != "auto" else ("bfloat16" not in tried or tried[0] == "bfloat16")
     assert tried[-1] == "float32" and len(set(tried)) == len(tried)
     assert "float16" not in tried[1:] and ("bfloat16" not in tried[1:] or native)

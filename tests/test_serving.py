@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from arc_kernel import report, select, serving
+from arc_kernel import events, select, serving
 from arc_kernel.engine import Answer
 from arc_kernel.grids import GridEncoder
 from arc_kernel.job import Job
@@ -187,10 +187,10 @@ def test_stage_table_says_what_was_repeated_decided_and_cached(tmp_path, builder
     twice = dataclasses.replace(task, test=task.test * 2)
     told = served(tmp_path, builder, [twice], Engine(builder, numbered(*[ONE] * 5, *[TWO] * 2, THREE)))
     (lap,) = of(told, "stage")
-    (row,) = report.stage_rows([{"seconds": 2.0, **lap}])
+    (row,) = events.stage_rows([{"seconds": 2.0, **lap}])
     assert [row[k] for k in ("predictions", "repeated", "decided")] == [14, 7, 2]
     assert row["cached"] == pytest.approx(70 / lap["prompt_tokens"], abs=1e-4)
-    heads, values = report.stage_table([row]).splitlines()
+    heads, values = events.stage_table([row]).splitlines()
     assert heads.split()[-4:] == ["cached", "predictions", "repeated", "decided"]
     assert values.split()[-4:] == [f"{row['cached']:.1%}", "14", "7", "2"]
 

@@ -11,6 +11,7 @@ from strategies import grids, small_tasks
 
 from arc_kernel import tasks
 from arc_kernel.errors import ArcKernelError
+from arc_kernel.files import replacing
 from arc_kernel.tasks import load_challenges
 
 GOOD = {"train": [{"input": [[1, 2]], "output": [[3], [4]]}, {"input": [[5]], "output": [[6]]}],
@@ -223,12 +224,12 @@ def test_a_bad_submission_is_named_by_file_task_and_attempt(tmp_path, content, s
 
 def test_replacing_leaves_the_old_file_whole_and_nothing_else_when_the_block_fails(tmp_path):
     path = tmp_path / "deep" / "file.txt"
-    with tasks.replacing(path) as file:
+    with replacing(path) as file:
         file.write("old é")
-    with pytest.raises(KeyboardInterrupt), tasks.replacing(path) as file:
+    with pytest.raises(KeyboardInterrupt), replacing(path) as file:
         file.write("new, and not fini")
         raise KeyboardInterrupt
     assert path.read_text(encoding="utf-8") == "old é" and os.listdir(path.parent) == ["file.txt"]
-    with tasks.replacing(path) as file:
+    with replacing(path) as file:
         file.write("newer")
     assert path.read_text() == "newer" and path.stat().st_mode & 0o777 == 0o644

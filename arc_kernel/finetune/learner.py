@@ -16,8 +16,10 @@ from .. import decoder_pass, fused_layer
 from ..adapt import save_adapter, with_lora
 from ..adapter_fit import check_fit
 from ..answer_loss import answer_losses
-from ..checkpoint import TRAINED_PROMPT, copy_texts, load_model, prepare_for, read_config, whole_folder, write_json
+from ..checkpoint import TRAINED_PROMPT, copy_texts, load_model, read_config
+from ..device import prepare_for
 from ..errors import ArcKernelError
+from ..files import whole_folder, write_json
 from ..flat_weights import FlatWeights
 
 ADAPTER, MODEL = "adapter", "model"  # folders of the result in a run's folder, and of the weights in a checkpoint

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from .. import report
-from ..tasks import replacing
+from ..events import read_events
+from ..files import replacing
 from .settings import FinetuneSettings
 
 LAST = 0.1  # share of a run's steps over which figures at its end are means: single steps jump with their examples
@@ -46,7 +47,7 @@ def figures(events: list[dict]) -> dict:
 
 def write_report(out: Path, settings: FinetuneSettings) -> Path:
     """Write `report.html` into a run folder from its events and return its path."""
-    events = report.read_events(out)
+    events = read_events(out)
     notes = [e for e in events if e.get("text")]
     lines = "".join(f"<li>{html.escape(e['event'])}: {html.escape(e['text'])}</li>" for e in notes)
     body = f"<h2>Figures</h2>{table([figures(events)])}<h2>Training</h2>{dynamics(steps(events))}<h2>What happened</h2><ul>{lines}</ul>"

@@ -9,20 +9,21 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from .. import ceilings, checkpoint, progress, report, trained_prompt
+from .. import ceilings, checkpoint, progress, trained_prompt
+from ..device import device_model, device_name
 from ..errors import ArcKernelError, counted
+from ..events import EventLog, read_events
+from ..files import replacing
 from ..grids import GridEncoder
 from ..precision import verdict
 from ..prompts import PromptBuilder
-from ..tasks import Task, load_challenges, replacing, task_to_json
+from ..tasks import Task, load_challenges, task_to_json
 from . import overlap, page
 from .data import CONTEXT, Source, open_source
 from .settings import FinetuneSettings
@@ -104,12 +105,13 @@ class Run:
     """One run with everything resolved: its folder claimed, its events told."""
 
     def __init__(self, settings: FinetuneSettings, prepared: Prepared):
-        self.begun, self.s, self.prepared, self.out = time.perf_counter(), trained_prompt.resolved(settings), prepared, settings.out_path
+        self.s, self.prepared, self.out = trained_prompt.resolved(settings), prepared, settings.out_path
+        self.log = EventLog(self.out, time.perf_counter(), silent=not MAIN)
         self.tokens, self.seconds = 0, 0.0
         if MAIN:
             self._claim_folder()
         for text in prepared.notes:
-            self._say("data", text=text)
+            self.log.say("data", text=text)
 
     def train(self) -> dict:
         """Train, write adapter or model and report.html; returns their paths, the last loss, tokens/s and the share of peak."""
@@ -118,7 +120,7 @@ class Run:
         from .learner import Learner
         from .train import Diverged, train
 
-        s, folder, device = self.s, self.prepared.folder, verdict.device_name()
+        s, folder, device = self.s, self.prepared.folder, device_name()
         if device == "cuda":  # before anything is measured or put there
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         dtype = training_dtype(s.dtype, device)
@@ -126,21 +128,21 @@ class Run:
         learner = Learner(folder, s.lora_rank, Path(s.adapter) if s.adapter else None, dtype, s.gradient_checkpointing, device)
         trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
         self.peak = ceilings.gemm(dtype, device, repeats=3)
-        self._say("start", text=f"{trained / 1e6:.1f}M weights trained in {dtype} on {verdict.device_model(device)}, "
+        self.log.say("start", text=f"{trained / 1e6:.1f}M weights trained in {dtype} on {device_model(device)}, "
                                 f"products at {self.peak / 1e9:.0f} GFLOP/s", dtype=dtype, trained=trained, peak=self.peak)
         with progress.bar(s.steps if MAIN else 0, "finetune", "step") as self._bar:
             try:
                 reached = train(learner, self.prepared.stream, s, self.prepared.lengths, ceilings.shape_of(folder), dtype, device,
                                 self._step, self._callbacks())
             except Diverged as error:
-                self._log("diverged", text=str(error))
+                self.log.add("diverged", text=str(error))
                 raise
         if not MAIN:
             return {}
         result = learner.save_result(self.out, {"prompt": s.prompt, "grid_encoder": s.grid_encoder})
         if reached < s.steps:
-            self._say("out-of-time", text=f"stopped at step {reached} of {s.steps} after {s.time_budget:g} s: start again to go on")
-        return {"result": result, "step": reached, "report": page.write_report(self.out, s)} | page.figures(report.read_events(self.out))
+            self.log.say("out-of-time", text=f"stopped at step {reached} of {s.steps} after {s.time_budget:g} s: start again to go on")
+        return {"result": result, "step": reached, "report": page.write_report(self.out, s)} | page.figures(read_events(self.out))
 
     def _step(self, step: int, facts: dict) -> None:
         """Tell of a step: tokens/s and share of the product peak of all processes from its seconds."""
@@ -152,11 +154,11 @@ class Run:
         if peaks:
             site, values = max(peaks.items(), key=lambda item: max(item[1]))
             facts |= {"largest": max(values), "site": site}
-        self._log("step", step=step, **facts)
+        self.log.add("step", step=step, **facts)
         if facts["skipped"]:
-            self._say("skipped", text=f"step {step}: the gradient is not finite: no weight was changed", step=step)
+            self.log.say("skipped", text=f"step {step}: the gradient is not finite: no weight was changed", step=step)
         if trouble:
-            self._say("slow", text=f"step {step}: {trouble}", step=step)
+            self.log.say("slow", text=f"step {step}: {trouble}", step=step)
         self.tokens, self.seconds = self.tokens + facts["tokens"], self.seconds + seconds
         self._bar.set_postfix_str(f"{self.tokens / self.seconds:.0f} tok/s, loss {facts['loss']:.3f}", refresh=False)
         self._bar.update(step - self._bar.n)
@@ -187,17 +189,6 @@ class Run:
                     json.dump({t.id: with_solutions(t) for t in self.prepared.held_out}, file)
         except OSError as error:
             raise ArcKernelError(f"{self.out}: cannot be written ({error.strerror}): give another --out") from None
-
-    def _log(self, event: str, **facts) -> None:
-        if MAIN:
-            with open(self.out / "events.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"event": event, "at": round(time.perf_counter() - self.begun, 3), **facts}) + "\n")
-
-    def _say(self, event: str, text: str, **facts) -> None:
-        """Log an event and print it as one line."""
-        self._log(event, text=text, **facts)
-        if MAIN:
-            tqdm.write(f"{event}: {text}", file=sys.stderr)
 
 
 def training_dtype(wanted: str, device: str) -> str:

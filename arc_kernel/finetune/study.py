@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from .. import report
+from ..events import read_events
 from ..memory import free_memory
 from . import page
 from .run import MAIN, finetune, prepare
@@ -24,7 +24,7 @@ def study(settings: FinetuneSettings, rates: list[float]) -> Path | None:
     prepared, written = prepare(settings), None
     folders = {rate: settings.out_path / f"lr-{rate:g}" for rate in rates}
     for rate, folder in folders.items():
-        if any(e["event"] == "diverged" for e in report.read_events(folder)):
+        if any(e["event"] == "diverged" for e in read_events(folder)):
             continue
         try:
             finetune(dataclasses.replace(settings, lr=rate, out=str(folder)), prepared)
@@ -32,6 +32,6 @@ def study(settings: FinetuneSettings, rates: list[float]) -> Path | None:
             print(f"lr {rate:g}: {error}", file=sys.stderr)
         free_memory()  # of this run's model and graphs
         if MAIN:
-            written = page.write_study(settings.out_path, {r: report.read_events(f) for r, f in folders.items() if f.is_dir()})
+            written = page.write_study(settings.out_path, {r: read_events(f) for r, f in folders.items() if f.is_dir()})
     return written
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from .. import bundle
 from ..checkpoint import cache_folder
 from ..errors import ArcKernelError
-from ..tasks import replacing
+from ..files import replacing
 from . import client, metadata
 
 READY_WITHIN = 1800.0  # seconds Kaggle is given to unpack a dataset

@@ -14,8 +14,9 @@ import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ..checkpoint import WEIGHTS, copy_texts, load_model, read_config, weight_shapes, weight_tensors, whole_folder, write_json
+from ..checkpoint import WEIGHTS, copy_texts, load_model, read_config, weight_shapes, weight_tensors
 from ..errors import ArcKernelError
+from ..files import whole_folder, write_json
 from ..memory import free_memory
 from ..prompts import Example
 from .probe import LIMIT, NORMAL, Ranges, label_logits, largest, small_weights

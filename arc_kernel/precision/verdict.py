@@ -16,7 +16,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..tasks import replacing
+from ..device import native_bfloat16
+from ..files import replacing
 
 # What may follow a dtype that failed. float16 after bfloat16 would be hopeless: it has the smaller range.
 NEXT = {"bfloat16": ("float32",), "float16": ("bfloat16", "float32"), "float32": ()}
@@ -73,20 +74,6 @@ class Precision:
             return None
 
 
-def device_name() -> str:
-    """`cuda` where a GPU is visible to this process, else `cpu`."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def device_model(device: str) -> str:
-    """The device in words, as far as arithmetic depends on it."""
-    import torch
-
-    return torch.cuda.get_device_name() if device == "cuda" else f"cpu {torch.backends.cpu.get_cpu_capability()}"
-
-
 def versions() -> dict[str, str]:
     """Installed versions of the libraries whose arithmetic a verdict depends on."""
     found = {}
@@ -101,15 +88,6 @@ def versions() -> dict[str, str]:
 def digest(value) -> str:
     """16 hex digits of a JSON value, for file names."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def native_bfloat16(device: str) -> bool:
-    """Whether the device multiplies bfloat16 in hardware; a T4 (sm_75) only emulates it, far slower than float16."""
-    import torch
-
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @functools.cache

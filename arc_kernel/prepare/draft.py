@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Callable, Iterator
 
 from ..checkpoint import (CARD, PICKLED, WEIGHTS, check_safetensors, copy_texts, load_tokenizer, portable_config, read_config,
-                          weight_shapes, weight_tensors, write_json)
+                          weight_shapes, weight_tensors)
 from ..errors import ArcKernelError
+from ..files import write_json
 from ..progress import bar
 from .needed import check_weights, known_architecture, needed_shapes
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from .. import checkpoint
 from ..errors import ArcKernelError
+from ..files import whole_folder, write_json
 from . import context as longer
 from . import openelm, template
 from .draft import Draft
@@ -43,7 +44,7 @@ def prepare(model: str, out: str, chat_template: str = "", context: int = 0, rop
     if target.exists() and (not target.is_dir() or target.resolve() == Path(model).resolve()):
         raise _taken(target)
     try:
-        with _opened(model) as (source, licence), checkpoint.whole_folder(target) as fresh:
+        with _opened(model) as (source, licence), whole_folder(target) as fresh:
             draft = Draft.open(source, fresh, licence)
             _change(draft, chat_template, context, rope_theta, vocabulary)
             draft.write()
@@ -106,7 +107,7 @@ def _opened(model: str) -> Iterator[tuple[Path, str]]:
 
 def _check_source(draft: Draft) -> None:
     """Raise ArcKernelError unless transformers knows the architecture; a missing tensor is named before anything is computed."""
-    checkpoint.write_json(draft.folder / "config.json", draft.config)
+    write_json(draft.folder / "config.json", draft.config)
     try:
         needed = needed_shapes(draft.folder)
     except ArcKernelError as error:

@@ -1,0 +1,103 @@
+"""The device this process computes on: which, what it can do, how a process is made ready for it and whether it still is of use.
+
+Without torch where it is only counted.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from .memory import keep_memory
+
+
+def gpu_count() -> int:
+    """NVIDIA GPUs this process may use, without importing torch."""
+    visible, tool = os.environ.get("CUDA_VISIBLE_DEVICES"), shutil.which("nvidia-smi")
+    if visible is not None and (tool or Path("/proc/driver/nvidia").exists()):
+        return len([v for v in visible.split(",") if v and v != "-1"])
+    if not tool:
+        return 0
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
+
+
+def cores() -> list[int]:
+    """The CPU cores this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def device_name() -> str:
+    """`cuda` where a GPU is visible to this process, else `cpu`."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_model(device: str) -> str:
+    """The device in words, as far as arithmetic depends on it."""
+    import torch
+
+    return torch.cuda.get_device_name() if device == "cuda" else f"cpu {torch.backends.cpu.get_cpu_capability()}"
+
+
+def native_bfloat16(device: str) -> bool:
+    """Whether the device multiplies bfloat16 in hardware; a T4 (sm_75) only emulates it, far slower than float16."""
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def synchronize(device: str) -> None:
+    """Wait for a GPU to have done what it was given; a CPU has."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def prepare_for(device: str) -> None:
+    """Have this process compute on `device` as suits it: attention without T x T scores, freed memory kept."""
+    if not shares_keys(device):
+        repeat_keys()
+    if device == "cpu":
+        keep_memory()
+
+
+def shares_keys(device: str) -> bool:
+    """Has torch's attention a fast kernel on this device for queries that share a key (`enable_gqa`)?
+
+    GPUs before sm_80 have no flash attention, and the memory-efficient kernel wants as many keys as queries: a T4 would hold
+    all T x T scores (transformers issue 48633).
+    """
+    import torch
+
+    return device != "cuda" or torch.cuda.get_device_capability() >= (8, 0)
+
+
+def repeat_keys() -> None:
+    """Have transformers' attention repeat keys and values for the queries that share them, see `shares_keys`."""
+    from transformers.integrations import sdpa_attention
+
+    sdpa_attention.use_gqa_in_sdpa = lambda *args, **kwargs: False
+
+
+def require_device(device: str) -> None:
+    """Raise torch's error where one before has left the GPU of no use to this process, as an illegal access does: only a new one helps."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def require_own_gpu(device: str) -> None:
+    """Raise RuntimeError where this process was given a GPU and computes on the CPU: that GPU is lost, and others go on on theirs."""
+    import torch
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if device == "cpu" and given not in ("", "-1") and torch.version.cuda:
+        raise RuntimeError(f"GPU {given} cannot be used any more")

@@ -1,0 +1,89 @@
+"""What happens in a run: events.jsonl, written a line at a time and read back; seconds of stages and curves of losses from its lines."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+STAGE_COUNTS = ("seconds", "tokens", "prompt_tokens", "cached_tokens", "predictions", "repeated", "decided")
+
+
+@dataclass(frozen=True)
+class EventLog:
+    """events.jsonl of the run in the folder `out`, which began at `begun` (`time.perf_counter`). `silent`: another process writes it."""
+
+    out: Path
+    begun: float
+    silent: bool = False
+
+    def add(self, event: str, **facts) -> None:
+        """Write a line: what happened, seconds since the run began, and `facts`."""
+        if not self.silent:
+            line = json.dumps({"event": event, "at": round(time.perf_counter() - self.begun, 3), **facts})
+            with open(self.out / "events.jsonl", "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    def say(self, event: str, **facts) -> None:
+        """Write it, and print it as one line on stderr, above a progress bar."""
+        self.add(event, **facts)
+        if not self.silent:
+            text = facts.get("error") or facts.get("text") or ", ".join(f"{k} {v}" for k, v in facts.items())
+            tqdm.write(f"{event}: {text}", file=sys.stderr)
+
+
+def read_events(out: Path) -> list[dict]:
+    """The events of a run folder; a last line cut short by a kill is left out."""
+    path, events = out / "events.jsonl", []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            continue
+    return events
+
+
+def stage_rows(events: list[dict]) -> list[dict]:
+    """Seconds, share of all seconds, tokens, tokens/s and predictions of each stage, summed over workers and starts.
+
+    Of its predictions, `repeated` had the answer of an equal prompt; `decided` were not made, as they could not change a
+    vote; `cached` is the share of the prompts' tokens that was there from an earlier prompt. A stage of its own is what is
+    answered again, so that the rows say how many predictions that were and what they cost.
+    """
+    sums: dict[str, Counter] = {}
+    for e in events:
+        if e["event"] == "stage":
+            sums.setdefault(e["stage"], Counter()).update({k: e.get(k, 0) for k in STAGE_COUNTS})
+    total = sum(s["seconds"] for s in sums.values()) or 1.0
+    rows = []
+    for stage, s in sums.items():
+        seconds, tokens, prompts = s["seconds"], s["tokens"] + s["prompt_tokens"], s["prompt_tokens"]
+        rows.append({"stage": stage, "seconds": round(seconds, 2), "share": round(seconds / total, 4), "tokens": tokens,
+                     "tokens_per_second": round(tokens / seconds, 1) if tokens and seconds else 0.0,
+                     "cached": round(s["cached_tokens"] / prompts, 4) if prompts else 0.0,
+                     **{k: s[k] for k in ("predictions", "repeated", "decided")}})
+    return rows
+
+
+def stage_table(rows: list[dict]) -> str:
+    """The stage rows as a text table."""
+    lines = [f"{'stage':26}{'seconds':>10}{'share':>8}{'tokens':>10}{'tokens/s':>10}"
+             f"{'cached':>8}{'predictions':>13}{'repeated':>10}{'decided':>9}"]
+    rate = lambda r: f"{r['tokens']:10d}{r['tokens_per_second']:10.0f}" if r["tokens"] else f"{'':20}"
+    made = lambda r: f"{r['cached']:8.1%}{r['predictions']:13d}{r['repeated']:10d}{r['decided']:9d}" if r["predictions"] else ""
+    return "\n".join(lines + [f"{r['stage']:26}{r['seconds']:10.1f}{r['share']:8.1%}{rate(r)}{made(r)}".rstrip() for r in rows])
+
+
+def losses(events: list[dict]) -> dict[str, list[float]]:
+    """Training loss per step (nats per answer token) of each task; a task trained again after a kill starts over."""
+    curves: dict[str, list[float]] = {}
+    for e in events:
+        if e["event"] == "loss":
+            before = curves.get(e["task"], [])[: e["step"] - len(e["losses"])]
+            curves[e["task"]] = before + e["losses"]
+    return curves

@@ -1,0 +1,72 @@
+"""Files and folders written so that whoever looks sees the old ones or the new ones, whole, and may read them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from .errors import ArcKernelError
+
+
+@contextlib.contextmanager
+def replacing(path: Path):
+    """Open a temporary file beside `path` for writing and rename it to `path` when the block ends without error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            yield file
+        os.chmod(name, 0o644)  # mkstemp makes 0600; others must be able to read a submission
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+
+
+def write_json(path: Path, value) -> None:
+    """Write a value as JSON to `path`, through `replacing`."""
+    with replacing(path) as file:
+        json.dump(value, file, indent=1)
+
+
+def check_writable(path: Path) -> None:
+    """Make the folder of a file that is written later; raises ArcKernelError where it cannot be, or `path` is a folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ArcKernelError(f"{path}: cannot be written ({error.strerror}): give another place") from None
+    if path.is_dir():
+        raise ArcKernelError(f"{path}: is a folder: give the name of a file")
+
+
+def readable(folder: Path) -> None:
+    """Let everybody read a folder made by `tempfile` and the files in it; safetensors makes them 0600."""
+    os.chmod(folder, 0o755)
+    for file in filter(Path.is_file, folder.rglob("*")):
+        file.chmod(0o644)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path, replace: bool = False):
+    """A fresh folder beside `folder` that takes its place when the block ends without error; the first of two racers wins, or with
+    `replace` the last."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        yield fresh
+        readable(fresh)
+        if replace:
+            shutil.rmtree(folder, ignore_errors=True)
+        try:
+            fresh.rename(folder)
+        except OSError:  # another process was first, or nothing can take this folder's place, as of a mount point
+            if replace or not folder.is_dir() or all(p.name == fresh.name for p in folder.iterdir()):
+                raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)

@@ -45,8 +45,7 @@ class Run:
         settings = trained_prompt.resolved(settings)
         self.settings, self.out, self.devices = settings, settings.out_path, settings.devices or gpu_count() or 1
         self.log = EventLog(self.out, self.begun)
-        ids = [i.strip() for i in settings.task_ids.split(",") if i.strip()]
-        self.challenges = load_challenges(settings.tasks, settings.solutions).select(ids, settings.limit)
+        self.challenges = load_challenges(settings.tasks, settings.solutions).select(settings.ids, settings.limit)
         if not self.challenges.tasks:
             raise ArcKernelError(next(iter(self.challenges.broken.values())))
         self.encoder = GridEncoder.from_name(settings.grid_encoder)

@@ -53,8 +53,7 @@ def read_run(path: Path, tasks: str = "", solutions: str = "") -> RunFolder:
     Raises ArcKernelError in one line where it holds no run, no completions, or answers to other tasks.
     """
     settings, digest = stored_settings(path)
-    ids = [i.strip() for i in settings.task_ids.split(",") if i.strip()]
-    challenges = load_challenges(tasks or settings.tasks, solutions or settings.solutions).select(ids, settings.limit)
+    challenges = load_challenges(tasks or settings.tasks, solutions or settings.solutions).select(settings.ids, settings.limit)
     if tasks_digest(challenges) != digest:
         raise ArcKernelError(f"{path}: answers other tasks than {challenges.source} holds: give the run's own with --tasks")
     files = {i: completions_file(path, i) for i in challenges.tasks}

@@ -103,3 +103,8 @@ class Settings(Checked):
                                  low=0.0, resume=False)
     self_test: bool = setting(False, "one short task per device goes through everything, the others get the fallback")
     max_new_tokens: int = setting(0, "tokens of an answer; 0: what a 30x30 grid needs", low=0)
+
+    @property
+    def ids(self) -> list[str]:
+        """The task ids that are asked for; none: all."""
+        return [i.strip() for i in self.task_ids.split(",") if i.strip()]

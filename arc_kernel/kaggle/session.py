@@ -1,7 +1,7 @@
 """The machine a notebook woke up on: what it is, whether it is the profile's, and the wheels it lacks installed, offline.
 
 Everything here comes before a minute of training is spent, and before vLLM or torch is imported: standard library, and
-`packaging` from Kaggle's image.
+`packaging` and numpy from Kaggle's image.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..disk import LOW_GB, free_gb
 from ..errors import ArcKernelError
 from ..select import vote
 from ..tasks import Challenges, write_submission
-from . import check, lock
+from . import check, lock, templates
 from .profiles import Profile
 
 WORKING_GB = 20.0  # Kaggle's limit for /kaggle/working
@@ -125,7 +125,7 @@ def prepare(profile: Profile | None, wheels: Path | None, devices: int, out: Pat
     if wrong := check.faults(files, profile, there):
         renew = f"build_kernel.py wheels --upgrade --profile {profile.name}"
         if wheels is None:
-            mend = f"attach the dataset arc-kernel-wheels-{re.sub('[^a-z0-9]+', '-', profile.name)} (build_kernel.py wheels)"
+            mend = f"attach the dataset arc-kernel-wheels-{templates.slug(profile.name)} (build_kernel.py wheels)"
         elif profile.image:
             mend = ("the image is another than the wheels were made for: put this session's `pip freeze` into "
                     f"arc_kernel/kaggle/images/{profile.image}, then {renew}; or pin the image with --docker-image")

@@ -52,6 +52,11 @@ def model_card(folder: Path) -> Origin:
     return Origin(texts.get("license", ""), "" if os.path.isabs(source) else source)
 
 
+def slug(title: str) -> str:
+    """What Kaggle makes of a title: the name in an address."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
 def check_username(username: str) -> None:
     """Raise ArcKernelError for a user name Kaggle cannot have."""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", username):

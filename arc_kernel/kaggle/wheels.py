@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from . import datasets, target
 from .check import faults, wanted
 from .lock import parse, render
 from .profiles import HERE, Profile
-from .templates import USERNAME
+from .templates import USERNAME, slug
 
 __all__ = ["build", "faults", "lock_file", "name", "renewed"]
 
@@ -53,7 +52,7 @@ def build(out: Path, profile: Profile, username: str = USERNAME, say: Callable[[
 
 def name(profile: Profile) -> str:
     """The name of the profile's wheels dataset."""
-    return "arc-kernel-wheels-" + re.sub(r"[^a-z0-9]+", "-", profile.name)
+    return "arc-kernel-wheels-" + slug(profile.name)
 
 
 def renewed(profile: Profile) -> str:

@@ -157,7 +157,7 @@ def recording(model, scores: bool = False) -> Iterator[dict]:
     peaks: dict = {}
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     check_layout(base)
-    hooks = []
+    undo = contextlib.ExitStack()
 
     def keep(site: str, layer: int, value) -> None:
         peak = value.detach().abs().amax().float()
@@ -165,9 +165,9 @@ def recording(model, scores: bool = False) -> Iterator[dict]:
 
     def watch(module, layer: int, into: str = "", out: str = "") -> None:
         if into:
-            hooks.append(module.register_forward_pre_hook(lambda _, args: keep(into, layer, args[0])))
+            undo.callback(module.register_forward_pre_hook(lambda _, args: keep(into, layer, args[0])).remove)
         if out:
-            hooks.append(module.register_forward_hook(lambda *call: keep(out, layer, call[-1])))
+            undo.callback(module.register_forward_hook(lambda *call: keep(out, layer, call[-1])).remove)
 
     decoder = base.model
     watch(decoder.embed_tokens, 0, out="embedding")
@@ -180,25 +180,13 @@ def recording(model, scores: bool = False) -> Iterator[dict]:
                 watch(module, number, f"{name} in", f"{name} out")
     watch(decoder.norm, 0, "final norm in", "final norm out")
     watch(base.get_output_embeddings(), 0, out="logits")
-    if scores:
-        _record_scores(base, keep, hooks)
-    try:
-        yield peaks
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with undo:
         if scores:
-            base.set_attn_implementation("sdpa")
+            _record_scores(base, keep, undo)
+        yield peaks
 
 
-class _Undo:
-    """Something with `remove`, as torch's hooks have."""
-
-    def __init__(self, remove):
-        self.remove = remove
-
-
-def _record_scores(base, keep, hooks: list) -> None:
+def _record_scores(base, keep, undo: contextlib.ExitStack) -> None:
     """Give `base` an attention that hands q, k (rotated) and the largest causal score of each layer to `keep`."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -214,8 +202,9 @@ def _record_scores(base, keep, hooks: list) -> None:
 
     AttentionInterface.register(ATTENTION, attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    undo.callback(AttentionInterface.register, ATTENTION, plain)  # lets go of the model
+    undo.callback(base.set_attn_implementation, "sdpa")
     base.set_attn_implementation(ATTENTION)
-    hooks.append(_Undo(lambda: AttentionInterface.register(ATTENTION, plain)))  # lets go of the model
 
 
 def _largest_score(query, key, scaling: float):

@@ -30,7 +30,8 @@ TRIES = 2  # of a task in a worker that died over it
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG, linux/prctl.h
 DEATHS = 3  # of a device's workers with no task finished in between, after which it gets no other
 KILLED_WITHIN = 10.0  # seconds a killed worker is waited for
-PATIENCE = 60.0  # seconds a worker with nothing left to do is given to end
+PATIENCE = 60.0  # seconds a worker with nothing left to do is given to end, and its process to go once its pipe is closed
+SILENCE = 1200.0  # seconds without a word of a worker that holds tasks, after which it hangs; on a GPU: a step on a CPU may take minutes
 
 
 class Pool:
@@ -50,6 +51,9 @@ class Pool:
         self._tries: Counter = Counter()
         self._open, self._over = {"adapt"}, set()  # stages from which tasks are given out; whose time is over
         self._trained: set[int] = set()  # workers that were told there is nothing left to adapt
+        self._heard: dict[int, float] = {}  # worker -> when it last said something, or was given a task (`time.monotonic`)
+        self._lost: set[int] = set()  # devices with a process that does not even die when it is killed
+        self._useful = False  # whether a task was finished: what stops a worker later is no setting's fault
         self._messages: queue.Queue = queue.Queue()
         self._processes: dict[int, subprocess.Popen] = {}
         self._devices, self._gpus, self._numbers = devices, gpu_count(), 0
@@ -79,9 +83,16 @@ class Pool:
                 return
             try:
                 end = deadline if now < deadline else deadline + grace
-                number, message = self._messages.get(timeout=min(end - now, threading.TIMEOUT_MAX))
+                number, message = self._messages.get(timeout=min(end - now, self._until_silent(until), threading.TIMEOUT_MAX))
             except queue.Empty:
+                for number in self._silent(until):
+                    yield {"event": "note", "worker": number, "text": f"worker {number} hangs: no word for {SILENCE:g} s: stopped"}
+                    self._stop([number])
+                    self._heard[number] = time.monotonic()  # its death comes as a message
                 continue
+            if number not in self._processes:  # buried, though it did not die
+                continue
+            self._heard[number] = time.monotonic()
             if message is None:
                 yield from self._bury(number)
             elif message["event"] == "want":
@@ -89,10 +100,11 @@ class Pool:
             else:
                 if message["event"] in ("adapted", "adapt-failed", "answered"):
                     self._deaths[self._processes[number].device] = 0
+                    self._useful = self._useful or message["event"] != "adapt-failed"
                     for held in self._held[number].values():
                         held.discard(message["task"])
                 yield {"worker": number, **message}
-                if message["event"] == "stop":
+                if message["event"] == "stop" and not self._useful:
                     raise ArcKernelError(message["error"])
             self._give_out()
 
@@ -107,6 +119,8 @@ class Pool:
             except queue.Empty:
                 yield {"event": "note", "text": f"{counted(len(self._processes), 'worker')} did not end within {PATIENCE:g} s: stopped"}
                 return self.kill()
+            if number not in self._processes:
+                continue
             if message is None:
                 self._reap(number)
             elif message["event"] == "want":
@@ -116,25 +130,37 @@ class Pool:
 
     def kill(self) -> None:
         """Stop every worker at once."""
-        self._stop(list(self._processes.values()))
+        self._stop(list(self._processes))
         self._processes.clear()
 
     def stop_holders(self, stage: str) -> None:
         """Stop the workers that hold a task of this stage; their deaths are told, and they are replaced, as any other's."""
-        self._stop([self._processes[number] for number, held in self._held.items() if held[stage]])
+        self._stop([number for number, held in self._held.items() if held[stage]])
 
-    @staticmethod
-    def _stop(processes: list[subprocess.Popen]) -> None:
-        for process in processes:
-            process.kill()
-        for process in processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in its driver does not even die
-                process.wait(KILLED_WITHIN)
+    def _stop(self, numbers: list[int]) -> None:
+        for number in numbers:
+            self._processes[number].kill()
+        for number in numbers:
+            if not _ended(self._processes[number], KILLED_WITHIN):
+                self._messages.put((number, None))  # which else comes when its pipe is closed
+
+    def _until_silent(self, stage: str) -> float:
+        """Seconds until a worker that holds tasks of this stage has said nothing for SILENCE; infinite without GPUs."""
+        return max(0.0, min((self._heard[number] for number in self._busy(stage)), default=math.inf) + SILENCE - time.monotonic())
+
+    def _silent(self, stage: str) -> list[int]:
+        """The workers that hang in this stage."""
+        return [number for number in self._busy(stage) if time.monotonic() >= self._heard[number] + SILENCE]
+
+    def _busy(self, stage: str) -> list[int]:
+        """The workers on GPUs that hold tasks of this stage and are not waiting for a word from here."""
+        return [number for number, held in self._held.items() if self._gpus and held[stage] and number not in self._wanting]
 
     def _start_all(self) -> None:
         """A worker for each device, no more than tasks."""
         self._deaths: Counter = Counter()  # by device
-        for device in range(min(self._devices, max(1, max(map(len, self.todo.values()))))):
+        devices = [d for d in range(self._devices) if d not in self._lost]
+        for device in devices[: max(1, *map(len, self.todo.values()))]:
             self._start(device)
 
     def _start(self, device: int) -> None:
@@ -145,7 +171,7 @@ class Pool:
                                    preexec_fn=_in_the_worker(device, self._devices, self._gpus))
         log.close()
         process.device = device
-        self._processes[number], self._held[number] = process, {stage: set() for stage in STAGES}
+        self._processes[number], self._held[number], self._heard[number] = process, {stage: set() for stage in STAGES}, time.monotonic()
         self._send(number, self._job | {"graphs": not self._deaths[device]})
         threading.Thread(target=self._listen, args=(number, process.stdout), daemon=True).start()
 
@@ -187,6 +213,7 @@ class Pool:
             task_id = self._kept.pop((number, stage), None) or self._next(number, stage)
             reply = {"task": None, "wait": bool(self.todo[stage])}
             if task_id:
+                self._heard[number] = time.monotonic()
                 self._held[number][stage].add(task_id)
                 reply = {"task": self._tasks[task_id], "share": self._share(stage, task_id)}
             elif stage == "adapt":
@@ -225,9 +252,10 @@ class Pool:
         self._deaths[process.device] += not any(self._tries[stage, i] >= TRIES for stage in STAGES for i in given_up[stage])
         if any(self.todo.values()):
             self._replace(process.device, given_up)
+        status = "its process does not end" if process.returncode is None else f"status {process.returncode}"
         log, lost = self._logs / f"worker-{number}.log", counted(sum(map(len, given_up.values())), "task")
         yield {"event": "worker-died", "worker": number, "returncode": process.returncode, "given_up": given_up,
-               "text": f"worker {number} died (status {process.returncode}, see {log}); given up: {lost}"}
+               "text": f"worker {number} died ({status}, see {log}); given up: {lost}"}
 
     def _replace(self, device: int, given_up: dict[str, list[str]]) -> None:
         """Start a worker where one died, or on a free device where this one's keep dying and nobody else takes the stage's tasks.
@@ -237,7 +265,7 @@ class Pool:
         """
         stage, busy = "answer" if "answer" in self._open else "adapt", {p.device for p in self._processes.values()}
         takers = self._processes.keys() - (self._trained if stage == "adapt" else set())
-        healthy = [d for d in (device, *range(self._devices)) if self._deaths[d] < DEATHS and d not in busy]
+        healthy = [d for d in (device, *range(self._devices)) if self._deaths[d] < DEATHS and d not in busy | self._lost]
         if device in healthy or healthy and not takers:
             self._start(healthy[0])
         elif not takers:
@@ -245,13 +273,27 @@ class Pool:
             self.todo[stage] = []
             if any(self.todo.values()) and not self._processes:
                 self._start_all()
+            for stage in STAGES if not self._processes else ():  # no device is left
+                given_up[stage] += self.todo[stage]
+                self.todo[stage] = []
 
     def _reap(self, number: int) -> subprocess.Popen:
+        """Forget a worker that has ended; a device whose process does not end gets no other: its memory is still held."""
         process = self._processes.pop(number)
-        process.wait()
+        if not _ended(process, PATIENCE):
+            self._lost.add(process.device)
         self._wanting.pop(number, None)
         self._kept = {key: task for key, task in self._kept.items() if key[0] != number}
         return process
+
+
+def _ended(process: subprocess.Popen, seconds: float) -> bool:
+    """Whether a process that was killed, or has closed its pipe, ends in these seconds; one that hangs in a driver does not even die."""
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def _share(device: int, devices: int) -> list[int]:

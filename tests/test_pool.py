@@ -62,6 +62,14 @@ for stage in ("adapt", "answer"):
         if behaviour == "hangs in training" and stage == "adapt" and not os.path.exists(os.environ["HUNG"]):
             open(os.environ["HUNG"], "w").close()
             time.sleep(600)
+        if behaviour == "lives on" or behaviour == "the second lives on" and device == "1":
+            os.close(1)
+            time.sleep(600)
+        if behaviour == "stops later":
+            open(os.environ["HUNG"], "a").write(task)
+            if open(os.environ["HUNG"]).read() == "ab":
+                tell(event="stop", error="the model cannot be read")
+                sys.exit(1)
         if behaviour == "graphs kill it" and job["graphs"]:
             os._exit(3)
         time.sleep(2 if behaviour == "asks for a word" and stage == "adapt" and task == "a" else 0.1)
@@ -118,6 +126,32 @@ def test_worker_that_hangs_in_training_is_stopped_and_the_tasks_are_answered(sta
     crew.stop_holders("adapt")
     messages = list(crew.events("answer", time.time() + 60))
     assert done(messages, "answered") == ["a", "b"] and sum(m["event"] == "worker-died" for m in messages) == 1
+
+
+def test_worker_on_a_gpu_without_a_word_is_replaced_long_before_the_end_of_the_stage(started, monkeypatch):
+    monkeypatch.setattr(pool, "SILENCE", 2.0)
+    crew = started("hangs in training", 1, ["a", "b"], [])
+    crew._gpus = 1
+    messages = list(crew.events("adapt", time.time() + 600))
+    assert done(messages, "adapted") == ["a", "b"] and deaths(messages) == [{"adapt": [], "answer": []}]
+    assert [m["text"] for m in messages if m["event"] == "note"] == ["worker 0 hangs: no word for 2 s: stopped"]
+
+
+@pytest.mark.parametrize("behaviour, devices, adapted", [("the second lives on", 2, ["a", "b", "c"]), ("lives on", 1, [])])
+def test_device_whose_process_does_not_even_end_is_left_alone(started, monkeypatch, behaviour, devices, adapted):
+    monkeypatch.setattr(pool, "PATIENCE", 1.0)
+    crew = started(behaviour, devices, ["a", "b", "c"], ["a"])
+    messages = [*crew.events("adapt", time.time() + 600), *crew.events("answer", time.time() + 600)]
+    (died,) = (m["text"] for m in messages if m["event"] == "worker-died")
+    assert done(messages, "adapted") == adapted and done(messages, "answered") == ["a"][: len(adapted)]
+    assert "its process does not end" in died
+
+
+def test_what_stops_a_worker_once_tasks_were_finished_stops_no_other(started):
+    crew = started("stops later", 1, ["a", "b", "c"], [])
+    messages = list(crew.events("adapt", time.time() + 60))
+    assert done(messages, "adapted") == ["a", "b", "c"] and len(deaths(messages)) == 1
+    assert [m["error"] for m in messages if m["event"] == "stop"] == ["the model cannot be read"]
 
 
 def test_worker_with_nothing_left_to_adapt_is_told_at_once_that_others_are_not_done(started):

@@ -182,18 +182,20 @@ def load_tokenizer(folder: Path):
 def load_model(folder: Path, dtype: str, device: str):
     """The causal language model of a folder in `dtype` ('bfloat16', 'float16', 'float32') on `device`, in eval mode.
 
-    Raises ArcKernelError where it cannot be loaded, and where a tensor is missing, which transformers would make up.
+    Raises ArcKernelError where it cannot be loaded, and where a tensor is missing or of another shape, which transformers would make up.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     try:
         model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True,
-                                                           trust_remote_code=False, output_loading_info=True)
+                                                           trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise ArcKernelError(f"{folder}: model cannot be loaded: {first_line(error)}") from None
     if info["missing_keys"]:
         raise missing_tensors(folder, info["missing_keys"], type(model).__name__)
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        raise ArcKernelError(f"{folder}: tensor {name} has shape {list(found)}, config.json says {list(wanted)}: copy the model again")
     prepare_for(device)
     return model.to(device).eval()
 

@@ -15,7 +15,7 @@ from .chooser import Chooser
 from .device import device_model, device_name
 from .dtypes import Model
 from .errors import ArcKernelError
-from .files import replacing
+from .files import check_writable, replacing
 from .generate import chosen_backend
 from .grids import GridEncoder
 from .precision import probe, rescale
@@ -23,8 +23,13 @@ from .prompts import PromptBuilder
 from .tasks import load_challenges
 
 
+MOST_HEADROOM = 12  # bits: float16 has 30 above its smallest number of full precision
+
+
 def open_checked(model: str, adapter: str, tasks: str, grid_encoder: str, prompt: str, max_seq_len: int, headroom: float) -> Model:
     """The model to be looked at, with a short, a middling and a long task of a set; raises ArcKernelError in one line."""
+    if not 0 <= headroom <= MOST_HEADROOM:
+        raise ArcKernelError(f"precision: --headroom {headroom:g}: give 0 to {MOST_HEADROOM} bits")
     folder = open_model(model)
     if adapter:
         check_adapter(Path(adapter))
@@ -44,16 +49,18 @@ def check(model: Model, dtype: str, backend: str, out: Path, rescaled: str) -> N
     if rescaled and Path(rescaled).exists():
         raise ArcKernelError(f"{rescaled}: exists: give another --rescaled, or delete it")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    check_writable(out / "report.html")
     begun = time.perf_counter()
+    print(f"probing {model.folder.name} in float32", file=sys.stderr, flush=True)
     ranges = model.ranges
     print(f"{probe.table(ranges)}\n{ranges.tokens} tokens of real prompts, float32, {time.perf_counter() - begun:.1f} s", flush=True)
     made, reason = None, ""
     try:
         made = model.plan()
-        print(f"float16, {model.headroom:g} bits of headroom: {made or 'fits as it is'}")
+        print(f"float16, {model.headroom:g} bits of headroom: {made or 'fits as it is'}", flush=True)
     except rescale.Refused as refused:
         reason = str(refused)
-        print(f"float16 cannot hold it: {reason}")
+        print(f"float16 cannot hold it: {reason}", flush=True)
     if rescaled:
         _write(model, made, reason, Path(rescaled))
     backend = chosen_backend(backend)

@@ -14,11 +14,12 @@ from .errors import ArcKernelError
 
 @contextlib.contextmanager
 def replacing(path: Path):
-    """Open a temporary file beside `path` for writing and rename it to `path` when the block ends without error."""
+    """Open a temporary file beside `path` for writing and rename it to `path` when the block ends without error. What UTF-8 has no bytes
+    for, as half a character in a task's id, is written as its number."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             yield file
         os.chmod(name, 0o644)  # mkstemp makes 0600; others must be able to read a submission
         os.replace(name, path)

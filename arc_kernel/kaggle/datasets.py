@@ -17,6 +17,7 @@ from pathlib import Path
 from .. import __version__, checkpoint
 from ..bundle import DATASETS, KIND, MANIFEST, METADATA, Bundle, sha256, verify
 from ..errors import ArcKernelError, counted
+from ..prepare.needed import check_weights
 from . import templates
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -41,9 +42,13 @@ def build_weights(out: Path, model: str, username: str = templates.USERNAME, say
     """Write the config, tokenizer, safetensors and licence of `model` as `out`/arc-kernel-<model name>; returns that folder.
 
     What `origin` leaves open is taken from the model folder's README.md; the embedded model's is known. Raises ArcKernelError
-    as `checkpoint.open_model` and `build_code` do, and for a name Kaggle would not take.
+    as `checkpoint.open_model` and `build_code` do, for weights that are not the config's, a tokenizer that cannot be loaded, and for a
+    name Kaggle would not take.
     """
     folder = checkpoint.open_model(model)
+    if model != checkpoint.EMBEDDED:  # which was looked through when it was converted
+        check_weights(folder)
+        checkpoint.load_tokenizer(folder)
     known = templates.SMOLLM2 if model == checkpoint.EMBEDDED else templates.model_card(folder)
     return _build_trained(out, "weights", "model", folder, (*checkpoint.TEXTS, checkpoint.WEIGHTS), username, say, origin, known)
 

@@ -18,6 +18,7 @@ from ..tasks import Task, load_challenges
 from ..views import View
 from . import context
 from .draft import ROWS
+from .needed import check_weights
 
 SAMPLE = 40  # tasks whose prompts are counted
 COLUMNS = {"model": "model", "parameters": "weights", "without_embeddings": "no emb.", "context": "context", "rope_theta": "theta",
@@ -50,6 +51,7 @@ def text(facts: dict) -> str:
 
 def _facts(name: str, sample: list[Task], encoder: str) -> dict:
     folder = checkpoint.open_model(name)
+    check_weights(folder)
     config, shapes, tokenizer = checkpoint.decoder_config(folder), checkpoint.weight_shapes(folder), checkpoint.load_tokenizer(folder)
     heads, kv = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
     builder = default_builder(tokenizer, encoder)

@@ -70,7 +70,8 @@ def answer_losses(model, ids: torch.Tensor, labels: torch.Tensor,
     wanted = labels[rows, at + 1]
     if not plain_head(model, ids):
         kept = at.unique()
-        logits = model(input_ids=ids, logits_to_keep=kept, use_cache=False).logits[rows, torch.searchsorted(kept, at)]
+        logits = model(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
+        logits = logits[rows, torch.searchsorted(kept, at) if logits.shape[1] == len(kept) else at]  # some models give all of them
     else:
         hidden = (decoder(ids) if decoder else model.base_model(input_ids=ids, use_cache=False)[0])[rows, at]
         head = model.get_output_embeddings()

@@ -194,8 +194,9 @@ def load_model(folder: Path, dtype: str, device: str):
         raise ArcKernelError(f"{folder}: model cannot be loaded: {first_line(error)}") from None
     if info["missing_keys"]:
         raise missing_tensors(folder, info["missing_keys"], type(model).__name__)
-    for name, found, wanted in sorted(info["mismatched_keys"]):
-        raise ArcKernelError(f"{folder}: tensor {name} has shape {list(found)}, config.json says {list(wanted)}: copy the model again")
+    for name in sorted(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]):
+        raise ArcKernelError(f"{folder}: tensor {name} has shape {weight_shapes(folder)[name]}, config.json says "
+                             f"{list(model.get_parameter(name).shape)}: copy the model again")
     prepare_for(device)
     return model.to(device).eval()
 

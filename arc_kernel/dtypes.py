@@ -18,6 +18,7 @@ from .checkpoint import cache_folder, weights_sha256
 from .engine import EngineSettings, Prompt
 from .files import write_json
 from .generate import start_engine
+from .memory import exhausted, free_memory
 from .precision import probe, rescale, verdict
 from .precision.probe import Ranges
 from .precision.rescale import Refused, Rescale
@@ -60,7 +61,8 @@ class Model:
         """The probe's ranges in float32, measured once. Raises Refused where the model cannot be probed."""
         name = "ranges-" + self.key["examples"]
         try:
-            return Ranges(**self._once(name, lambda: vars(probe.probe(self.folder, self._made, self.device, self.adapter))))
+            seen = lambda device: vars(probe.probe(self.folder, self._made, device, self.adapter))
+            return Ranges(**self._once(name, lambda: _where_it_fits(self.device, seen)))
         except probe.UnknownLayout as error:
             raise Refused(str(error)) from None
 
@@ -76,13 +78,13 @@ class Model:
     def _answers(self, name: str, prompts: list[Prompt], device: str) -> verdict.Answers:
         settings = EngineSettings(self.folder, "float32", self.max_seq_len, self.builder.end_token, 0)
 
-        def measure() -> list:
+        def measure(device: str) -> list:
             engine = start_engine("transformers", settings, device)
             answers = canary(engine, prompts)
             engine.close()
             return answers
 
-        return [(ids, logprobs) for ids, logprobs in self._once(name, measure)]
+        return [(ids, logprobs) for ids, logprobs in self._once(name, lambda: _where_it_fits(device, measure))]
 
     def canary_prompts(self) -> list[Prompt]:
         """Real prompts of the tasks the model is probed on, each short enough for a canary."""
@@ -154,7 +156,7 @@ class Model:
             rescale.write_model(self.folder, made, folder)
         facts = json.loads((folder / "precision.json").read_text())
         if "logit_change" not in facts:
-            facts |= rescale.underflow(self.folder, folder, self._made[:2], self.device)
+            facts |= _where_it_fits(self.device, lambda device: rescale.underflow(self.folder, folder, self._made[:2], device))
             facts |= {"weights": self.key["weights"], "tolerance": rescale.TOLERANCE}
             write_json(folder / "precision.json", facts)
         if facts["logit_change"] > rescale.TOLERANCE:
@@ -172,6 +174,17 @@ class Model:
             if not path.is_file():
                 write_json(path, measure())
             return json.loads(path.read_text())
+
+
+def _where_it_fits(device: str, measure: Callable[[str], object]):
+    """What `measure` gives on the device, or on the CPU where a GPU has no room for float32."""
+    try:
+        return measure(device)
+    except RuntimeError as error:  # which holds what there is of the model while it is at hand
+        if device == "cpu" or not exhausted(error):
+            raise
+    free_memory()
+    return measure("cpu")
 
 
 def canary(engine, prompts: list[Prompt]) -> verdict.Answers:

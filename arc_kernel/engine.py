@@ -82,15 +82,15 @@ def failed(token_ids: list[int], logprob: float, special: frozenset[int]) -> boo
 class ServedAdapters:
     """Adapter folders as an engine's weights want them: themselves, or converted for rescaled weights when first asked for.
 
-    Converted copies of the last `in_flight` adapters are kept; more cannot have prompts in flight.
+    Converted copies of the last `kept` adapters are kept, and of those that have prompts under way.
     """
 
-    def __init__(self, rescale: Rescale | None, in_flight: int):
-        self._rescale, self._in_flight, self._made = rescale, in_flight, {}
+    def __init__(self, rescale: Rescale | None, kept: int):
+        self._rescale, self._kept, self._made = rescale, kept, {}
         self._scratch = tempfile.TemporaryDirectory(prefix="arc-kernel-") if rescale else None
 
-    def folder(self, adapter: Path) -> Path:
-        """The folder to load for an adapter."""
+    def folder(self, adapter: Path, busy: set[Path | None] = frozenset()) -> Path:
+        """The folder to load for an adapter; `busy` are those whose copies are still needed."""
         if self._rescale is None:
             return adapter
         if adapter in self._made:
@@ -98,8 +98,8 @@ class ServedAdapters:
             return self._made[adapter]
         self._made[adapter] = Path(tempfile.mkdtemp(dir=self._scratch.name)) / adapter.name
         convert_adapter(adapter, self._made[adapter], self._rescale)
-        while len(self._made) > self._in_flight:
-            shutil.rmtree(self._made.pop(next(iter(self._made))))
+        for old in [a for a in self._made if a != adapter and a not in busy][: max(0, len(self._made) - self._kept)]:
+            shutil.rmtree(self._made.pop(old))
         return self._made[adapter]
 
     def close(self) -> None:

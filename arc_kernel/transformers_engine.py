@@ -25,7 +25,7 @@ class TransformersEngine:
         self._model, self._device, self._end = load_model(settings.model, settings.dtype, device), device, settings.end_token
         self._max_seq_len, self._special, self._adapter = settings.max_seq_len, settings.special, None
         self.in_flight, self.adapters = settings.in_flight or IN_FLIGHT, ADAPTERS
-        self._adapters, self._merge, self._old = ServedAdapters(settings.rescale, self.in_flight), settings.dtype == "float32", {}
+        self._adapters, self._merge, self._old = ServedAdapters(settings.rescale, self.adapters), settings.dtype == "float32", {}
 
     def answer(self, prompts: Iterable[Prompt | None], max_new_tokens: int, viable: Viable | None = None,
                wanted: Wanted | None = None) -> Iterator[Answer]:

@@ -71,7 +71,7 @@ class VllmEngine:
         self._end, self._special = settings.end_token, settings.special
         self._numbers = itertools.count(1)
         self._requests: dict[Path, object] = {}
-        self._adapters = ServedAdapters(settings.rescale, self.in_flight)
+        self._adapters = ServedAdapters(settings.rescale, self.adapters)
 
     def answer(self, prompts: Iterable[Prompt | None], max_new_tokens: int, viable: Viable | None = None,
                wanted: Wanted | None = None) -> Iterator[Answer]:
@@ -99,7 +99,7 @@ class VllmEngine:
                 else:
                     number = str(next(self._numbers))
                     engine.add_request(number, {"prompt_token_ids": list(prompt.token_ids)}, params,
-                                       lora_request=self._lora(prompt.adapter))
+                                       lora_request=self._lora(prompt.adapter, {p.adapter for p in running.values()}))
                     running[number] = prompt
             if not running:
                 time.sleep(0 if exhausted else 0.05)
@@ -131,13 +131,14 @@ class VllmEngine:
         logprobs = tuple(step[token].logprob for token, step in zip(ids, result.logprobs or ()))
         return Answer(prompt, ids[:-1] if status == "ok" else ids, logprob, status, logprobs, output.num_cached_tokens or 0)
 
-    def _lora(self, adapter: Path | None):
-        """A LoRA request with an id, name and path of its own: a reused id is not loaded again, and a copy that was removed not found."""
+    def _lora(self, adapter: Path | None, busy: set[Path | None]):
+        """A LoRA request with an id, name and path of its own: a reused id is not loaded again, and a copy that was removed not found.
+        `busy` are the adapters of prompts under way."""
         from vllm.lora.request import LoRARequest
 
         if adapter is None:
             return None
-        folder = self._adapters.folder(adapter)
+        folder = self._adapters.folder(adapter, busy)
         if folder not in self._requests:
             number = len(self._requests) + 1
             self._requests[folder] = LoRARequest(f"{adapter.name}-{number}", number, str(folder))
@@ -156,7 +157,8 @@ class VllmEngine:
 
 def _prepare_environment(device: str) -> None:
     """Settings vLLM reads only from the environment, set before its first import; what the user set stays."""
-    defaults = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    defaults = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+                "VLLM_USE_FLASHINFER_SAMPLER": "0"}  # in 0.33 on unasked, and compiled at the start (issue 50705); greedy does without
     if device == "cpu":  # without it vLLM's CPU build falls back to one thread
         defaults["OMP_NUM_THREADS"] = str(len(cores()))
     for name, value in defaults.items():

@@ -6,6 +6,7 @@ line, and is never told a solution. What it prints otherwise goes to its log.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 import json
@@ -14,15 +15,16 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Callable
 
 from . import adapt
 from .checkpoint import load_tokenizer
 from .device import device_name, require_device, require_own_gpu
 from .dtypes import HEADROOM, HEADROOM_TTT, Model
-from .errors import ArcKernelError, named_line
+from .errors import ArcKernelError, first_line, named_line
 from .grids import GridEncoder
 from .job import Job
-from .memory import free_memory, importing
+from .memory import exhausted, free_memory, importing
 from .precision import verdict
 from .precision.rescale import Refused
 from .prompts import PromptBuilder
@@ -31,6 +33,7 @@ from .tasks import Task, task_from_json
 
 PROGRESS_SECONDS = 0.5
 STRIKES = 2  # tasks in a row that fail in a dtype before training leaves it
+LESS, SHORTEST = 0.75, 1024  # of the tokens of an example, where a GPU is full; tokens
 
 
 class Worker:
@@ -172,7 +175,7 @@ class Worker:
             self.tell("precision", task=task.id, stage="adapt", dtype=self._trainer.dtype, text=f"task {task.id}: {text}")
 
         try:
-            facts = self._trainer.train(task, Path(self.job.adapters) / task.id, on_step, on_trouble, seconds=seconds)
+            facts = self._train_where_it_fits(task, on_step, on_trouble, seconds)
             tell_losses()
             self.tell("adapted", task=task.id, seconds=round(time.perf_counter() - begun, 3), tokens=total,
                       dtype=self._trainer.dtype, **facts)
@@ -185,6 +188,24 @@ class Worker:
             require_device(self.device)
             self.tell("adapt-failed", task=task.id, error=f"task {task.id}: {named_line(error)}: answered without an adapter")
         return total
+
+    def _train_where_it_fits(self, task: Task, on_step: Callable, on_trouble: Callable, seconds: float) -> dict:
+        """`TaskTrainer.train`, in a context shorter by LESS where the GPU has no room for the task's examples, which then lose pairs."""
+        trainer, asked = self._trainer, self._trainer.recipe
+        try:
+            while True:
+                try:
+                    return trainer.train(task, Path(self.job.adapters) / task.id, on_step, on_trouble, seconds=seconds)
+                except Exception as error:  # which holds the step's memory while it is at hand
+                    shorter = int(trainer.recipe.max_seq_len * LESS)
+                    if not exhausted(error) or shorter < SHORTEST:
+                        raise
+                    reason = first_line(error)
+                free_memory()
+                trainer.recipe = dataclasses.replace(trainer.recipe, max_seq_len=shorter)
+                on_trouble(f"{reason}: tried with examples of up to {shorter} tokens")
+        finally:
+            trainer.recipe = asked
 
     def _answer_all(self) -> None:
         reply, tasks = self._want(stage="answer", now=True), iter(lambda: self.ask("answer"), None)

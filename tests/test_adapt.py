@@ -277,11 +277,32 @@ def test_a_pass_that_does_not_fit_beside_the_graphs_is_done_again_without_them(t
         trainer._backward(drawn, scaler)
 
 
-def test_loss_curve_is_whole_where_the_trainer_says_something_or_goes_back(arc_training, tmp_path):
+@pytest.fixture
+def worker(tmp_path):
+    """A worker whose trainer is set by the test, and what it tells."""
     given = {"ttt_steps": 6, "adapt_until": time.time() + 60, "adapters": str(tmp_path)}
-    job = Job(**dict.fromkeys(f.name for f in dataclasses.fields(Job)) | given)
-    said = io.StringIO()
-    worker = Worker(io.StringIO(json.dumps(dataclasses.asdict(job)) + "\n"), said)
+    job, said = Job(**dict.fromkeys(f.name for f in dataclasses.fields(Job)) | given), io.StringIO()
+    made = Worker(io.StringIO(json.dumps(dataclasses.asdict(job)) + "\n"), said)
+    return made, lambda: [json.loads(line) for line in said.getvalue().splitlines()]
+
+
+def test_task_too_long_for_the_gpu_is_trained_with_shorter_examples_and_the_next_as_before(worker, tmp_path, arc_training):
+    made, said = worker
+
+    def train(task, folder, on_step, on_trouble, seconds):
+        if made._trainer.recipe.max_seq_len > 2500:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        on_step(1, 1.0, 10)
+        return {"steps": 1}
+
+    made._trainer, made.device = types.SimpleNamespace(train=train, dtype="float32", recipe=RECIPE), "cpu"
+    made._adapt(arc_training.tasks["d037b0a7"], 1.0)
+    assert [e["event"] for e in said()] == ["precision", "precision", "loss", "adapted"] and made._trainer.recipe == RECIPE
+    assert "CUDA out of memory" in said()[1]["text"] and "up to 2304 tokens" in said()[1]["text"]
+
+
+def test_loss_curve_is_whole_where_the_trainer_says_something_or_goes_back(worker, arc_training):
+    made, said = worker
 
     def train(task, folder, on_step, on_trouble, seconds):
         for step, trouble in ((1, ""), (2, "no CUDA graphs any more"), (3, ""), (4, "back to step 2"), (3, ""), (4, ""), (5, ""), (6, "")):
@@ -290,7 +311,6 @@ def test_loss_curve_is_whole_where_the_trainer_says_something_or_goes_back(arc_t
                 on_trouble(trouble)
         return {"steps": 6}
 
-    worker._trainer = types.SimpleNamespace(train=train, dtype="float32")
-    worker._adapt(arc_training.tasks["d037b0a7"], 1.0)
-    said = [json.loads(line) for line in said.getvalue().splitlines()]
-    assert events.losses(said) == {"d037b0a7": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]}
+    made._trainer = types.SimpleNamespace(train=train, dtype="float32", recipe=RECIPE)
+    made._adapt(arc_training.tasks["d037b0a7"], 1.0)
+    assert events.losses(said()) == {"d037b0a7": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]}

@@ -1,5 +1,6 @@
 """Bad input ends in one clear line and exit status 1, before a model is loaded: `python -m pytest tests/test_bad_input.py`."""
 
+import errno
 import json
 import os
 import shutil
@@ -7,10 +8,13 @@ import subprocess
 import sys
 
 import pytest
+from filelock import FileLock
 from transformers import GPT2Config, GPT2LMHeadModel, PhiConfig, PhiForCausalLM
 
 from arc_kernel import adapt
+from arc_kernel.__main__ import main
 from arc_kernel.errors import ArcKernelError
+from arc_kernel.tasks import read_submission
 from models import save
 
 GOOD = {"train": [{"input": [[1]], "output": [[2]]}, {"input": [[2]], "output": [[3]]}], "test": [{"input": [[1]]}]}
@@ -36,6 +40,39 @@ def test_help_answers_in_under_two_seconds_for_every_command():
     for name in ("solve", "score", "report", "prepare", "inspect", "notebook"):
         seconds = float(subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, check=True).stdout)
         assert seconds < 2, name
+
+
+def good_file(folder):
+    (folder / "tasks.json").write_text(json.dumps({"t": GOOD}))
+    return folder / "tasks.json"
+
+
+def test_a_run_that_never_began_does_not_keep_its_folder(tmp_path):
+    asked = "solve", "--tasks", good_file(tmp_path), "--out", tmp_path / "run"
+    assert refused(run(*asked, "--profile", "nowhere"), "profile nowhere")
+    assert refused(run(*asked, "--model", tmp_path / "none"), "no such model folder")
+    assert read_submission(tmp_path / "run" / "submission.json").keys() == {("t", 0)}
+
+
+def test_a_folder_another_run_is_at_work_on_is_refused(tmp_path):
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / ".lock"):
+        assert refused(run("solve", "--tasks", good_file(tmp_path), "--out", tmp_path / "run"), tmp_path / "run", "another run is at work")
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "submission.json"))
+
+    monkeypatch.setattr("arc_kernel.run.write_submission", full)
+    assert main(["solve", "--tasks", str(good_file(tmp_path)), "--out", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr().err
+    assert "submission.json: cannot be written (No space left on device): free some disk and start again" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("setting", ["tasks", "out", "model"])
+def test_an_empty_name_is_refused(setting):
+    assert refused(run("solve", f"--{setting}", ""), f"settings: {setting} is empty")
 
 
 @pytest.mark.parametrize("content, words", [

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers.integrations import sdpa_attention
 
 from arc_kernel import checkpoint
@@ -77,6 +78,15 @@ def test_old_gpus_attend_with_a_key_for_every_query_and_compute_the_same(model_f
         repeat_keys()
         assert torch.allclose(model(input_ids=ids).logits, before, atol=1e-5)
     assert heads == [(2, 2)] * 2
+
+
+def test_tensor_of_another_shape_is_named_with_both(model_folder, tmp_path):
+    folder = tiny_model(model_folder, tmp_path / "tiny")
+    checkpoint.check_model(folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"model.norm.weight": torch.zeros(3)}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ArcKernelError, match=r"tensor model.norm.weight has shape \[3\], config.json says \[64\]: copy the model again"):
+        checkpoint.load_model(folder, "float32", "cpu")
 
 
 def test_a_reason_that_begins_with_an_empty_line_is_told_and_one_without_words_by_its_name(model_folder, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from arc_kernel import __main__, checkpoint, checkup, chooser, dtype_bench, generate
+from arc_kernel import __main__, checkpoint, checkup, chooser, dtype_bench, dtypes, generate
 from arc_kernel.precision import rescale
 from arc_kernel.transformers_engine import TransformersEngine
 from models import nan_model, tiny_model
@@ -206,6 +206,29 @@ def test_bench_prints_a_row_for_each_dtype(precision, tiny, monkeypatch):
         refused = precision(model=tiny, bench=True, **asked)
         assert refused.returncode == 1 and said in refused.stderr
     assert len(rows) == 3 and all(line.count("(") == 4 for line in rows.values()) and "(1.00)" in done.stdout
+
+
+@pytest.mark.parametrize("bits", ["nan", "inf", "-5", "100"])
+def test_headroom_beyond_what_float16_has_is_one_line(precision, tiny, bits):
+    done = precision(model=tiny, headroom=bits)
+    assert done.returncode == 1 and f"--headroom {float(bits):g}: give 0 to 12 bits" in done.stderr
+
+
+def test_page_that_cannot_be_written_is_told_before_anything_is_probed(precision, tiny, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    done = precision(model=tiny, out=tmp_path / "file")
+    assert done.returncode == 1 and "cannot be written" in done.stderr and not done.stdout
+
+
+def test_what_has_no_room_on_a_gpu_is_measured_on_the_cpu():
+    def measure(device):
+        if device == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return device
+
+    assert dtypes._where_it_fits("cuda", measure) == "cpu"
+    with pytest.raises(RuntimeError, match="another"):
+        dtypes._where_it_fits("cuda", lambda device: (_ for _ in ()).throw(RuntimeError("another")))
 
 
 @pytest.mark.parametrize("options", [{}, {"bench": True}])

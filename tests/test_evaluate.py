@@ -170,6 +170,7 @@ def test_each_fault_is_one_line(tmp_path, tasks, run, capsys):
         return said
 
     assert "no/settings.json: no such file: give the output folder of a run" in refused(tmp_path / "no")
+    assert f"{tmp_path}: is a folder: give the name of a file" in refused(run, "--out", tmp_path)
     recall = "--tasks", "recall:100", "--model", "smollm2-135m"
     assert "--out and --solutions go with runs" in refused(*recall, "--out", tmp_path / "page.html")
     empty = write_run(tmp_path / "empty", tasks, {})

@@ -10,8 +10,10 @@ import base64
 import html
 import io
 import json
+import traceback
 from collections import defaultdict
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 
@@ -184,6 +186,16 @@ def svg(figure) -> str:
     data = io.StringIO()
     figure.savefig(data, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return data.getvalue()[data.getvalue().index("<svg"):]
+
+
+def show(make: Callable[..., str], *given) -> None:
+    """Display in a notebook the HTML that `make` gives; one that fails is told, and costs no run its submission."""
+    from IPython.display import HTML, display
+
+    try:
+        display(HTML(make(*given)))
+    except Exception:
+        traceback.print_exc()
 
 
 def smooth(curve: list[float]) -> list[float]:

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import time
+import traceback
 from collections import defaultdict
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from . import adapt, adapter_fit, checkpoint, disk, generate, progress, report, score, select, trained_prompt
 from .device import gpu_count
-from .errors import ArcKernelError
+from .errors import ArcKernelError, named_line
 from .events import EventLog, read_events, stage_rows
 from .files import replacing
 from .grids import GridEncoder
@@ -161,7 +162,12 @@ class Run:
             self._write_json("metrics.json", metrics)
         self._stage("vote, score", time.perf_counter() - begun)
         rows = stage_rows(self.events())
-        path = report.write_report(self.out, self.settings, self.challenges, self.candidates, attempts, metrics, self.events())
+        try:
+            path = report.write_report(self.out, self.settings, self.challenges, self.candidates, attempts, metrics, self.events())
+        except Exception as error:  # Kaggle takes no submission of a notebook that ends with an error
+            traceback.print_exc()
+            self.log.say("note", text=f"report.html is not written: {named_line(error)}")
+            path = None
         return {"submission": self.out / "submission.json", "report": path, "metrics": metrics, "stages": rows,
                 "seconds": round(time.perf_counter() - self.begun, 1), "free_gb": round(disk.free_gb(self.out), 1)}
 
@@ -343,5 +349,7 @@ def solve(settings: Settings) -> dict:
 def write_report_again(out: Path) -> Path:
     """Write the report.html of a run folder from its files; raises ArcKernelError where it holds no run."""
     settings = dataclasses.replace(stored_settings(out)[0], out=str(out))
-    run = Run(settings)
-    return run.finish()["report"]
+    path = Run(settings).finish()["report"]
+    if path is None:
+        raise ArcKernelError(f"{out / 'report.html'}: not written: see above")
+    return path

@@ -109,21 +109,20 @@ if _bench:  # in a process of its own: it gives its GPU memory back
 # ## Look at the tasks
 
 # %%
-from IPython.display import HTML, display
-
 from arc_kernel import events, report, score
 from arc_kernel.run import Run
 
 run = Run(settings)
 for task in list(run.challenges.tasks.values())[:5]:
-    display(HTML(f"<b>{task.id}</b>{report.task_html(task)}"))
+    print(task.id)
+    report.show(report.task_html, task)
 
 # %% [markdown]
 # ## Adapt: one LoRA per task from its own pairs
 
 # %%
 run.adapt()
-display(HTML(report.losses_html(events.losses(run.events()))))
+report.show(report.losses_html, events.losses(run.events()))
 
 # %% [markdown]
 # ## Answer under many views, undo them, vote
@@ -131,7 +130,7 @@ display(HTML(report.losses_html(events.losses(run.events()))))
 # %%
 run.answer()
 attempts = run.attempts()
-display(HTML(report.precision_html(report.read_verdict(run.out))))
+report.show(report.precision_html, report.read_verdict(run.out))
 
 # %% [markdown]
 # ## Look at the predictions
@@ -139,8 +138,8 @@ display(HTML(report.precision_html(report.read_verdict(run.out))))
 # %%
 for task in [t for t in run.challenges.tasks.values() if t.id in run.candidates][:5]:
     for _i in range(len(task.test)):
-        _shown = report.predictions_html(task, _i, run.candidates[task.id][_i], attempts[task.id, _i])
-        display(HTML(f"<b>{task.id}</b>{_shown}"))
+        print(task.id)
+        report.show(report.predictions_html, task, _i, run.candidates[task.id][_i], attempts[task.id, _i])
 
 # %% [markdown]
 # ## Submission

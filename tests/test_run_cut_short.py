@@ -112,8 +112,9 @@ def test_steps_that_do_not_fit_into_the_time_budget_leave_tasks_an_adapter_of_fe
     solve_here(Settings(tasks=TRAINING, task_ids=SMALL, **options, time_budget=160.0, out=str(tmp_path / "run")))
     assert time.time() - begun < 160
     steps = {e["task"]: e["steps"] for e in events(tmp_path / "run", "adapted")}
-    failed = events(tmp_path / "run", "adapt-failed")  # where the machine has slowed down and not even an eighth of the steps fits
-    assert set(steps) | {e["task"] for e in failed} == set(SMALL.split(",")) and 1 <= len(steps)
+    failed = events(tmp_path / "run", "adapt-failed")  # where the machine has slowed down and not even an eighth of the steps fits,
+    late = {task for e in events(tmp_path / "run", "out-of-time") if e["stage"] == "adapt" for task in e["tasks"]}  # or not one
+    assert set(steps) | {e["task"] for e in failed} | late == set(SMALL.split(",")) and 1 <= len(steps)
     assert all("time budget: training ends at step" in e["error"] for e in failed)
     cut = sorted(taken for taken in steps.values() if taken < wanted)
     assert cut and adapt.fewest_steps(wanted) <= cut[0] and max(steps.values()) <= wanted

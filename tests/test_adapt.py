@@ -18,7 +18,6 @@ from arc_kernel.job import Job
 from arc_kernel.precision import rescale
 from arc_kernel.prompts import IGNORED, PromptBuilder
 from arc_kernel.tasks import Pair, Task, task_from_json, task_to_json
-from arc_kernel.views import task_rng
 from arc_kernel.worker import Worker
 from models import nan_model, tiny_model
 
@@ -96,8 +95,10 @@ def test_saved_adapter_is_plain_lora_without_paths(trainer, arc_training, tmp_pa
     config = json.loads(text)
     assert json.loads((tmp_path / "a" / "range.json").read_text())["peaks"]["down"][1] > 0
     assert (config["peft_type"], config["r"], config["use_dora"]) == ("LORA", 4, False)
+    assert (config["lora_alpha"], config["target_modules"]) == (8, sorted(adapt.TARGET_MODULES))
     assert str(tiny.parent) not in text
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "range.json"}
 
 
 def test_each_task_continues_from_the_given_adapter(trainer, tiny, builder, arc_training, tmp_path):
@@ -111,17 +112,24 @@ def test_each_task_continues_from_the_given_adapter(trainer, tiny, builder, arc_
     assert same(one, trained(moving, arc_training.tasks["3c9b0459"], tmp_path / "three")[0])
 
 
-def test_every_pair_becomes_the_target_once_in_each_round(builder, arc_training):
-    task = arc_training.tasks["d037b0a7"]
-    examples = adapt.leave_one_out(task, builder, RECIPE, task_rng(0, task.id, "adapt"))
-    rounds = [[next(examples) for _ in task.train] for _ in range(4)]
-    shapes = lambda e: (int((e.labels != IGNORED).sum()), len(e.input_ids))
-    cells = lambda grid: np.bincount(grid.ravel(), minlength=1)[0]  # zeros are kept by every view
-    wanted = sorted(cells(p.output) for p in task.train)
-    zero = builder.ids_of("0")[0]
-    for examples in rounds:
-        assert sorted(int((e.labels == zero).sum()) for e in examples) == wanted
-        assert all(shapes(e)[0] < shapes(e)[1] for e in examples)
+def test_every_pair_becomes_the_target_once_in_each_round_after_each_other_one_in_any_order_and_colours(tokenizer):
+    """Each pair has a size of its own, so that what an example shows is known whatever the view."""
+    builder = PromptBuilder(tokenizer, GridEncoder.from_name("shape+digits"), "compact")
+    square = lambda side: np.zeros((side, side), np.int8)
+    task = Task("t", tuple(Pair(square(n), square(n + 10)) for n in (1, 2, 3, 4)), ())
+    recipe = dataclasses.replace(RECIPE, permute_background=True, all_outputs=True)
+    examples, targets, orders, colours = adapt.leave_one_out(task, builder, recipe, np.random.default_rng(0)), [], set(), set()
+    for _ in range(40):
+        example = next(examples)
+        inputs = builder.text_of(example.input_ids[:-1].tolist()).split("I\n")[1:]
+        sizes = [int(text.split("x")[0]) for text in inputs]
+        assert sorted(sizes) == [1, 2, 3, 4], "the target, and each other pair once"
+        targets.append(sizes[-1])
+        orders.add(tuple(sizes))
+        colours |= {text.split("\n")[1][0] for text in inputs}
+        learnt = int((example.labels != IGNORED).sum())
+        assert learnt == sum(len(builder.grid_ids(square(n + 10))) + 1 for n in sizes[1:]), "all outputs but the first"
+    assert all(sorted(targets[k:k + 4]) == [1, 2, 3, 4] for k in range(0, 40, 4)) and len(orders) > 4 and len(colours) > 5
 
 
 def test_context_is_cut_to_max_seq_len_and_a_task_without_room_cannot_train(builder, arc_training):
@@ -193,6 +201,11 @@ def test_training_that_does_not_fit_into_its_seconds_is_shorter_and_comes_down_t
 
     facts = trainer.train(task, tmp_path / "b", lambda *_: None, seconds=1e-3)
     assert facts["steps"] == adapt.fewest_steps(160) == 20 and rates[-1] < 0.2, "what is too short to learn anything is exceeded"
+
+
+def test_schedule_warms_up_over_a_twentieth_and_falls_to_zero():
+    rates = [adapt._schedule(step, 320) for step in range(320)]
+    assert rates[0] == pytest.approx(1 / 16) and rates[15] == max(rates) == 1.0 and rates[17] < 1.0 and 0 < rates[-1] < 0.01
 
 
 def test_time_enough_changes_nothing(trainer, arc_training, tmp_path):

@@ -3,6 +3,7 @@
     python -m pytest tests/test_bundle.py
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -200,6 +201,22 @@ def test_missing_bundle_says_what_to_attach(code, tmp_path):
     assert "no such input folder" in error_of(bundle.find_inputs, tmp_path / "nowhere")
 
 
+def small_bundle(folder, kind, name):
+    """A bundle of one file."""
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_text(kind)
+    files = {name: {"sha256": hashlib.sha256(kind.encode()).hexdigest(), "bytes": len(kind)}}
+    (folder / "manifest.json").write_text(json.dumps({"arc_kernel_bundle": kind, "files": files}))
+    return folder
+
+
+def test_adapter_and_wheels_are_found_where_a_model_lies_too_and_weights_may_be_left_out(tmp_path):
+    code = small_bundle(tmp_path / "code", "code", "arc_kernel/a.py")
+    adapter, wheels = (small_bundle(tmp_path / "a/b/c/d/e" / kind, kind, f"{kind}/x") for kind in ("adapter", "wheels"))
+    assert bundle.find_inputs(tmp_path, weights=False) == bundle.Inputs(code, None, adapter / "adapter", wheels)
+    assert "no weights bundle" in error_of(bundle.find_inputs, tmp_path)
+
+
 @pytest.mark.parametrize("files", [None, {}, {"a": 3}, {"../x": {"sha256": "", "bytes": 1}}, {"/x": {"sha256": "", "bytes": 1}}])
 def test_incomplete_manifest_is_named(tmp_path, files):
     (tmp_path / "manifest.json").write_text(json.dumps({"arc_kernel_bundle": "code", "files": files}))
@@ -243,8 +260,13 @@ def test_missing_challenges_say_what_was_found_instead(tmp_path):
     assert "no t.json in it: attach the competition" in error_of(bundle.find_challenges, tmp_path, "t.json")
     (tmp_path / "other_challenges.json").write_text(TASKS)
     assert "other_challenges.json" in error_of(bundle.find_challenges, tmp_path, "t.json")
-    (tmp_path / "t.json").write_text("[]")
-    assert "t.json holds no ARC tasks" in error_of(bundle.find_challenges, tmp_path, "t.json")
+    for nothing in ("[]", "{}"):
+        (tmp_path / "t.json").write_text(nothing)
+        assert "t.json holds no ARC tasks" in error_of(bundle.find_challenges, tmp_path, "t.json")
+    for n in range(4):
+        (tmp_path / f"{n}_challenges.json").write_text(TASKS)
+    three = ", ".join(f"{tmp_path / str(n)}_challenges.json" for n in range(3))
+    assert f"{three}: attach" in error_of(bundle.find_challenges, tmp_path, "u.json")
 
 
 def test_code_bundle_runs_alone_on_a_bare_python(code, built):

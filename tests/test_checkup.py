@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -229,6 +230,26 @@ def test_what_has_no_room_on_a_gpu_is_measured_on_the_cpu():
     assert dtypes._where_it_fits("cuda", measure) == "cpu"
     with pytest.raises(RuntimeError, match="another"):
         dtypes._where_it_fits("cuda", lambda device: (_ for _ in ()).throw(RuntimeError("another")))
+
+
+def test_what_was_measured_is_kept(tmp_path):
+    model, measured = object.__new__(dtypes.Model), []
+    model.cache = tmp_path / "cache"
+    for _ in range(2):
+        assert model._once("name", lambda: measured.append(1) or {"a": 1}) == {"a": 1}
+    assert measured == [1]
+
+
+def test_adapters_that_are_being_written_have_no_peaks_and_one_that_is_not_served_is_told_once(tmp_path):
+    for name in ("a", ".b.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "range.json").write_text('{"peaks": {"o": [1.0]}}')
+    told = []
+    model = types.SimpleNamespace(adapter=None, plan=lambda: None,
+                                  without_overflow=lambda peaks: (None, dict.fromkeys(peaks, "too large")))
+    choice = chooser.Chooser(model, "float16", "transformers", 512, 4, tmp_path, lambda event, **facts: told.append(facts["task"]), None)
+    assert choice._peaks() == {tmp_path / "a": {"o": [1.0]}}
+    assert [choice._variant("float16") for _ in range(2)] == [(None, {tmp_path / "a"})] * 2 and told == ["a"]
 
 
 @pytest.mark.parametrize("options", [{}, {"bench": True}])

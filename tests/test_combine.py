@@ -23,8 +23,8 @@ def submission(path, **tasks):
     return path
 
 
-def combined(tmp_path, rule, *sources):
-    line = combine(list(sources), tmp_path / "out.json", rule)
+def combined(tmp_path, rule, *sources, **more):
+    line = combine(list(sources), tmp_path / "out.json", rule, **more)
     rows = {where: [g.tolist() for g in grids] for where, grids in read_submission(tmp_path / "out.json").items()}
     return rows, line
 
@@ -109,6 +109,31 @@ def test_of_a_runs_folder_it_is_known_which_attempts_are_no_answers(tmp_path, ru
     assert combined(tmp_path, "fill", runs[0], file)[0]["u", 0] == [[[8]], [[9]]]
 
 
+@pytest.mark.parametrize("rule", ["fill", "vote"])
+def test_runs_of_another_machine_are_combined_with_their_tasks_given(tmp_path, rule):
+    source = write_tasks(tmp_path / "t.json", {"t": [None]})
+    made = [write_run(tmp_path / f"r{n}", source, {("t", 0): [[[n]]]}) for n in (1, 2)]
+    moved = source.rename(tmp_path / "moved.json")
+    assert combined(tmp_path, rule, *made, tasks=str(moved))[0]["t", 0] == [[[1]], [[2]]]
+
+
+def test_grids_of_the_same_cells_in_another_shape_are_two(tmp_path):
+    a = submission(tmp_path / "a.json", t=[([[1, 2]], [[1], [2]])])
+    b = submission(tmp_path / "b.json", t=[([[3]], [[4]])])
+    assert combined(tmp_path, "fill", a, b)[0]["t", 0] == [[[1, 2]], [[1], [2]]]
+    source = write_tasks(tmp_path / "t.json", {"t": [None]})
+    made = [write_run(tmp_path / n, source, {("t", 0): grids}) for n, grids in (("x", [[[1, 2]]] * 2), ("y", [[[1], [2]]]))]
+    assert combined(tmp_path, "vote", *made)[0]["t", 0] == [[[1, 2]], [[1], [2]]]
+
+
+@pytest.mark.parametrize("rule", ["fill", "vote"])
+def test_what_no_run_answers_gets_the_fallback_of_the_run_that_has_the_task(tmp_path, rule):
+    one = write_tasks(tmp_path / "1.json", {"t": [None]})
+    more = write_tasks(tmp_path / "2.json", {"t": [None, None], "w": [None]})
+    made = write_run(tmp_path / "x", one, {("t", 0): [[[7]]]}), write_run(tmp_path / "y", more, {("t", 0): [[[5]]]})
+    assert combined(tmp_path, rule, *made)[0]["w", 0] == [[[0, 0]], [[1, 1]]]
+
+
 def test_each_fault_is_one_line(tmp_path, runs, capsys):
     good = submission(tmp_path / "good.json", t=[([[1]], [[2]])])
 
@@ -129,4 +154,4 @@ def test_each_fault_is_one_line(tmp_path, runs, capsys):
     assert "cannot be written" in refused(good, good, out=good / "below" / "out.json")
     (tmp_path / "z.json").write_text((tmp_path / "x_tasks.json").read_text().replace("[[1]]", "[[4]]"))
     other = write_run(tmp_path / "z", tmp_path / "z.json", {("t", 0): [np.array([[5]])]})
-    assert "z: task t is another than in" in refused(runs[0], other, rule="vote")
+    assert all("z: task t is another than in" in refused(runs[0], other, rule=rule) for rule in ("first", "fill", "vote"))

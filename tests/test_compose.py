@@ -8,6 +8,7 @@ from strategies import grids
 
 from arc_kernel import compose
 from arc_kernel.tasks import MAX_SIDE, Pair
+from arc_kernel.views import SYMMETRIES, View
 
 pairs_of_any_size = st.lists(st.builds(Pair, grids(), grids()), min_size=2, max_size=5)
 
@@ -45,6 +46,17 @@ def test_each_kind_is_drawn_and_does_what_its_name_says():
     assert compose.Composition("output", "padding", (1, 7)).apply_grid(grid).tolist() == [[7] * 4, [7, 1, 2, 7], [7, 3, 4, 7], [7] * 4]
 
 
+def test_mirrors_are_where_their_names_say_and_symmetries_are_those_of_views():
+    grid = np.array([[1, 2], [3, 4]], np.int8)
+    right, down = (compose.Composition("output", "mirror", (compose.MIRRORS.index(name),)) for name in ("right", "down"))
+    assert right.apply_grid(grid).tolist() == [[1, 2, 2, 1], [3, 4, 4, 3]]
+    assert down.apply_grid(grid).tolist() == [[1, 2], [3, 4], [3, 4], [1, 2]]
+    wide = np.arange(6, dtype=np.int8).reshape(2, 3)
+    for number in range(len(SYMMETRIES)):
+        turned = compose.Composition("input", "symmetry", (number,)).apply_grid(wide)
+        assert np.array_equal(turned, View(number, tuple(range(10)), ()).apply_grid(wide))
+
+
 def test_where_nothing_can_change_it_says_so():
     same = np.zeros((30, 30), np.int8)
     assert compose.compose([Pair(same, same)] * 2, np.random.default_rng(0))[1] is None
@@ -54,3 +66,8 @@ def test_where_nothing_can_change_it_says_so():
 def test_sides_can_be_chosen(side):
     grid = np.array([[1, 2, 3]], np.int8)
     assert {compose.compose([Pair(grid, grid)], np.random.default_rng(i), [side])[1].side for i in range(20)} == {side}
+
+
+def test_both_sides_are_drawn_alike():
+    sides = [compose.draw(np.random.default_rng(i)).side for i in range(60)]
+    assert 15 < sides.count("input") < 45

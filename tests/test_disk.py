@@ -35,6 +35,8 @@ def test_forecast_says_for_how_many_tasks_the_disk_is_enough(tmp_path, monkeypat
     assert (disk.forecast(200, 39_000_000, tmp_path / "not" / "there")
             == f"200 adapters of 39 MB: 7.8 GB, of 10.0 GB that are free in {tmp_path}/not/there")
     assert disk.forecast(240, 39_000_000, tmp_path).endswith("enough for 205: give another scratch, or a smaller lora_rank")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(20e9, 19e9, 1e9))
+    assert "enough for 0: give" in disk.forecast(10, 39_000_000, tmp_path)
 
 
 def test_folder_is_made_anew_only_where_it_is_ones_own(tmp_path):
@@ -47,3 +49,7 @@ def test_folder_is_made_anew_only_where_it_is_ones_own(tmp_path):
     with pytest.raises(ArcKernelError, match="in the way, and not made by this script"):
         disk.make_anew(tmp_path / "new", "mark")
     assert (tmp_path / "new" / "other").exists()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ArcKernelError, match="in the way"):
+        disk.make_anew(tmp_path / "file", "mark")
+    assert (tmp_path / "file").read_text() == "mine"

@@ -17,7 +17,7 @@ from arc_kernel.errors import ArcKernelError
 from arc_kernel.evaluate import PUBLISHED, evaluate, percent, table
 from arc_kernel.fewer import SUBSETS, sizes, with_fewer
 from arc_kernel.grids import GridEncoder
-from arc_kernel.run_folder import read_run
+from arc_kernel.run_folder import completions_file, read_run
 from arc_kernel.select import Completion
 
 REAL = "d037b0a7,25ff71a9,3c9b0459"  # 25ff71a9 has two test inputs
@@ -138,6 +138,60 @@ def test_predictions_that_were_not_made_and_tasks_without_answers_are_told(tmp_p
 def test_what_the_time_budget_left_of_a_task_counts(tmp_path, run):
     (run / "completions" / "A.jsonl").rename(run / "completions" / "A.jsonl.part")
     assert of(evaluate([read_run(run)], 100, 0), "per_output")["accuracy"] == pytest.approx(1 / 3, abs=1e-6)
+
+
+def test_whole_completions_go_before_what_was_left_of_an_earlier_start(run):
+    (run / "completions" / "A.jsonl.part").touch()
+    assert completions_file(run, "A").name == "A.jsonl"
+
+
+def test_runs_in_folders_of_one_name_are_told_apart(tmp_path, tasks):
+    for place in "xy":
+        (tmp_path / place).mkdir()
+    runs = [read_run(write_run(tmp_path / place / "run", tasks, {("A", 0): [[[5]]]}, views=1)) for place in "xy"]
+    result = evaluate(runs, 10, 0)
+    assert [r["run"] for r in result["runs"]] == [str(tmp_path / place / "run") for place in "xy"]
+    assert any("2 tasks only" in n for n in result["notes"])
+
+
+def test_sizes_hold_their_upper_bound(tmp_path):
+    train = [{"input": [[1]], "output": [[2]]}]
+    tasks = {f"t{n}": {"train": train, "test": [{"input": [[0] * n] * n, "output": [[1]]}]} for n in (1, 5, 10, 11, 30)}
+    (tmp_path / "t.json").write_text(json.dumps(tasks))
+    read = read_run(write_run(tmp_path / "r", tmp_path / "t.json", {("t1", 0): [[[1]]]}, views=1))
+    assert [(row["cells"], row["outputs"]) for row in evaluate([read], 10, 0)["runs"][0]["by_size"]] == [
+        ("1-25", 2), ("26-100", 1), ("101-225", 1), ("401-900", 1)]
+
+
+def test_intervals_are_repeated_by_their_seed(tmp_path):
+    source = write_tasks(tmp_path / "t.json", {f"t{n}": [[[5]]] for n in range(30)})
+    read = read_run(write_run(tmp_path / "r", source, {(f"t{n}", 0): [[[5 if n % 3 else 6]]] for n in range(30)}, views=1))
+    made = [evaluate([read], 50, seed)["runs"][0]["per_task"]["accuracy"] for seed in (0, 0, 1, 2, 3)]
+    assert made[0] == made[1] and len({json.dumps(m) for m in made}) > 1
+    assert not any("too narrow" in n for n in evaluate([read], 50, 0)["notes"])
+
+
+def test_task_of_which_one_solution_is_known_counts_with_that_one(tmp_path):
+    source = write_tasks(tmp_path / "t.json", {"A": [[[5]], None]})
+    result = evaluate([read_run(write_run(tmp_path / "r", source, {("A", 0): [[[5]]]}, views=1))], 10, 0)
+    assert (result["tasks"], result["outputs"]) == (1, 1)
+
+
+def test_table_has_the_curve_per_task_in_per_cent(tmp_path, tasks):
+    assert percent({"value": 0.125, "low": 0.05, "high": 0.2}) == "12.5 [5.0, 20.0]" and percent(None) == "-"
+    read = read_run(write_run(tmp_path / "r", tasks, {("A", 0): [[[5]]], ("A", 1): [[[7]]]}, views=1))
+    row = next(line for line in table(evaluate([read], 10, 0)).splitlines() if line.startswith("1  ") and "[" in line)
+    assert row.split()[1] == "50.0"
+
+
+@pytest.mark.parametrize("chosen, stored, read", [({"limit": 1}, {}, ["A"]), ({"task_ids": "A,B"}, {"task_ids": "A, B"}, ["A", "B"])])
+def test_run_of_some_tasks_with_solutions_of_their_own_is_read_back(tmp_path, chosen, stored, read):
+    source = write_tasks(tmp_path / "t.json", {"A": [None], "B": [None], "C": [None]})
+    (tmp_path / "truth.json").write_text(json.dumps({i: [[[5]]] for i in "ABC"}))
+    folder = write_run(tmp_path / "r", source, {("A", 0): [[[5]]]}, solutions=str(tmp_path / "truth.json"), **chosen)
+    (folder / "settings.json").write_text(json.dumps(json.loads((folder / "settings.json").read_text()) | stored))
+    found = read_run(folder).challenges.tasks
+    assert list(found) == read and found["A"].test[0].output.tolist() == [[5]]
 
 
 def test_the_command_writes_a_table_a_json_and_a_page_with_the_tasks_that_differ(tmp_path, arc_training, capsys):

@@ -142,6 +142,17 @@ def test_full_training_leaves_a_model_folder_that_loads_and_differs(settings, pr
     assert checkpoint.load_tokenizer(made["result"])("12").input_ids == checkpoint.load_tokenizer(tiny)("12").input_ids
 
 
+def test_fully_trained_model_is_written_as_the_base_was_with_its_prompt(tiny, tmp_path):
+    base, prompt = shutil.copytree(tiny, tmp_path / "base"), {"prompt": "compact", "grid_encoder": "digits"}
+    (base / "model.safetensors.index.json").write_text("{}")
+    made = Learner(tiny, 0, None, "float32")
+    made.folder = base
+    result = made.save_result(tmp_path / "out", prompt)
+    assert json.loads((result / "trained_prompt.json").read_text()) == prompt
+    assert not (result / "model.safetensors.index.json").exists()
+    assert {tensor.dtype for _, tensor in checkpoint.weight_tensors(result)} == {torch.bfloat16}
+
+
 def test_checkpointed_layers_train_in_16_bits_whatever_attention_is_taken(settings, prepared, monkeypatch):
     monkeypatch.setattr(cpu_attention, "TRIED", 32)
     cpu_attention.products_are_faster.cache_clear()  # as in a process of its own, where the trial comes with the first step

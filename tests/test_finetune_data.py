@@ -40,6 +40,11 @@ def pair(seed, side=3):
     return {"input": rng.integers(10, size=(side, side)).tolist(), "output": rng.integers(10, size=(side, side)).tolist()}
 
 
+def plain(side, colour=1):
+    """A pair of squares of one colour."""
+    return {"input": [[colour] * side] * side, "output": [[colour] * side] * side}
+
+
 def lines(path, *rows):
     text = "".join(json.dumps(r) + "\n" for r in rows)
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
@@ -50,6 +55,12 @@ def lines(path, *rows):
 def pool(tmp_path_factory):
     rows = [{"id": f"t{n}", "pairs": [pair(100 * n + i, 2 + n % 5) for i in range(8)]} for n in range(12)]
     return lines(tmp_path_factory.mktemp("data") / "pool.jsonl.gz", *rows)
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A pool of one task with pairs of side 1 to 8."""
+    return open_source(str(lines(tmp_path / "small.jsonl", {"id": "a", "pairs": [plain(side) for side in range(1, 9)] * 3})))
 
 
 def drawn_pairs(source, count=60):
@@ -63,6 +74,20 @@ def test_a_pool_gives_a_few_pairs_of_one_task_as_often_as_real_tasks_have_them(p
     assert all(any({p.input.tobytes() for p in pairs} <= inputs[i] for i in inputs) for pairs in drawn)
     assert {len(pairs) for pairs in drawn} == {3, 4, 5, 6} and np.mean([len(pairs) == 4 for pairs in drawn]) == pytest.approx(0.59, abs=0.1)
     assert all(len({p.input.tobytes() for p in pairs}) == len(pairs) for pairs in drawn)
+
+
+def test_pairs_of_a_pool_share_the_cells_that_are_allowed(tmp_path):
+    """50 cells a pair, three pairs or more."""
+    source = open_source(str(lines(tmp_path / "p.jsonl", {"id": "a", "pairs": [plain(5)] * 8})))
+    assert all(source.draw(np.random.default_rng(i), 149) == () for i in range(20))
+    assert {len(source.draw(np.random.default_rng(i), 150)) for i in range(40)} == {0, 3}
+
+
+def test_task_with_one_pair_is_left_out(tmp_path):
+    test = [{"input": [[1]]}]
+    tasks = {"a": {"train": [plain(1)], "test": test}, "b": {"train": [plain(1), plain(2)], "test": test}}
+    (tmp_path / "t.json").write_text(json.dumps(tasks))
+    assert [g.id for g in open_source(str(tmp_path / "t.json")).groups] == ["b"]
 
 
 def test_variations_examples_and_tasks_are_read_as_documented(tmp_path, training, arc_training):
@@ -102,6 +127,15 @@ def test_lines_that_cannot_be_used_name_file_line_task_and_pair(tmp_path, text, 
     assert wrong in str(error.value)
 
 
+@pytest.mark.parametrize("grid, said", [
+    ([[-1]], "cell -1"), ([[1.5]], "cell 1.5"), ([[True]], "cell True"), ([[257]], "cell 257"), ([[[1]]], "cell"),
+    ([[1]] * 31, "31 rows"), ([[1] * 31], "31 cells"), ([[]], "not a row")])
+def test_grid_of_a_line_that_is_none_is_named(tmp_path, grid, said):
+    row = {"id": "a", "pairs": [plain(1), {"input": [[1]], "output": grid}]}
+    with pytest.raises(ArcKernelError, match=f"line 1, task a, pair 2: output.*{said}"):
+        open_source(str(lines(tmp_path / "x.jsonl", row)))
+
+
 def test_a_damaged_archive_is_named(tmp_path):
     whole = gzip.compress(b'{"id": "a"}' * 1000)
     (tmp_path / "x.jsonl.gz").write_bytes(whole[:20] + b"\xff" * 20 + whole[40:])
@@ -130,6 +164,34 @@ def test_an_example_depends_on_seed_and_index_alone(pool, build):
 def test_weights_are_shares_of_the_draws(pool, build):
     stream = Stream([open_source(f"{pool}:output:3"), open_source(f"{pool}:inputs:1")], build(), 0, 4096)
     assert np.mean([stream.draw(i).kind == "output" for i in range(300)]) == pytest.approx(0.75, abs=0.07)
+
+
+def shown(build, source, index, **options):
+    """The text of an example, without the token that ends it."""
+    return build().text_of(Stream([source], build(), 0, 4096, **options).draw(index).example.input_ids.tolist()[:-1])
+
+
+def test_background_is_permuted_where_asked(tmp_path, build):
+    source = open_source(str(lines(tmp_path / "z.jsonl", {"id": "z", "pairs": [plain(2, 0)] * 6})))
+    colours = lambda background: {c for i in range(20) for c in shown(build, source, i, permute_background=background) if c.isdigit()}
+    assert colours(False) == {"0"} and len(colours(True)) > 5
+
+
+@pytest.mark.parametrize("kind, form", [("inputs", "I"), ("outputs", "O")])
+def test_composed_is_the_side_that_is_shown(tmp_path, build, kind, form):
+    """A single cell only grows."""
+    source = open_source(f"{lines(tmp_path / 'o.jsonl', {'id': 'o', 'pairs': [plain(1)] * 6})}:{kind}")
+    for index in range(30):
+        assert all(len(grid.strip()) > 1 for grid in shown(build, source, index, compose=1.0).split(f"{form}\n")[1:])
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "recall"])
+def test_all_outputs_is_passed_on_for_each_kind(small, build, kind):
+    def learnt(every):
+        stream = Stream([dataclasses.replace(small, kind=kind)], build(), 0, 4096, all_outputs=every)
+        return [int((stream.draw(i).example.labels != IGNORED).sum()) for i in range(5)]
+
+    assert all(more > fewer for more, fewer in zip(learnt(True), learnt(False)))
 
 
 @pytest.mark.parametrize("prompt", ("compact", "chat"))
@@ -165,6 +227,19 @@ def test_too_long_examples_lose_their_largest_context_pairs_or_are_drawn_again(t
     assert all(stream.builder.text_of(d.example.input_ids.tolist()).count("O") == 3 for d in drawn)  # two small ones and the test's
     with pytest.raises(ArcKernelError, match="none of 50 drawn examples has 20 tokens or fewer"):
         Stream([source], build(), 0, 4096, limit=20).draw(0)
+
+
+def test_target_is_never_what_is_dropped(tmp_path, build):
+    source = open_source(str(lines(tmp_path / "v.jsonl", {"id": "v", "variations": [[plain(3), plain(3), plain(3), plain(20)]]})))
+    stream = Stream([source], build(), 0, 300)
+    long = [len(stream._draw(np.random.default_rng(i), 0).example.input_ids) > 300 for i in range(30)]
+    assert any(long) and not all(long)
+
+
+@pytest.mark.parametrize("own, asked", [(60, 5000), (5000, 60), (60, 0), (0, 60)])
+def test_the_lower_of_two_limits_holds(small, build, own, asked):
+    stream = Stream([small], build(), 0, 8192, limit=own)
+    assert max(len(stream.draw(i, asked).example.input_ids) for i in range(20)) <= 60
 
 
 def test_small_examples_are_found_in_pools_of_mostly_large_grids(tmp_path, build):

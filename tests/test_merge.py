@@ -1,6 +1,7 @@
 """An adapter merged into its base, and adapters that do not fit it: `python -m pytest tests/test_merge.py`."""
 
 import json
+import math
 import resource
 import shutil
 
@@ -13,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from arc_kernel import adapt, checkpoint
+from arc_kernel import merge as merging
 from arc_kernel.__main__ import main
+from arc_kernel.adapter_fit import check_fit
 from arc_kernel.errors import ArcKernelError
 from arc_kernel.files import write_json
 from arc_kernel.grids import GridEncoder
@@ -111,6 +114,22 @@ def test_in_float32_nothing_is_lost(bases, adapter, tmp_path):
     assert apart(logits(tmp_path / "exact"), logits(bases[True], adapter)) < 1e-5
 
 
+def test_texts_of_a_merged_model_say_its_dtype_once_and_no_shards(bases, tmp_path):
+    base, fresh = shutil.copytree(bases[True], tmp_path / "base"), tmp_path / "fresh"
+    fresh.mkdir()
+    (base / "model.safetensors.index.json").write_text("{}")
+    write_json(base / "config.json", checkpoint.read_config(base) | {"dtype": "bfloat16"})
+    merging._copy_texts(base, fresh, "float32")
+    config = checkpoint.read_config(fresh)
+    assert config["torch_dtype"] == "float32" and config.get("dtype", "float32") == "float32"
+    assert not (fresh / "model.safetensors.index.json").exists() and (fresh / "tokenizer.json").exists()
+
+
+def test_logits_that_are_not_finite_are_no_rounding_error():
+    with pytest.raises(ArcKernelError, match="here the logits differ by nan"):
+        merging._difference(torch.tensor([math.nan]), torch.ones(1), "here")
+
+
 def other_base(folder, bases, **changes):
     """A folder with weights of other shapes; the tokenizer is not looked at."""
     settings = LlamaConfig.from_pretrained(bases[True]).to_dict() | changes
@@ -163,6 +182,19 @@ def test_adapter_that_cannot_be_merged_is_one_line(bases, adapter, tmp_path, cha
         merge(bases[True], changed_adapter(adapter, tmp_path / "a", change, **config), tmp_path / "out")
     assert str(tmp_path / "a") in str(error.value) and all(word in str(error.value) for word in words) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def first_layer_only(tensors):
+    for name in [n for n in tensors if ".layers.0." not in n]:
+        del tensors[name]
+
+
+@pytest.mark.parametrize("change, config, modules", [
+    (lambda t: None, {"r": 8, "rank_pattern": dict.fromkeys(adapt.TARGET_MODULES, 4)}, 14),
+    (first_layer_only, {"layers_to_transform": [0]}, 7)], ids=["several ranks", "some layers"])
+def test_adapter_of_several_ranks_or_of_some_layers_fits(bases, adapter, tmp_path, change, config, modules):
+    ranks, others = check_fit(changed_adapter(adapter, tmp_path / "a", change, **config), bases[True])
+    assert set(ranks.values()) == {4} and len(ranks) == modules and not others
 
 
 def test_a_run_refuses_an_adapter_for_another_base_before_it_trains(bases, adapter, tmp_path, capsys):

@@ -69,6 +69,21 @@ def test_without_an_image_the_kernel_keeps_that_of_its_first_push(tmp_path):
     assert metadata.faults(folder) == []
 
 
+def test_image_with_more_than_its_digest_is_not_pinned(tmp_path):
+    longer = dataclasses.replace(PROFILE, docker_image=IMAGE + "0")
+    with pytest.raises(ArcKernelError, match="is not pinned"):
+        metadata.write_kernel(tmp_path, HOME / "notebooks/submission.ipynb", longer, "someone", ["someone/arc-kernel-code"])
+
+
+def test_kernel_that_is_there_already_is_left_alone(tmp_path):
+    said, seen = [], []
+    for _ in range(2):
+        folder = metadata.write_kernel(tmp_path / "kernel", HOME / "notebooks/submission.ipynb", PROFILE, "someone",
+                                       ["someone/arc-kernel-code"], said.append)
+        seen.append({f: f.stat().st_mtime_ns for f in folder.iterdir()})
+    assert [line.rpartition(" ")[2] for line in said] == ["built", "unchanged"] and seen[0] == seen[1]
+
+
 def test_a_machine_without_a_gpu_has_no_shape(tmp_path):
     cpu = dataclasses.replace(PROFILE, accelerator="", gpus=0)
     folder = metadata.write_kernel(tmp_path, HOME / "notebooks/submission.ipynb", cpu, "someone", ["someone/arc-kernel-code"])
@@ -150,6 +165,15 @@ def test_faults_of_what_a_dataset_holds(code):
     assert "manifest.json is missing" in only_fault(code)
 
 
+@pytest.mark.parametrize("name, fault", [("deep/a.zip", ""), ("a.zip", "unpacked by Kaggle"), ("deep/.git/a", "leaves out")])
+def test_archives_arrive_as_they_are_in_folders_only_and_what_the_client_leaves_out_never(code, name, fault):
+    (code / name).parent.mkdir(parents=True, exist_ok=True)
+    (code / name).write_text("a")
+    change(code / "manifest.json", files=json.loads((code / "manifest.json").read_text())["files"] | {name: {}})
+    found = [line for line in metadata.faults(code) if "version control" not in line]
+    assert len(found) == bool(fault) and fault in "".join(found)
+
+
 @pytest.mark.parametrize("fields, words", [
     ({"title": None}, "no title"),
     ({"id": "submission"}, "is not <user>/<slug>"),
@@ -179,6 +203,14 @@ def test_faults_of_what_a_dataset_holds(code):
 def test_faults_of_kernel_metadata(kernel, fields, words):
     change(kernel / "kernel-metadata.json", **fields)
     assert words in only_fault(kernel)
+
+
+def test_version_of_a_dataset_may_be_named_and_further_faults_are_counted(kernel):
+    change(kernel / "kernel-metadata.json", dataset_sources=["someone/arc-kernel-code/3"])
+    assert metadata.faults(kernel) == []
+    change(kernel / "kernel-metadata.json", language="r", kernel_type="script", competition_sources=[])
+    with pytest.raises(ArcKernelError, match=r"language 'r'.* \(and 2 more faults\)$"):
+        metadata.check(kernel)
 
 
 def test_folders_that_are_none(tmp_path):

@@ -3,12 +3,13 @@
 The workers are stand-ins that speak the real ones' protocol; processes, queue and restarts are the pool's own.
 """
 
+import os
 import sys
 import time
 
 import pytest
 
-from arc_kernel import pool
+from arc_kernel import device, pool
 from arc_kernel.pool import Pool
 
 WORKER = """#!{python}
@@ -45,6 +46,9 @@ for stage in ("adapt", "answer"):
             time.sleep(1)  # as long as it takes to let go of the model
         if task is None:
             break
+        if behaviour == "capitals kill it once" and task.isupper() and not os.path.exists(os.environ["HUNG"] + task):
+            open(os.environ["HUNG"] + task, "w").close()
+            os._exit(3)
         if behaviour == "some kill it in training" and stage == "adapt" and task.startswith("bad"):
             os._exit(3)
         if behaviour == "one dies when the other has trained" and stage == "adapt":
@@ -222,3 +226,38 @@ def test_tasks_that_kill_their_workers_alone_are_not_the_devices_fault(started):
     crew = started("together", 1, [], ["a killer", "b killer", "c", "d"])
     messages = list(crew.events("answer", time.time() + 60))
     assert done(messages, "answered") == ["c", "d"] and [lost["answer"] for lost in deaths(messages)] == [[], ["a killer"], ["b killer"]]
+
+
+def test_device_that_loses_a_worker_now_and_then_is_not_given_up(started):
+    tasks = ["A", "b", "C", "d", "E", "f", "G", "h"]
+    messages = list(started("capitals kill it once", 1, [], tasks).events("answer", time.time() + 60))
+    assert done(messages, "answered") == sorted(tasks) and len(deaths(messages)) == 4 > pool.DEATHS
+
+
+def test_each_worker_gets_its_own_gpu_of_those_that_are_visible(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.delenv("HF_HUB_OFFLINE", False)
+    one, two = (pool._environment(number, 2, 2) for number in (0, 1))
+    assert (one["CUDA_VISIBLE_DEVICES"], two["CUDA_VISIBLE_DEVICES"]) == ("3", "5")
+    assert one["VLLM_CACHE_ROOT"] != two["VLLM_CACHE_ROOT"] and "HF_HUB_OFFLINE" in one
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.delenv("VLLM_CACHE_ROOT", False)
+    assert pool._environment(1, 2, 2)["CUDA_VISIBLE_DEVICES"] == "1"
+
+
+def test_cores_are_shared_out(monkeypatch):
+    monkeypatch.setattr(pool, "cores", lambda: [0, 1, 2, 3, 4])
+    assert [pool._share(number, 2) for number in (0, 1)] == [[0, 2, 4], [1, 3]] and pool._share(7, 8) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("visible, listed, count", [
+    (None, "GPU 0: Tesla T4\\nGPU 1: Tesla T4\\n", 2), ("1", "", 1), ("0,1", "", 2), ("", "", 0), ("-1", "", 0)])
+def test_gpus_are_those_that_are_visible(tmp_path, monkeypatch, visible, listed, count):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\nprintf '{listed}'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert device.gpu_count() == count

@@ -4,6 +4,8 @@ import importlib.metadata
 import itertools
 import json
 import shutil
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from arc_kernel import __main__, adapt, checkpoint, generate
 from arc_kernel.engine import EngineSettings, Prompt
 from arc_kernel.errors import ArcKernelError
 from arc_kernel.grids import GridEncoder
-from arc_kernel.prepare import vocabulary
+from arc_kernel.prepare import context, vocabulary
 from arc_kernel.prepare.make import prepare
 from arc_kernel.prompts import PromptBuilder
 from arc_kernel.tasks import Pair, Task
@@ -247,6 +249,35 @@ def test_context_says_what_a_sliding_window_still_limits_and_refuses_a_rope_that
     by_layer = {kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in theta_of.items()}
     edit(source / "config.json", rope_scaling="left out", rope_theta="left out", rope_parameters=by_layer)
     assert refused(["--model", source, "--out", tmp_path / "no", "--context", 8192], capsys, "several rope thetas, by kind of layer")
+
+
+LLAMA = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "max_position_embeddings": 2048,
+         "rope_theta": 10_000.0}
+
+
+def stretched(tokens, **config):
+    """The rope theta of a Llama with this context, and what is said of it."""
+    draft = types.SimpleNamespace(config=LLAMA | config, source=Path("m"), tokenizer={}, report=[])
+    context.stretch(draft, tokens, 0.0)
+    return draft.config["rope_theta"], draft.report[0]
+
+
+@pytest.mark.parametrize("config, rotated", [({}, 16), ({"head_dim": 32}, 32), ({"head_dim": 32, "partial_rotary_factor": 0.5}, 16)])
+def test_theta_goes_by_the_dimensions_that_are_rotated_and_a_shorter_context_leaves_it(config, rotated):
+    assert stretched(4096, **config)[0] == pytest.approx(10_000 * 2 ** (rotated / (rotated - 2)))
+    theta, said = stretched(1024, **config)
+    assert theta == 10_000 and "unchanged" in said
+
+
+def test_theta_that_is_not_named_is_the_architectures():
+    assert context.theta_of({"model_type": "mixtral"}) == 1e6 and context.theta_of({"model_type": "llama"}) == 1e4
+
+
+def test_scaling_is_written_in_both_forms():
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    config = LLAMA | {"rope_scaling": scaling}
+    context.write_both_forms(config)
+    assert config["rope_parameters"] == scaling | {"rope_theta": 10_000.0} and config["rope_scaling"] == scaling
 
 
 def test_code_and_pickles_of_a_checkpoint_are_refused_with_the_mend(copy_of, tmp_path, capsys):

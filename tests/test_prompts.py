@@ -12,7 +12,7 @@ from strategies import grids, small_tasks, views
 from arc_kernel.checkpoint import load_tokenizer
 from arc_kernel.errors import ArcKernelError
 from arc_kernel.grids import ENCODERS, GridEncoder
-from arc_kernel.prompts import IGNORED, QUESTION, SYSTEM, PromptBuilder
+from arc_kernel.prompts import IGNORED, QUESTION, SYSTEM, PromptBuilder, default_builder
 from arc_kernel.settings import PROMPTS
 from arc_kernel.tasks import Pair, Task, task_from_json, task_to_json
 from arc_kernel.views import View, random_view
@@ -181,6 +181,13 @@ def test_fit_is_none_where_not_even_the_shortest_pair_fits(build):
     assert builder.fit(pairs, grid(1, 1), 10, needed + 20) == (1,)
 
 
+def templated(tokenizer, template):
+    """A copy of the tokenizer with this chat template."""
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    return other
+
+
 def message_of(tokenizer, kind):
     with pytest.raises(ArcKernelError) as raised:
         PromptBuilder(tokenizer, GridEncoder.from_name("digits"), kind)
@@ -189,13 +196,12 @@ def message_of(tokenizer, kind):
 
 
 def test_a_model_folder_without_chat_template_is_told_to_use_compact(tokenizer, tmp_path):
-    plain = copy.deepcopy(tokenizer)
-    plain.chat_template = None
-    plain.save_pretrained(tmp_path)
+    templated(tokenizer, None).save_pretrained(tmp_path)
     reloaded = load_tokenizer(tmp_path)
     message = message_of(reloaded, "chat")
     assert str(tmp_path) in message and "no chat template" in message and "prompt=compact" in message
     assert PromptBuilder(reloaded, GridEncoder.from_name("digits"), "compact").longest_answer == 930
+    assert (default_builder(reloaded, "digits").kind, default_builder(tokenizer, "digits").kind) == ("compact", "chat")
 
 
 @pytest.mark.parametrize("template, said", [
@@ -204,19 +210,22 @@ def test_a_model_folder_without_chat_template_is_told_to_use_compact(tokenizer, 
     ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "leaves messages out"),
 ])
 def test_a_chat_template_that_cannot_be_used_is_one_line_that_advises_compact(tokenizer, template, said):
-    other = copy.deepcopy(tokenizer)
-    other.chat_template = template
-    message = message_of(other, "chat")
+    message = message_of(templated(tokenizer, template), "chat")
     assert said in message and "prompt=compact" in message
 
 
 def test_a_chat_template_that_knows_no_system_role_is_used_without_it(tokenizer):
-    other = copy.deepcopy(tokenizer)
-    other.chat_template = ("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-                           "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}")
+    other = templated(tokenizer, "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+                                 "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+                                 "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
     builder = PromptBuilder(other, GridEncoder.from_name("digits"), "chat")
     text = builder.text_of(builder.prompt_ids((), grid(1, 1, 3)))
-    assert text == f"<|im_start|>user\n{QUESTION}\nTest input:\n3\nTest output:<|im_end|>"
+    assert text == f"<|im_start|>user\n{QUESTION}\nTest input:\n3\nTest output:<|im_end|><|im_start|>assistant\n"
+
+
+def test_an_answer_in_a_template_that_closes_with_plain_text_ends_with_the_end_of_sequence_token(tokenizer):
+    other = templated(tokenizer, "{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    assert PromptBuilder(other, GridEncoder.from_name("digits"), "chat").end_token == other.eos_token_id
 
 
 def test_a_tokenizer_without_end_token_is_told_what_to_set(tokenizer):
@@ -236,3 +245,15 @@ def test_all_outputs_are_labelled_but_the_first_each_with_the_token_that_ends_it
     assert builder.text_of(labelled.tolist()).startswith(builder.encoder.encode(pairs[1].output))
     assert len(labelled) == len(builder.grid_ids(pairs[1].output)) + 1
     assert (every.labels[one.labels != IGNORED] == one.labels[one.labels != IGNORED]).all()
+
+
+@pytest.mark.parametrize("side, name", [("inputs", "Input"), ("outputs", "Output")])
+def test_grids_of_one_side_are_these_texts_and_each_learnt_one_has_the_token_that_ends_it(build, side, name):
+    shown, asked = (grid(1, 2, 1), grid(2, 1, 2)), grid(1, 1, 3)
+    compact, chat = build("compact", "digits"), build("chat", "digits")
+    made = compact.side_example(side, shown, asked, True)
+    assert compact.text_of(made.input_ids[:-1].tolist()) == "{0}\n11\n{0}\n2\n2\n{0}\n3".format(name[0])
+    assert compact.text_of(made.labels[made.labels != IGNORED].tolist()[:-1]) == "2\n2\n3"
+    text = chat.text_of(chat.side_example(side, shown, asked).input_ids.tolist())
+    words = f"Find what these {side} have in common and write one more."
+    assert f"{words}\n{name} 1:\n11\n{name} 2:\n2\n2\nNew {name.lower()}:" in text

@@ -223,3 +223,44 @@ def test_a_missing_client_is_named(kaggle, code, said, monkeypatch):
     monkeypatch.setitem(sys.modules, "kaggle", None)
     assert "Kaggle's client is not installed: pip install" in refused(said, [code])
     assert not kaggle.requests
+
+
+def test_digests_tell_all_that_is_uploaded(code, kernel):
+    seen = []
+    digests = lambda: seen.append((push._digest(code), push._kernel_digest(kernel, [code])))
+    digests()
+    written = json.loads((code / "dataset-metadata.json").read_text())
+    (code / "dataset-metadata.json").write_text(json.dumps(written | {"subtitle": "Another subtitle, long enough"}))
+    digests()
+    assert seen[0][0] != seen[1][0] and seen[0][1] != seen[1][1]  # a kernel is pushed again to see its datasets' new versions
+    with open(kernel / "submission.ipynb", "a", encoding="utf-8") as file:
+        file.write("\n")
+    digests()
+    assert seen[1][0] == seen[2][0] and seen[1][1] != seen[2][1]
+
+
+def test_dataset_that_is_gone_from_kaggle_is_made_again(code, monkeypatch):
+    states, did = iter([None, push.State(1, "ready")]), []
+    push._remember(REF, {"sha256": push._digest(code), "replaces": 0})
+    monkeypatch.setattr(push, "_state", lambda ref: next(states))
+    monkeypatch.setattr(client, "check_installed", lambda: None)
+    monkeypatch.setattr(client, "do", lambda *arguments, **_: did.append(arguments[:2]))
+    assert push.push([code], poll=0.0, say=lambda line: None) == [REF] and did == [("datasets", "create")]
+
+
+@pytest.mark.parametrize("again, unchanged", [(False, 2), (True, 0)])
+def test_dry_run_of_pushing_again_says_what_would_be_pushed(code, home, again, unchanged):
+    kernel = metadata.write_kernel(home / "kernel", HOME / "notebooks/submission.ipynb", PROFILE, "someone", [f"{REF}/3"])
+    push._remember(REF, {"sha256": push._digest(code), "replaces": 0})
+    push._remember(f"kernel {KERNEL}", {"sha256": push._kernel_digest(kernel, [code])})
+    said = []
+    push.push([code], kernel, dry_run=True, again=again, say=said.append)
+    assert sum("unchanged" in line for line in said) == unchanged
+
+
+def test_status_is_the_clients_last_line_and_a_damaged_memory_is_none(home, monkeypatch):
+    monkeypatch.setattr(client, "ask", lambda *_: 'Warning: a newer client\n{"current_version_number": null, "status": "ready"}')
+    assert push._state(REF) == push.State(0, "ready")
+    push._remember(REF, {"sha256": "x"})
+    push._memory().write_text("{")
+    assert push._remembered() == {}

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from arc_kernel import checkpoint
+from arc_kernel import checkpoint, dtypes
 from arc_kernel.grids import GridEncoder
 from arc_kernel.precision import probe, rescale
 from arc_kernel.precision.rescale import Refused, Rescale
@@ -126,11 +126,26 @@ def test_output_weights_that_would_underflow_are_helped_inside_their_layer(tmp_p
     assert rescale.balance(rescale.weight_sizes(folder), base) == base
 
 
+def test_where_there_is_not_enough_for_both_the_middle_is_taken():
+    made = Rescale(residual=10, product=(0,), value=(0,), tied=True, untie=False, qk_norm=False)
+    sizes = {(0, "v_proj"): -10.0, (0, "o_proj"): -4.0, (0, "up_proj"): 0.0, (0, "down_proj"): -4.0}
+    helped = rescale.balance(sizes, made)
+    assert (helped.value, helped.product) == ((2,), (3,))
+
+
 def test_underflow_is_seen(tmp_path):
     folder = random_model(tmp_path / "model", "llama", tied=False)
     rescale.write_model(folder, made_for(folder, residual=22), tmp_path / "tiny")
     lost = rescale.underflow(folder, tmp_path / "tiny", examples(), "cpu")
     assert lost["logit_change"] > rescale.TOLERANCE and lost["flushed"] > 0.05
+
+
+def test_rescaled_model_whose_answers_would_change_is_refused(tmp_path):
+    model = object.__new__(dtypes.Model)
+    model.folder = random_model(tmp_path / "model", "llama", tied=False)
+    model._made, model.device, model.key = examples(), "cpu", {"weights": ""}
+    with pytest.raises(Refused, match="weights too small for float16"):
+        model.write_rescaled(made_for(model.folder, residual=22), tmp_path / "tiny")
 
 
 def lora(folder, target, modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")):
@@ -187,6 +202,14 @@ def test_architecture_transformers_has_no_code_for_is_refused(tmp_path):
         rescale.unscaled(folder)
 
 
+def test_quantized_weights_are_refused(tmp_path):
+    folder = random_model(tmp_path / "model", "llama")
+    config = checkpoint.read_config(folder) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Refused, match="quantized"):
+        rescale.unscaled(folder)
+
+
 def test_weight_of_an_unknown_name_is_refused(tmp_path):
     folder = random_model(tmp_path / "model", "llama")
     tensors = load_file(folder / "model.safetensors")
@@ -208,9 +231,19 @@ def test_site_that_nothing_scales_is_refused_and_named(tmp_path):
         rescale.plan(probe.Ranges(ranges.peaks | {"o": [math.nan, 1.0]}, {}, 0), base, 2.0)
 
 
+@pytest.mark.parametrize("free, refused", [(0.99, True), (1.01, False)])
+def test_site_that_nothing_scales_keeps_a_bit_free(free, refused):
+    assert bool(rescale.overflows({"gate": [65504 / 2**free]})) == refused
+
+
 def test_float16_weights_are_written_as_float32_and_keep_every_bit(tmp_path):
     folder = random_model(tmp_path / "model", "llama", tied=False, dtype=torch.float16)
+    (folder / "config.json").write_text(json.dumps(checkpoint.read_config(folder) | {"torch_dtype": "float16"}))
+    index = {"weight_map": dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     rescale.write_model(folder, made_for(folder, residual=20), tmp_path / "rescaled")
+    assert checkpoint.read_config(tmp_path / "rescaled")["torch_dtype"] == "float32"
+    assert not (tmp_path / "rescaled" / "model.safetensors.index.json").exists()
     assert {t.dtype for t in load_file(tmp_path / "rescaled" / "model.safetensors").values()} == {torch.float32}
     assert torch.allclose(logits(load(folder)), logits(load(tmp_path / "rescaled")), rtol=1e-6, atol=1e-6)
 

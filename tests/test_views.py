@@ -97,6 +97,10 @@ def test_a_random_view_keeps_colour_0_unless_told_otherwise():
     assert all(sorted(v.colours) == list(range(10)) and sorted(v.order) == [0, 1, 2] for v in drawn(True))
 
 
+def test_random_view_has_every_order_of_the_train_pairs():
+    assert {random_view(3, np.random.default_rng(i)).order for i in range(60)} == set(itertools.permutations(range(3)))
+
+
 @pytest.mark.parametrize("permute_background", [False, True])
 def test_views_of_real_tasks_are_distinct_prompts_and_the_first_is_the_task_as_it_is(arc_training, builder, permute_background):
     for task in itertools.islice(arc_training.tasks.values(), 0, 400, 13):
@@ -113,6 +117,10 @@ def test_views_are_spread_evenly_over_the_symmetries(arc_training, n):
         counts = Counter(v.symmetry for v in found)
         assert len(found) == n and len(counts) == min(n, 8)
         assert max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_first_symmetry_after_the_task_as_it_is_may_be_any(arc_training):
+    assert {spread(arc_training.tasks["007bbfb7"], 2, seed)[1].symmetry for seed in range(40)} == set(range(1, 8))
 
 
 SCARCE = {

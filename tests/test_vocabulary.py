@@ -291,6 +291,12 @@ def test_weight_that_goes_by_the_vocabulary_and_is_not_known_is_refused(untied, 
         shrink(folder, tmp_path / "arc")
 
 
+def test_embedding_with_fewer_rows_than_the_tokenizer_has_ids_is_named():
+    weights = iter([("model.embed_tokens.weight", torch.zeros(3, 2))])
+    with pytest.raises(ArcKernelError, match="m: model.embed_tokens.weight has 3 rows, the tokenizer an id 3"):
+        list(vocabulary._rows(weights, [0, 3], 9, Path("m")))
+
+
 def test_prepare_says_what_was_gained_and_wants_a_folder_for_it(untied, tmp_path, capsys):
     assert __main__.main(["prepare", "--vocabulary", "arc", "--model", str(untied[0]), "--out", str(tmp_path / "arc")]) == 0
     gained, written = capsys.readouterr().out.splitlines()

@@ -1,0 +1,156 @@
+"""What a run does between its workers' messages, no worker started: `python -m pytest tests/test_run_parts.py`."""
+
+import dataclasses
+import json
+import math
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from run_folders import write_run, write_tasks
+
+from arc_kernel import disk, select
+from arc_kernel import run as running
+from arc_kernel.errors import ArcKernelError
+from arc_kernel.job import Job
+from arc_kernel.run import Run
+from arc_kernel.settings import Settings
+from arc_kernel.tasks import read_submission
+
+JOB = Job(**dict.fromkeys(f.name for f in dataclasses.fields(Job)) | {"ttt_steps": 1, "views": 2, "adapt_until": math.inf})
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A run on A (two test inputs), B and C, each larger than the one before."""
+    source = write_tasks(tmp_path / "tasks.json", {"A": [None, None], "B": [None], "C": [None]})
+    tasks = json.loads(source.read_text())
+    for columns, task in enumerate(tasks.values(), 1):
+        task["train"][0]["input"] = [[1] * columns] * 3
+    source.write_text(json.dumps(tasks))
+    runs = []
+
+    def start(**options):
+        runs.append(Run(Settings(tasks=str(source), out=str(tmp_path / "run"), prompt="compact", grid_encoder="digits", **options)))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.stop()
+
+
+def pool(events=lambda *_: iter(()), todo=None, **more):
+    """In the place of a run's workers: what they tell."""
+    return SimpleNamespace(events=events, todo=todo or {"adapt": [], "answer": []}, kill=lambda: None, **more)
+
+
+def answered(tmp_path, name):
+    """Have a task's file of completions hold one that is 7."""
+    select.write_completions(tmp_path / "run" / "completions" / name,
+                             [select.Completion("B", 0, "identity|0123456789|0", "7", [1], -1.0, "ok", 2)])
+
+
+def submitted(tmp_path):
+    return read_submission(tmp_path / "run" / "submission.json")["B", 0][0].tolist()
+
+
+def test_ids_may_have_spaces(made):
+    assert list(made(task_ids="C, A").challenges.tasks) == ["A", "C"]
+
+
+@pytest.mark.parametrize("time_budget, order", [(0.0, ["C", "B", "A"]), (100.0, ["A", "B", "C"])])
+def test_longest_tasks_come_first_and_shortest_where_time_is_short(made, time_budget, order):
+    assert made(time_budget=time_budget)._todo() == {"adapt": order, "answer": order}
+
+
+def test_share_of_the_time_goes_by_devices_and_test_inputs(made):
+    run = made(devices=1)
+    run._pool = pool(todo={"adapt": ["B", "C"], "answer": ["B", "C"]})
+    assert run._share("adapt", "A") == pytest.approx(1 / 3) and run._share("answer", "A") == pytest.approx(2 / 4)
+    run.devices = 2
+    assert run._share("adapt", "A") == pytest.approx(2 / 3) and run._share("answer", "A") == 1.0
+
+
+def test_time_for_votes_and_report_is_kept(made):
+    run = made(time_budget=100.0)
+    assert run._until(1.0) - run._last_call() == pytest.approx(20 + 5, abs=0.1)
+
+
+def test_disk_that_runs_low_is_told_once(made, monkeypatch, capsys):
+    run = made()
+    monkeypatch.setattr(disk, "free_gb", lambda folder: 1.0)
+    for _ in range(2):
+        run._note({"event": "adapted", "task": "A"})
+    assert capsys.readouterr().err.count("only 1.0 GB left") == 2  # for each of two folders, once
+
+
+def test_submission_has_the_answers_that_are_there_while_others_are_awaited(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(running, "SUBMISSION_SECONDS", -1.0)
+    seen = []
+
+    def events(*_):
+        answered(tmp_path, "B.jsonl")
+        yield {"event": "answered", "task": "B", "cut": 3}
+        seen.append(submitted(tmp_path))
+
+    run = made(views=2)
+    run.job, run._pool = JOB, pool(events)
+    run.answer()
+    assert seen == [[[7]]] and "fewer predictions for 1 of 3 tasks: 3 to 3 less" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["B.jsonl", "B.jsonl.part"])
+def test_next_start_submits_at_once_what_an_earlier_one_answered(made, tmp_path, name):
+    made()
+    answered(tmp_path, name)
+    assert submitted(tmp_path) == [[0, 0]]
+    made()
+    assert submitted(tmp_path) == [[7]]
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"settings.json", "submission.json", "events.jsonl", "completions"}
+
+
+def test_what_a_lost_worker_left_of_a_task_votes(made, tmp_path):
+    run = made(views=2)
+    run.job, run._pool = JOB, pool()
+    answered(tmp_path, "B.jsonl.part")
+    run.answer()
+    assert submitted(tmp_path) == [[7]]
+
+
+def test_worker_that_hangs_in_training_is_stopped(made, monkeypatch):
+    stopped = []
+    held = {"event": "out-of-time", "stage": "adapt", "tasks": ["A"], "held": True, "text": ""}
+    monkeypatch.setattr(running, "Pool", lambda *_: pool(lambda *_: iter([held]), stop_holders=stopped.append))
+    run = made(adapter="nowhere")
+    run._resolve = lambda: JOB
+    run.adapt()
+    assert stopped == ["adapt"]
+
+
+def test_report_of_a_folder_that_was_moved_is_written_there(tmp_path):
+    source = write_tasks(tmp_path / "t.json", {"A": [[[5]]]})
+    moved = write_run(tmp_path / "r", source, {("A", 0): [[[5]]]}, prompt="compact").rename(tmp_path / "moved")
+    assert running.write_report_again(moved) == moved / "report.html" and not (tmp_path / "r").exists()
+
+
+def test_what_a_job_is_told(made, fast, tmp_path, capsys):
+    model = shutil.copytree(fast["model"], tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512, "full_parameters": 10**9}))
+    run = made(model=str(model), background="permuted", backend="transformers")
+    job = run._resolve()
+    assert (job.max_seq_len, job.permute_background) == (512, True) and job.ttt_lr == pytest.approx(8e-5)
+    (model / "trained_prompt.json").write_text('{"prompt": "chat", "grid_encoder": "shape+rows+digits"}')
+    run._resolve()
+    assert "prompt is compact, but" in capsys.readouterr().err
+
+
+def test_more_devices_than_gpus_are_refused(made, fast, monkeypatch):
+    monkeypatch.setattr(running, "gpu_count", lambda: 1)
+    with pytest.raises(ArcKernelError, match="devices is 2: this machine shows 1 GPU"):
+        made(model=str(fast["model"]), devices=2)._resolve()
+
+
+def test_unknown_profile_is_refused_before_anything_is_trained(made, fast):
+    with pytest.raises(ArcKernelError, match="nowhere"):
+        made(model=str(fast["model"]), profile="nowhere")._resolve()

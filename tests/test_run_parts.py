@@ -154,3 +154,23 @@ def test_more_devices_than_gpus_are_refused(made, fast, monkeypatch):
 def test_unknown_profile_is_refused_before_anything_is_trained(made, fast):
     with pytest.raises(ArcKernelError, match="nowhere"):
         made(model=str(fast["model"]), profile="nowhere")._resolve()
+
+
+def test_a_report_that_fails_costs_no_submission_and_is_told(made, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise ValueError("no such font")
+
+    run = made()
+    monkeypatch.setattr(running.report, "write_report", fail)
+    assert run.finish()["report"] is None and "report.html is not written: ValueError: no such font" in capsys.readouterr().err
+    with pytest.raises(ArcKernelError, match="report.html: not written"):
+        running.write_report_again(tmp_path / "run")
+
+
+def test_run_begun_with_a_path_from_its_folder_is_continued_and_reported_from_any(tmp_path, monkeypatch):
+    write_tasks(tmp_path / "tasks.json", {"A": [None]})
+    monkeypatch.chdir(tmp_path)
+    Run(Settings(tasks="tasks.json", out="run", prompt="compact"))
+    monkeypatch.chdir("/")
+    Run(Settings(tasks=str(tmp_path / "tasks.json"), out=str(tmp_path / "run"), prompt="compact"))
+    assert running.write_report_again(tmp_path / "run") == tmp_path / "run" / "report.html"

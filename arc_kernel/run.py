@@ -82,6 +82,7 @@ class Run:
         try:
             self.job = self._resolve()
         except ArcKernelError:
+            self.stop()
             if self._fresh:  # nothing was done with these settings: another start may have others
                 (self.out / "settings.json").unlink()
             raise

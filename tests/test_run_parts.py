@@ -174,3 +174,9 @@ def test_run_begun_with_a_path_from_its_folder_is_continued_and_reported_from_an
     monkeypatch.chdir("/")
     Run(Settings(tasks=str(tmp_path / "tasks.json"), out=str(tmp_path / "run"), prompt="compact"))
     assert running.write_report_again(tmp_path / "run") == tmp_path / "run" / "report.html"
+
+
+def test_a_start_that_is_refused_lets_the_next_have_the_folder(made, tmp_path):
+    for model in ("none", "nor-this"):  # the first run is still at hand then, as in a notebook
+        with pytest.raises(ArcKernelError, match="no such model folder"):
+            made(model=str(tmp_path / model)).adapt()

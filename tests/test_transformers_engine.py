@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from arc_kernel import checkpoint
+from arc_kernel import checkpoint, engine
 from arc_kernel.engine import EngineSettings, Prompt
 from arc_kernel.transformers_engine import TransformersEngine
 from models import nan_model, tiny_model
@@ -132,3 +132,15 @@ def test_prompts_are_answered_before_more_come_where_there_are_none_yet(tiny):
         done.append(answer.prompt.key)
     engine.close()
     assert done == [(0,), (1,)]
+
+
+def test_converted_adapters_are_bounded_and_none_that_has_prompts_under_way_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "convert_adapter", lambda source, target, rescale: target.mkdir())
+    served = engine.ServedAdapters(object(), 2)
+    a, b, c, d = (tmp_path / name for name in "abcd")
+    made = {x: served.folder(x, busy) for x, busy in ((a, set()), (b, {a}), (c, {a, b}))}
+    assert all(folder.is_dir() for folder in made.values())  # three, since a and b are under way
+    made[d] = served.folder(d, {a})
+    assert [x.name for x, folder in made.items() if folder.is_dir()] == ["a", "d"] and served.folder(a) == made[a]
+    served.close()
+    assert not made[a].exists()

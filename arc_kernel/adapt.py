@@ -85,7 +85,10 @@ class TaskTrainer:
 
     def __init__(self, model: Path, builder: PromptBuilder, recipe: Recipe, start: Path | None, device: str, dtype: str,
                  rescale: Rescale | None = None, graphs: bool = True):
+        import torch
+
         from . import decoder_pass, fused_layer  # import torch, which `run` can do without
+        from .answer_loss import LOOKED_AT, plain_head
         from .flat_weights import FlatWeights
 
         self.recipe, self.builder, self.device, self.dtype, self.rescale = recipe, builder, device, dtype, rescale
@@ -95,6 +98,7 @@ class TaskTrainer:
         except UnknownLayout as error:
             raise ArcKernelError(f"{error}: set ttt_steps=0") from None
         base.config.use_cache = False
+        plain_head(base, torch.arange(LOOKED_AT, device=device)[None])  # looked at now: the base by itself, outside of any graph or cast
         self.model = with_lora(base, model, recipe.rank, start)
         if rescale is not None:
             for name, module in self.model.get_base_model().named_modules():

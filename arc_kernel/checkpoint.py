@@ -195,8 +195,7 @@ def load_model(folder: Path, dtype: str, device: str):
     if info["missing_keys"]:
         raise missing_tensors(folder, info["missing_keys"], type(model).__name__)
     for name in sorted(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]):
-        raise ArcKernelError(f"{folder}: tensor {name} has shape {weight_shapes(folder)[name]}, config.json says "
-                             f"{list(model.get_parameter(name).shape)}: copy the model again")
+        raise wrong_shape(folder, name, weight_shapes(folder)[name], list(model.get_parameter(name).shape))
     prepare_for(device)
     return model.to(device).eval()
 
@@ -206,6 +205,11 @@ def missing_tensors(folder: Path, names: Iterable[str], architecture: str) -> Ar
     first, *more = sorted(names)
     return ArcKernelError(f"{folder}: tensor {first} is missing{f', and {len(more)} more' * bool(more)}: "
                           f"{architecture} needs it: copy the model again")
+
+
+def wrong_shape(folder: Path, name: str, found: list[int], wanted: list[int]) -> ArcKernelError:
+    """The error about a weight of another shape than the config says."""
+    return ArcKernelError(f"{folder}: tensor {name} has shape {found}, config.json says {wanted}: copy the model again")
 
 
 def cache_folder() -> Path:

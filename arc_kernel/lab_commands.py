@@ -56,10 +56,10 @@ def _evaluate(tasks: str, model: str, adapter: Path | None, count: int, **option
 def _recall(tasks: str, model: str, adapter: Path | None, count: int, runs: list[Path], json: Path | None, seed: int, out: Path | None,
             solutions: str, resamples: int) -> None:
     from .checkpoint import open_model
+    from .device import device_name
     from .files import check_writable, write_json
     from .finetune.recall import lengths_of, recall_by_distance, table
     from .finetune.run import training_dtype
-    from .device import device_name
 
     if runs or not model or count < 1:
         raise ArcKernelError("evaluate: recall is a model's: give --model and a --count of 1 or more, and no run")

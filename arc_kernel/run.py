@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import json
 import math
 import os
 import time
@@ -23,7 +22,7 @@ from . import adapt, adapter_fit, checkpoint, disk, generate, progress, report, 
 from .device import gpu_count
 from .errors import ArcKernelError, named_line
 from .events import EventLog, read_events, stage_rows
-from .files import replacing
+from .files import write_json
 from .grids import GridEncoder
 from .job import Job
 from .kaggle import profiles
@@ -160,7 +159,7 @@ class Run:
         attempts = self._write_submission()
         metrics = score.score(self.challenges, attempts, self.candidates)
         if metrics:
-            self._write_json("metrics.json", metrics)
+            write_json(self.out / "metrics.json", metrics)
         self._stage("vote, score", time.perf_counter() - begun)
         rows = stage_rows(self.events())
         try:
@@ -252,7 +251,7 @@ class Run:
             if lines:
                 raise ArcKernelError(f"{self.out}: holds a run with other settings ({'; '.join(lines)}): give another --out, or delete it")
             return False
-        self._write_json("settings.json", mine)
+        write_json(path, mine)
         return True
 
     def _make_adapters_folder(self) -> None:
@@ -267,10 +266,6 @@ class Run:
         located = lambda value: str(Path(value).absolute()) if value and Path(value).exists() else value  # found from any folder
         files = {name: located(getattr(self.settings, name)) for name in ("tasks", "solutions") if name in names}
         return {name: getattr(self.settings, name) for name in names} | files | {"tasks_sha256": tasks_digest(self.challenges)}
-
-    def _write_json(self, name: str, value: dict) -> None:
-        with replacing(self.out / name) as file:
-            json.dump(value, file, indent=1)
 
     def _resolve(self) -> Job:
         """Settings with what can be told without loading the model made explicit; checks model and adapter."""

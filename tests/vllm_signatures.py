@@ -7,6 +7,7 @@ names and signatures, nothing of what arc_kernel does with them.
 from __future__ import annotations
 
 import ast
+import contextlib
 import email
 import functools
 import inspect
@@ -64,10 +65,8 @@ def facts(read: Callable[[str], str | None], metadata: str) -> dict:
     found["requires"] = sorted(r for r in about.get_all("Requires-Dist") if re.match(r"(torch|transformers)\b", r))
     for kept, names, look in ((found["calls"], CALLED, sources.call), (found["attributes"], READ, sources.attributes)):
         for name in names:
-            try:
+            with contextlib.suppress(LookupError):  # the release does not have it
                 kept[name] = look(name)
-            except LookupError:
-                pass  # the release does not have it
     ranks = sources.find("vllm.config.lora", "MaxLoRARanks")[1]
     found["lora_ranks"] = [c.value for c in ast.walk(ranks.value) if isinstance(c, ast.Constant)]
     registry = next(module for module in BACKENDS if sources.tree(module))
@@ -125,10 +124,8 @@ class Sources:
         module, node = self.find(*name.rsplit(".", 1))
         line = []
         for base in node.bases:
-            try:
+            with contextlib.suppress(LookupError):  # from another package
                 line += self._class(f"{module}.{ast.unparse(base)}")
-            except LookupError:
-                pass  # from another package
         return line + [node]
 
     def call(self, name: str) -> str:

@@ -43,7 +43,7 @@ class Learner(torch.nn.Module):
             check_fit(start, folder)
         base = load_model(folder, dtype if rank else "float32", "cpu")
         base.config.use_cache = False
-        plain_head(base, torch.arange(LOOKED_AT)[None])  # looked at now, so that no watched step shows it
+        plain_head(base, torch.arange(LOOKED_AT)[None])  # looked at now, as in `adapt`, and by no watched step
         self.network = with_lora(base, folder, rank, start) if rank else base
         if gradient_checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -4,7 +4,6 @@ a run, and one for a study of learning rates. Knows run folders; nothing of mode
 from __future__ import annotations
 
 import html
-import json
 import math
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from .. import report
 from ..events import read_events
-from ..files import replacing
+from ..files import replacing, write_json
 from .settings import FinetuneSettings
 
 LAST = 0.1  # share of a run's steps over which figures at its end are means: single steps jump with their examples
@@ -100,8 +99,7 @@ def write_study(out: Path, runs: dict[float, list[dict]]) -> Path:
     loss.legend(fontsize=8, title="lr")
     fit = [r for r in rows if r["loss"] is not None and not r["diverged"]]
     best = f"<p>Lowest loss at the end: <b>{min(fit, key=lambda r: r['loss'])['lr']:g}</b>.</p>" if fit else "<p>Every run diverged.</p>"
-    with replacing(out / "study.json") as file:
-        json.dump(rows, file, indent=1)
+    write_json(out / "study.json", rows)
     with replacing(out / "study.html") as file:
         file.write(report.page("Learning rates", best + table(rows) + report.svg(figure)))
     return out / "study.html"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..device import native_bfloat16
-from ..files import replacing
+from ..files import write_json
 
 # What may follow a dtype that failed. float16 after bfloat16 would be hopeless: it has the smaller range.
 NEXT = {"bfloat16": ("float32",), "float16": ("bfloat16", "float32"), "float32": ()}
@@ -61,8 +61,7 @@ class Precision:
 
     def save(self, path: Path) -> None:
         """Write the verdict as JSON, by write-then-rename."""
-        with replacing(path) as file:
-            json.dump(dataclasses.asdict(self), file, indent=1)
+        write_json(path, dataclasses.asdict(self))
 
     @classmethod
     def load(cls, path: Path, key: dict) -> "Precision | None":

@@ -41,9 +41,8 @@ def prepare(model: str, out: str, chat_template: str = "", context: int = 0, rop
         check_weights(folder)
         return [f"{folder}: {summary(folder)}"]
     target = Path(out)
-    if target.exists() and (not target.is_dir() or target.resolve() == Path(model).resolve()):
-        raise _taken(target)
-    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
+    other = lambda: any(target.iterdir()) and not (target / "config.json").is_file()
+    if target.exists() and (not target.is_dir() or target.resolve() == Path(model).resolve() or other()):
         raise _taken(target)
     try:
         with _opened(model) as (source, licence), whole_folder(target) as fresh:

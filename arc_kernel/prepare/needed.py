@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..checkpoint import missing_tensors, read_config, weight_shapes
+from ..checkpoint import missing_tensors, read_config, weight_shapes, wrong_shape
 from ..errors import ArcKernelError
 
 
@@ -47,7 +47,7 @@ def check_weights(folder: Path) -> None:
         raise missing_tensors(folder, missing, (read_config(folder).get("architectures") or ["the architecture"])[0])
     for name, shape in sorted(needed.items()):
         if there[name] != shape:
-            raise ArcKernelError(f"{folder}: tensor {name} has shape {there[name]}, config.json says {shape}: copy the model again")
+            raise wrong_shape(folder, name, there[name], shape)
 
 
 def _line(error: BaseException) -> str:

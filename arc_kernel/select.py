@@ -68,12 +68,18 @@ Group = tuple[Grid, list[float], list[str]]
 
 
 def groups(completions: list[Completion], encoder: GridEncoder) -> list[Group]:
-    """Distinct undone grids of answers that ended well, each with logprob per token (nats) and view of its votes."""
+    """Distinct undone grids of answers that ended well, each with logprob per token (nats) and view of its votes.
+
+    Raises ArcKernelError naming the task whose stored answer ended well and is no grid.
+    """
     seen: dict = {}
     for c in completions:
         if c.status == "ok":
-            view = View.parse(c.view)
-            grid = view.undo(encoder.decode(c.text))
+            try:
+                grid = View.parse(c.view).undo(encoder.decode(c.text))
+            except ValueError as error:
+                raise ArcKernelError(f"task {c.task_id}: completion of view {c.view[:40]!r} is not a grid of this run ({error}): delete "
+                                     f"completions/{c.task_id}.jsonl to answer the task again") from None
             _, logprobs, views = seen.setdefault((grid.shape, grid.tobytes()), (grid, [], []))
             logprobs.append(c.logprob / max(1, c.tokens))
             views.append(c.view)

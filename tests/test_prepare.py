@@ -210,7 +210,7 @@ def test_jinja_file_is_taken_as_a_template_with_its_own_markers(published, tmp_p
     assert "<|stop|> (382), <|assistant|> (383)" in "\n".join(report)
     jinja.write_text("{% for m in messages %}{{ m.content }}")
     source = published["TinyMistral-248M-Instruct"]
-    assert refused(["--model", source, "--out", tmp_path / "no", "--chat-template", jinja], capsys, "chat template fails")
+    assert refused(["--model", source, "--out", tmp_path / "no", "--chat-template", jinja], capsys, f"{jinja}: chat template fails")
     assert refused(["--model", source, "--out", tmp_path / "no", "--chat-template", "chatlm"], capsys, "chatlm: neither chatml nor llama3")
 
 

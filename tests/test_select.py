@@ -198,3 +198,10 @@ def test_a_damaged_line_is_named_by_file_and_number(tmp_path, damage):
     with pytest.raises(ArcKernelError) as raised:
         select.read_completions(path)
     assert f"{path} line 2:" in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("edited", [{"text": "12\n3"}, {"text": "no grid"}, {"view": "sideways"}, {"view": "identity|0123456789|9"}])
+def test_an_answer_edited_into_no_grid_is_named_by_its_task(edited):
+    with pytest.raises(ArcKernelError, match="task t: .*delete completions/t.jsonl") as raised:
+        select.candidates([completion("1"), dataclasses.replace(completion("2"), **edited)], DIGITS)
+    assert "\n" not in str(raised.value)

@@ -45,7 +45,11 @@ def add(draft: Draft, name: str) -> None:
     draft.template = text
     draft.report.append(f"chat template: {name}, {'instead of the one there was' if before else 'there was none'}")
     loaded = draft.load_tokenizer()
-    end = loaded.convert_ids_to_tokens(PromptBuilder(loaded, GridEncoder.from_name(ENCODERS[0]), "chat").end_token)
+    try:
+        end = loaded.convert_ids_to_tokens(PromptBuilder(loaded, GridEncoder.from_name(ENCODERS[0]), "chat").end_token)
+    except ArcKernelError as error:  # it names the folder in the making, and another prompt as the mend
+        reason = str(error).removeprefix(f"{draft.folder}: ").rpartition(": ")[0]
+        raise ArcKernelError(f"{name}: {reason}: give another template") from None
     _name_roles(draft, old_end, end)
     named = (end, draft.tokenizer.get("bos_token"))
     draft.tokenizer["additional_special_tokens"] = [t for t in draft.tokenizer["additional_special_tokens"] if t not in named]

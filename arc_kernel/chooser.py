@@ -57,18 +57,7 @@ class Chooser:
             started = self._settled(dtype, backends, known, path)
             if started is not None and wait is not None:
                 wait()
-                wait, (engine, variant, _), backend = None, started, self.evidence[-1]["backend"]
-                same, wrong = self._scale(dtype) == variant.rescale, ""
-                if same:
-                    started = engine, *self._variant(dtype)
-                    if not self._checked:
-                        wrong = self._wrong_with_adapter(engine, self._asked_with_adapter(backend, started[2]))
-                if wrong or not same:
-                    engine.close()  # its memory is needed to check the weights at another scale
-                    self.settled, self.evidence = None, [e for e in self.evidence if e["dtype"] != dtype]
-                    if wrong:
-                        self._reject(dtype, backend, wrong, False)
-                    started = self._settled(dtype, backends[1:] if wrong else backends, None, path)
+                wait, started = None, self._after_wait(dtype, backends, path, *started)
             if started is not None:
                 known = None
                 yield started
@@ -87,6 +76,24 @@ class Chooser:
             self._settle(started[1])
             self.settled.save(path)
         return started
+
+    def _after_wait(self, dtype: str, backends: Sequence[str], path: Path, engine, variant: Variant,
+                    _: set[Path]) -> tuple[object, Variant, set[Path]] | None:
+        """What was started before all adapters were there, now that they are: the same engine, unless they ask for another scale or it
+        answers wrongly with one."""
+        backend, wrong = self.evidence[-1]["backend"], ""
+        if self._scale(dtype) == variant.rescale:
+            started = engine, *self._variant(dtype)
+            if not self._checked:
+                wrong = self._wrong_with_adapter(engine, self._asked_with_adapter(backend, started[2]))
+            if not wrong:
+                return started
+        engine.close()  # its memory is needed to check the weights at another scale
+        self.settled, self.evidence = None, [e for e in self.evidence if e["dtype"] != dtype]
+        if wrong:
+            self._reject(dtype, backend, wrong, False)
+            backends = backends[1:]
+        return self._settled(dtype, backends, None, path)
 
     def _goes_on(self, dtype: str, judged: bool) -> bool:
         """Whether the next backend may do in a dtype: not where the dtype was judged, unless it is the last one there is."""

@@ -190,15 +190,17 @@ def default_builder(tokenizer, encoder: str) -> PromptBuilder:
 
 
 def _compact_words(tokenizer) -> _Words:
-    """No words: `I` and `O` before grids, as in the ARChitects' formatter (github.com/da-fr/arc-prize-2024, arc_loader.py)."""
+    """No words: `I` and `O` before grids, and each output closed like an answer, as in the ARChitects' formatter
+    (github.com/da-fr/arc-prize-2024, arc_loader.py): nothing but its place tells a pair from the test, and a model that learnt to go on
+    after an output goes on after its answer (benchmarks/LOG.md)."""
     if tokenizer.eos_token_id is None:
         raise ArcKernelError(f"{tokenizer.name_or_path}: tokenizer has no end-of-sequence token: set eos_token in tokenizer_config.json")
-    return _Words("", "I\n", "\nO\n", "\n", "I\n", "\nO\n", tokenizer.eos_token_id)
+    return _Words("", "I\n", "\nO\n", tokenizer.eos_token, "I\n", "\nO\n", tokenizer.eos_token_id)
 
 
 def _compact_side(tokenizer, side: str) -> tuple[str, str, str, str]:
-    """Words before all grids, before a grid, after it, and before the answer: a letter before each grid."""
-    return "", f"{SIDES[side][0]}\n", "\n", f"{SIDES[side][0]}\n"
+    """Words before all grids, before a grid, after it, and before the answer: a letter before each grid, each closed like the answer."""
+    return "", f"{SIDES[side][0]}\n", tokenizer.eos_token, f"{SIDES[side][0]}\n"
 
 
 def _chat_side(tokenizer, side: str) -> tuple[str, str, str, str]:

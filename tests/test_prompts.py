@@ -91,10 +91,13 @@ def test_no_answer_is_longer_than_the_longest(build, kind, name, grid):
     assert len(builder.answer_ids(grid)) <= builder.longest_answer == len(builder.answer_ids(np.full((30, 30), 9, np.int8)))
 
 
-def test_a_compact_prompt_is_grids_and_separators(build):
+def test_a_compact_prompt_is_grids_and_separators_and_closes_each_output_like_an_answer(build, tokenizer):
     task = Task("t", (Pair(grid(1, 2, 1), grid(2, 1, 2)),), (Pair(grid(1, 1, 3), None),))
     builder = build("compact", "digits")
-    assert builder.text_of(builder.prompt(identity(task), task, 0)) == "I\n11\nO\n2\n2\nI\n3\nO\n"
+    end = tokenizer.eos_token
+    assert builder.text_of(builder.prompt(identity(task), task, 0)) == f"I\n11\nO\n2\n2{end}I\n3\nO\n"
+    learnt = builder.example(task.train * 2, task.train[0], True)
+    assert builder.text_of(learnt.labels[learnt.labels != IGNORED].tolist()) == f"2\n2{end}2\n2{end}"
 
 
 def test_a_chat_prompt_is_the_template_of_the_model_around_question_and_grids(build, tokenizer):
@@ -248,12 +251,12 @@ def test_all_outputs_are_labelled_but_the_first_each_with_the_token_that_ends_it
 
 
 @pytest.mark.parametrize("side, name", [("inputs", "Input"), ("outputs", "Output")])
-def test_grids_of_one_side_are_these_texts_and_each_learnt_one_has_the_token_that_ends_it(build, side, name):
-    shown, asked = (grid(1, 2, 1), grid(2, 1, 2)), grid(1, 1, 3)
+def test_grids_of_one_side_are_these_texts_and_each_learnt_one_has_the_token_that_ends_it(build, tokenizer, side, name):
+    shown, asked, end = (grid(1, 2, 1), grid(2, 1, 2)), grid(1, 1, 3), tokenizer.eos_token
     compact, chat = build("compact", "digits"), build("chat", "digits")
     made = compact.side_example(side, shown, asked, True)
-    assert compact.text_of(made.input_ids[:-1].tolist()) == "{0}\n11\n{0}\n2\n2\n{0}\n3".format(name[0])
-    assert compact.text_of(made.labels[made.labels != IGNORED].tolist()[:-1]) == "2\n2\n3"
+    assert compact.text_of(made.input_ids[:-1].tolist()) == "{0}\n11{1}{0}\n2\n2{1}{0}\n3".format(name[0], end)
+    assert compact.text_of(made.labels[made.labels != IGNORED].tolist()) == f"2\n2{end}3{end}"
     text = chat.text_of(chat.side_example(side, shown, asked).input_ids.tolist())
     words = f"Find what these {side} have in common and write one more."
     assert f"{words}\n{name} 1:\n11\n{name} 2:\n2\n2\nNew {name.lower()}:" in text

@@ -7,11 +7,8 @@ only that, is answered again by the next one.
 from __future__ import annotations
 
 import itertools
-import math
-import time
 import traceback
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
@@ -24,71 +21,7 @@ from .prompts import PromptBuilder
 from .select import PARTIAL, Completion, decided, read_completions, status_of, write_completions
 from .tasks import Task
 from .views import shared_views
-
-FEWEST = 2  # predictions a test input where time is short: as many as attempts
-LATER = "later"  # in place of a task: none beside those that are open
-
-
-@dataclass
-class Work:
-    """A task on its way: prompts not sent yet, sent and not answered, answered with NaN; completions there are.
-
-    `share` of the time left is the task's; when that `ends` (`time.time`), what is not sent is left out: `cut` predictions. A
-    prompt's key is the task's id and the predictions it stands for, each (test index, view): more than one where a
-    task shows the same under several. `decided` are the test inputs no further prediction of which is needed.
-    """
-
-    task: Task
-    waiting: list[Prompt]
-    adapter: Path | None = None
-    share: float = 1.0
-    ends: float = math.inf
-    cut: int = 0
-    sent: dict[tuple, Prompt] = field(default_factory=dict)
-    failed: list[Prompt] = field(default_factory=list)
-    done: list[Completion] = field(default_factory=list)
-    decided: set[int] = field(default_factory=set)
-
-    def begin(self, before: list[Work], until: float, latency: float) -> None:
-        """Say when its time ends, which begins after that of the tasks `before` it: a share of what is left to send prompts
-        whose answers, `latency` seconds later, are there before `until`."""
-        begins = max([time.time(), *(w.ends for w in before)])
-        self.ends = begins + self.share * max(0.0, until - latency - begins)
-
-    def send(self) -> Prompt:
-        """The next prompt, from now on under way."""
-        prompt = self.waiting.pop(0)
-        self.sent[prompt.key] = prompt
-        return prompt
-
-    def cut_short(self) -> None:
-        """Leave out what is not sent, where its time is over, there are FEWEST predictions a test input, and some under way."""
-        made = len(self.sent) + sum(c.status != "nan" for c in self.done)
-        if time.time() > self.ends and self.sent and made >= FEWEST * len(self.task.test):
-            self.cut += sum(len(self.needed(p)) for p in self.waiting)
-            self.waiting = []
-
-    def take(self, prompt: Prompt, completions: list[Completion]) -> None:
-        """Put the answer of a prompt under way, as the completions it stands for, where it belongs."""
-        del self.sent[prompt.key]
-        self.done += completions
-        if completions[0].status == "nan":
-            self.failed.append(prompt)
-
-    def left(self) -> list[Prompt]:
-        """Prompts without a finite answer."""
-        return [*self.waiting, *self.sent.values(), *self.failed]
-
-    def needed(self, prompt: Prompt) -> list[tuple[int, str]]:
-        """The predictions of a prompt that are not decided."""
-        return [p for p in prompt.key[1] if p[0] not in self.decided]
-
-    def decide(self, test_index: int) -> None:
-        """Leave out the prompts that were needed for this test input alone."""
-        self.decided.add(test_index)
-        self.waiting = list(filter(self.needed, self.waiting))
-        self.sent = {key: p for key, p in self.sent.items() if self.needed(p)}
-        self.failed = list(filter(self.needed, self.failed))
+from .work import LATER, Feed, Work
 
 
 class Serving:
@@ -197,41 +130,12 @@ class Serving:
 
     def serve(self, engine, works: Iterable[Work | str], left_out: set[Path], stage: str) -> list[Work]:
         """Answer work as it comes, streaming; given back is what has prompts without a finite answer."""
-        open_works: dict[str, Work] = {}
-        unfinished, counts, works = [], Counter(), iter(works)
-        sent_at, latency = {}, 0.0  # when prompts were sent; seconds from there to the newest answer
-        share = max(1, engine.in_flight // 2)  # of a batch for one task: what is not sent yet need not be, once its vote is decided
-
-        def feed() -> Iterator[Prompt | None]:
-            """Prompts of the oldest task with room in its share, of a new one where the batch may hold its adapter; else None."""
-            exhausted = False
-            while in_time() and (not exhausted or any(w.waiting for w in open_works.values())):
-                for work in open_works.values():
-                    work.cut_short()
-                ready = next((w for w in open_works.values() if w.waiting and len(w.sent) < share), None)
-                if ready:
-                    prompt = ready.send()
-                    sent_at[prompt.key] = time.time()
-                    yield prompt
-                elif exhausted or len({w.adapter for w in open_works.values()} - {None}) >= engine.adapters:
-                    yield None
-                elif (work := next(works, None)) is None or work == LATER and not open_works:
-                    exhausted = True
-                elif work == LATER:
-                    yield None
-                elif work.adapter in left_out:
-                    unfinished.append(work)
-                else:
-                    work.begin([w for w in open_works.values() if w.waiting], self.job.answer_until, latency)
-                    open_works[work.task.id] = work
-
+        feed, counts = Feed(works, engine.in_flight, engine.adapters, left_out, self.job.answer_until), Counter()
         viable = lambda ids: self.builder.encoder.may_begin(self.builder.text_of(ids))
-        in_time = lambda: time.time() < self.job.answer_until
-        wanted = lambda prompt: in_time() and prompt.key[0] in open_works and prompt.key in open_works[prompt.key[0]].sent
-        for answer in engine.answer(feed(), self.max_new_tokens, viable, wanted):
-            if not wanted(answer.prompt):  # it ended in the step that decided its vote
+        for answer in engine.answer(feed.prompts(), self.max_new_tokens, viable, feed.wanted):
+            if not feed.wanted(answer.prompt):  # it ended in the step that decided its vote
                 continue
-            work, latency = open_works[answer.prompt.key[0]], time.time() - sent_at.pop(answer.prompt.key)
+            work = feed.answered(answer.prompt)
             completions = self._completions(answer, work)
             work.take(answer.prompt, completions)
             counts.update(prompt_tokens=len(answer.prompt.token_ids), cached_tokens=answer.cached, tokens=completions[0].tokens,
@@ -239,17 +143,12 @@ class Serving:
             for completion in completions:
                 self.tell("completion", task=work.task.id, status=completion.status, tokens=completion.tokens)
                 counts.update(decided=self._decide(work, completion.test_index))
-            if not work.waiting and not work.sent:
-                del open_works[work.task.id]
-                if work.failed:
-                    work.waiting, work.failed = work.failed, []
-                    unfinished.append(work)
-                else:
-                    self._finish(work)
+            if feed.done(work):
+                self._finish(work)
         self.lap(stage, **counts)
-        if in_time():
-            return unfinished
-        for work in itertools.chain(open_works.values(), unfinished, works):  # who waits for these to end gets the others then
+        if feed.in_time():
+            return feed.unfinished
+        for work in feed.rest():  # who waits for these to end gets the others then
             self._break_off(work)
         return []
 

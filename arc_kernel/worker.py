@@ -28,8 +28,9 @@ from .memory import exhausted, free_memory, importing
 from .precision import verdict
 from .precision.rescale import Refused
 from .prompts import PromptBuilder
-from .serving import LATER, Serving
+from .serving import Serving
 from .tasks import Task, task_from_json
+from .work import LATER
 
 PROGRESS_SECONDS = 0.5
 STRIKES = 2  # tasks in a row that fail in a dtype before training leaves it

@@ -31,10 +31,11 @@ from arc_kernel.kaggle import profiles
 from arc_kernel.prompts import PromptBuilder
 from arc_kernel.run import solve
 from arc_kernel.run_folder import stored_settings
-from arc_kernel.serving import Serving, Work
+from arc_kernel.serving import Serving
 from arc_kernel.settings import AUTO, PROMPTS, Settings
 from arc_kernel.tasks import cells, load_challenges
 from arc_kernel.views import task_rng
+from arc_kernel.work import Work
 
 
 class Stored:

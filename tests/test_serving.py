@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from arc_kernel import events, select, serving
+from arc_kernel import events, select, work
 from arc_kernel.engine import Answer
 from arc_kernel.grids import GridEncoder
 from arc_kernel.job import Job
@@ -82,7 +82,7 @@ def served(tmp_path, builder, tasks, *engines, share=lambda task: 1.0, evidence=
                       lambda stage, **facts: told.append({"event": "stage", "stage": stage, **facts}))
     variants = [SimpleNamespace(dtype=name) for name in ("float16", "float32")]
     server._chooser = SimpleNamespace(engines=lambda wait: ((e, v, set()) for e, v in zip(engines, variants)), evidence=evidence)
-    server.answer(t if t == serving.LATER else (t, share(t)) for t in tasks)
+    server.answer(t if t == work.LATER else (t, share(t)) for t in tasks)
     return told
 
 
@@ -233,7 +233,7 @@ def test_tasks_without_adapters_fill_the_batch_however_few_predictions_each_has(
 def test_time_budget_keeps_what_is_answered_of_a_task_and_leaves_no_task_without_a_word(tmp_path, builder, task, task_of_two, monkeypatch):
     clock = itertools.count()  # one second a prediction
     now = [0]
-    monkeypatch.setattr(serving, "time", SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(work, "time", SimpleNamespace(time=lambda: now[0]))
 
     def slow(i, view):
         now[0] = next(clock)
@@ -254,7 +254,7 @@ def test_time_budget_keeps_what_is_answered_of_a_task_and_leaves_no_task_without
 
 def test_predictions_that_do_not_fit_into_the_time_are_left_out_of_every_task_alike(tmp_path, builder, task, monkeypatch):
     now, tasks, budget = [0.0], small_tasks(60, task), 240
-    monkeypatch.setattr(serving, "time", SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(work, "time", SimpleNamespace(time=lambda: now[0]))
 
     def second(i, view):
         now[0] += 1
@@ -318,7 +318,7 @@ def test_what_the_next_dtypes_engine_could_not_answer_is_asked_again_by_the_next
 
 def test_fewer_answers_of_a_next_start_do_not_replace_more_of_an_earlier_one(tmp_path, builder, task, monkeypatch):
     now = [0]
-    monkeypatch.setattr(serving, "time", SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(work, "time", SimpleNamespace(time=lambda: now[0]))
 
     def answers(grid):
         def second(i, view):
@@ -342,20 +342,20 @@ def test_task_that_comes_alone_is_waited_for_until_the_others_are_answered(tmp_p
     def given():
         yield first
         while not any(e["event"] == "answered" for e in told):
-            yield serving.LATER
+            yield work.LATER
         yield alone
 
     server = Serving(dataclasses.replace(JOB, out=str(tmp_path), adapters=str(tmp_path / "adapters"), early_stop=False), builder,
                      SimpleNamespace(adapter=None), lambda event, **facts: told.append({"event": event, **facts}), lambda *_, **__: None)
     server._chooser = SimpleNamespace(engines=lambda wait: [(engine, SimpleNamespace(dtype="float32"), set())], evidence=[])
-    server.answer(t if t == serving.LATER else (t, 1.0) for t in given())
+    server.answer(t if t == work.LATER else (t, 1.0) for t in given())
     assert [len(completions(tmp_path, t)) for t in (first, alone)] == [8, 8]
     assert all(len({p.key[0] for p in batch}) <= 1 for batch in engine.batches)
 
 
 def test_worker_that_holds_only_what_no_engine_could_answer_does_not_wait_for_more(tmp_path, builder, task):
     first = small_tasks(1, task)[0]
-    later = itertools.chain([first], itertools.repeat(serving.LATER))
+    later = itertools.chain([first], itertools.repeat(work.LATER))
     served(tmp_path, builder, later, Engine(builder, lambda i, view: None), Engine(builder, lambda i, view: ONE))
     assert len(completions(tmp_path, first)) >= 6
 

@@ -1,0 +1,149 @@
+"""Tasks on their way to answers: what is asked of an engine, in which order, and what need not be asked.
+
+Knows prompts and completions; knows nothing of engines but how much they take at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Iterable, Iterator
+
+from .engine import Prompt
+from .select import Completion
+from .tasks import Task
+
+FEWEST = 2  # predictions a test input where time is short: as many as attempts
+LATER = "later"  # in place of a work: none beside those that are open
+
+
+@dataclass
+class Work:
+    """A task on its way: prompts not sent yet, sent and not answered, answered with NaN; completions there are.
+
+    `share` of the time left is the task's; when that `ends` (`time.time`), what is not sent is left out: `cut` predictions. A
+    prompt's key is the task's id and the predictions it stands for, each (test index, view): more than one where a
+    task shows the same under several. `decided` are the test inputs no further prediction of which is needed.
+    """
+
+    task: Task
+    waiting: list[Prompt]
+    adapter: Path | None = None
+    share: float = 1.0
+    ends: float = math.inf
+    cut: int = 0
+    sent: dict[tuple, Prompt] = field(default_factory=dict)
+    failed: list[Prompt] = field(default_factory=list)
+    done: list[Completion] = field(default_factory=list)
+    decided: set[int] = field(default_factory=set)
+
+    def begin(self, before: list[Work], until: float, latency: float) -> None:
+        """Say when its time ends, which begins after that of the tasks `before` it: a share of what is left to send prompts
+        whose answers, `latency` seconds later, are there before `until`."""
+        begins = max([time.time(), *(w.ends for w in before)])
+        self.ends = begins + self.share * max(0.0, until - latency - begins)
+
+    def send(self) -> Prompt:
+        """The next prompt, from now on under way."""
+        prompt = self.waiting.pop(0)
+        self.sent[prompt.key] = prompt
+        return prompt
+
+    def cut_short(self) -> None:
+        """Leave out what is not sent, where its time is over, there are FEWEST predictions a test input, and some under way."""
+        made = len(self.sent) + sum(c.status != "nan" for c in self.done)
+        if time.time() > self.ends and self.sent and made >= FEWEST * len(self.task.test):
+            self.cut += sum(len(self.needed(p)) for p in self.waiting)
+            self.waiting = []
+
+    def take(self, prompt: Prompt, completions: list[Completion]) -> None:
+        """Put the answer of a prompt under way, as the completions it stands for, where it belongs."""
+        del self.sent[prompt.key]
+        self.done += completions
+        if completions[0].status == "nan":
+            self.failed.append(prompt)
+
+    def left(self) -> list[Prompt]:
+        """Prompts without a finite answer."""
+        return [*self.waiting, *self.sent.values(), *self.failed]
+
+    def needed(self, prompt: Prompt) -> list[tuple[int, str]]:
+        """The predictions of a prompt that are not decided."""
+        return [p for p in prompt.key[1] if p[0] not in self.decided]
+
+    def decide(self, test_index: int) -> None:
+        """Leave out the prompts that were needed for this test input alone."""
+        self.decided.add(test_index)
+        self.waiting = list(filter(self.needed, self.waiting))
+        self.sent = {key: p for key, p in self.sent.items() if self.needed(p)}
+        self.failed = list(filter(self.needed, self.failed))
+
+
+class Feed:
+    """What an engine is given: the prompts of `open` works, and new works as there is room for their adapters.
+
+    `works` come in the order in which they are to be answered, LATER among them; those with an adapter of `left_out` become
+    `unfinished` unanswered, as do those that have prompts without a finite answer. Nothing is sent after `until` (`time.time`).
+    """
+
+    def __init__(self, works: Iterable[Work | str], in_flight: int, adapters: int, left_out: set[Path], until: float):
+        self.open: dict[str, Work] = {}
+        self.unfinished: list[Work] = []
+        self._works, self._adapters, self._left_out, self._until = iter(works), adapters, left_out, until
+        self._share = max(1, in_flight // 2)  # of a batch for one task: what is not sent yet need not be, once its vote is decided
+        self._sent_at: dict[tuple, float] = {}  # when prompts were sent, by their key
+        self._latency = 0.0  # seconds from there to the newest answer
+
+    def prompts(self) -> Iterator[Prompt | None]:
+        """Prompts of the oldest task with room in its share, of a new one where the batch may hold its adapter; else None."""
+        exhausted = False
+        while self.in_time() and (not exhausted or any(w.waiting for w in self.open.values())):
+            for work in self.open.values():
+                work.cut_short()
+            ready = next((w for w in self.open.values() if w.waiting and len(w.sent) < self._share), None)
+            if ready:
+                prompt = ready.send()
+                self._sent_at[prompt.key] = time.time()
+                yield prompt
+            elif exhausted or len({w.adapter for w in self.open.values()} - {None}) >= self._adapters:
+                yield None
+            elif (work := next(self._works, None)) is None or work == LATER and not self.open:
+                exhausted = True
+            elif work == LATER:
+                yield None
+            elif work.adapter in self._left_out:
+                self.unfinished.append(work)
+            else:
+                work.begin([w for w in self.open.values() if w.waiting], self._until, self._latency)
+                self.open[work.task.id] = work
+
+    def in_time(self) -> bool:
+        """Whether there is time left."""
+        return time.time() < self._until
+
+    def wanted(self, prompt: Prompt) -> bool:
+        """Whether the answer to a prompt that was sent is still needed."""
+        return self.in_time() and prompt.key[0] in self.open and prompt.key in self.open[prompt.key[0]].sent
+
+    def answered(self, prompt: Prompt) -> Work:
+        """The work of a wanted prompt whose answer has come."""
+        self._latency = time.time() - self._sent_at.pop(prompt.key)
+        return self.open[prompt.key[0]]
+
+    def done(self, work: Work) -> bool:
+        """Whether a work has all its answers, and is open no longer; where some are not finite it is unfinished then."""
+        if work.waiting or work.sent:
+            return False
+        del self.open[work.task.id]
+        if work.failed:
+            work.waiting, work.failed = work.failed, []
+            self.unfinished.append(work)
+            return False
+        return True
+
+    def rest(self) -> Iterator[Work]:
+        """All works that are not answered in whole."""
+        return itertools.chain(self.open.values(), self.unfinished, (w for w in self._works if w != LATER))

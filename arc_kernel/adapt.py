@@ -25,7 +25,7 @@ from .checkpoint import load_model
 from .errors import ArcKernelError, first_line
 from .files import whole_folder, write_json
 from .memory import exhausted
-from .passes import answers, padded, together
+from .passes import answer_tokens, padded, together
 from .precision.probe import UnknownLayout, check_layout, collected, recording
 from .precision.rescale import Rescale
 from .prompts import Example, PromptBuilder
@@ -205,7 +205,7 @@ class TaskTrainer:
 
     def _backward(self, drawn: list[Example], scaler):
         """Add a step's gradient to the weights'; its mean loss per answer token, on the device."""
-        count = sum(map(answers, drawn))
+        count = sum(map(answer_tokens, drawn))
         try:
             loss = 0.0
             for group in together(drawn, self.recipe.max_seq_len):

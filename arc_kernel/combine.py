@@ -15,7 +15,7 @@ import numpy as np
 
 from .errors import ArcKernelError
 from .run_folder import RunFolder, read_run
-from .select import Group, attempts, ranked
+from .select import Voted, attempts, ranked
 from .tasks import ATTEMPTS, Attempts, Grid, read_submission, task_to_json, write_submission
 
 PLACEHOLDERS = (np.zeros((2, 2), np.int8), np.zeros((1, 1), np.int8))  # both attempts in Kaggle's sample_submission.json; in others'
@@ -118,32 +118,32 @@ def _file(path: Path) -> Source:
 
 def _folder(run: RunFolder) -> Source:
     """The two best candidates of each output of a run; what else `solve` submits answers nothing."""
-    return _from_groups(run.path, [run], {(i, k): run.groups(i, k) for i, n in run.challenges.outputs.items() for k in range(n)})
+    return _from_votes(run.path, [run], {(i, k): run.voted(i, k) for i, n in run.challenges.outputs.items() for k in range(n)})
 
 
 def _voted(runs: list[RunFolder]) -> Source:
     """The two best candidates of each output over the completions of all runs, each read with its run's encoder."""
-    found: dict[tuple[str, int], list[Group]] = {}
+    found: dict[tuple[str, int], list[Voted]] = {}
     for run in runs:
         for i, n in run.challenges.outputs.items():
             for k in range(n):
-                found.setdefault((i, k), []).extend(run.groups(i, k))
-    return _from_groups(Path(), runs, {where: _together(groups) for where, groups in found.items()})
+                found.setdefault((i, k), []).extend(run.voted(i, k))
+    return _from_votes(Path(), runs, {where: _together(votes) for where, votes in found.items()})
 
 
-def _together(groups: list[Group]) -> list[Group]:
-    """Groups of several runs with those of one grid made one."""
-    merged: dict[tuple, Group] = {}
-    for grid, logprobs, views in groups:
-        _, all_logprobs, all_views = merged.setdefault((grid.shape, grid.tobytes()), (grid, [], []))
-        all_logprobs.extend(logprobs)
-        all_views.extend(views)
+def _together(votes: list[Voted]) -> list[Voted]:
+    """Votes of several runs with those for one grid made one."""
+    merged: dict[tuple, Voted] = {}
+    for grid, logprobs, views in votes:
+        one = merged.setdefault((grid.shape, grid.tobytes()), Voted(grid, [], []))
+        one.logprobs.extend(logprobs)
+        one.views.extend(views)
     return list(merged.values())
 
 
-def _from_groups(path: Path, runs: list[RunFolder], groups: dict[tuple[str, int], list[Group]]) -> Source:
+def _from_votes(path: Path, runs: list[RunFolder], votes: dict[tuple[str, int], list[Voted]]) -> Source:
     """The best two candidates as answers, and the attempts `solve` gives where there are none as spare."""
     task = lambda i: next((run.challenges.tasks[i] for run in runs if i in run.challenges.tasks), None)
     test_input = lambda i, k: None if (t := task(i)) is None or k >= len(t.test) else t.test[k].input
-    return Source(path, {where: [c.grid for c in ranked(of)[:2]] for where, of in groups.items()},
-                  {where: list(attempts([], test_input(*where))) for where in groups})
+    return Source(path, {where: [c.grid for c in ranked(of)[:2]] for where, of in votes.items()},
+                  {where: list(attempts([], test_input(*where))) for where in votes})

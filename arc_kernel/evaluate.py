@@ -133,7 +133,7 @@ def _curve(run: RunFolder, outputs: list[tuple[str, int]], bar) -> dict[int, lis
     made = {where: len(run.answers(*where)) for where in outputs}
     curve: dict[int, list[dict[str, float]]] = {k: [] for k in sizes(max(1, *made.values()))}
     for i, n in outputs:
-        truth, found = run.challenges.tasks[i].test[n].output, run.groups(i, n)
+        truth, found = run.challenges.tasks[i].test[n].output, run.voted(i, n)
         for k, of in curve.items():
             of.append(with_fewer(found, made[i, n], truth, k, (i, n)))
         bar.update()

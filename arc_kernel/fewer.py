@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-from .select import Group, place
+from .select import Voted, place
 from .tasks import Grid
 from .views import task_rng
 
@@ -26,10 +26,10 @@ def sizes(most: int) -> list[int]:
     return [*itertools.takewhile(lambda k: k < most, (2**i for i in itertools.count())), most]
 
 
-def with_fewer(found: list[Group], predictions: int, truth: Grid, k: int, where: tuple[str, int]) -> dict[str, float]:
+def with_fewer(found: list[Voted], predictions: int, truth: Grid, k: int, where: tuple[str, int]) -> dict[str, float]:
     """Expected pass_n, vote_1 and vote_2 of `k` of the `predictions` made; all of them where there are no more than `k`.
 
-    `found` are the groups of those that ended well; `where` (task id, test index) seeds the subsets.
+    `found` are the votes of those that ended well; `where` (task id, test index) seeds the subsets.
     """
     right = next((i for i, (grid, _, _) in enumerate(found) if np.array_equal(grid, truth)), None)
     if right is None:
@@ -49,7 +49,7 @@ def _subsets(n: int, k: int, where: tuple[str, int]):
     return (rng.permutation(n)[:k].tolist() for _ in range(SUBSETS))
 
 
-def _rank(found: list[Group], right: int, ballots: list[tuple[int, float]]) -> float:
+def _rank(found: list[Voted], right: int, ballots: list[tuple[int, float]]) -> float:
     """How many candidates of these ballots are placed before the right one; infinite where it has no vote."""
     votes: dict[int, list[float]] = {}
     for i, logprob in ballots:

@@ -29,7 +29,7 @@ def together(examples: Sequence[Example], micro_tokens: int) -> list[list[int]]:
     return made
 
 
-def answers(example: Example) -> int:
+def answer_tokens(example: Example) -> int:
     """Labelled positions of an example, each of which counts once in a step's loss."""
     return int((example.labels != IGNORED).sum())
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .errors import ArcKernelError
 from .grids import GridEncoder
-from .select import PARTIAL, Candidate, Completion, Group, groups, ranked, read_completions
+from .select import PARTIAL, Candidate, Completion, Voted, ranked, read_completions, voted_grids
 from .settings import Settings
 from .tasks import Challenges, load_challenges, task_to_json
 
@@ -23,7 +23,7 @@ class RunFolder:
     settings: Settings
     challenges: Challenges
     completions: dict[str, list[Completion]]
-    _groups: dict[tuple[str, int], list[Group]] = field(default_factory=dict, compare=False)
+    _voted: dict[tuple[str, int], list[Voted]] = field(default_factory=dict, compare=False)
 
     @functools.cached_property
     def encoder(self) -> GridEncoder:
@@ -34,17 +34,17 @@ class RunFolder:
         """The completions of one test input, however they ended."""
         return [c for c in self.completions.get(task_id, ()) if c.test_index == test_index]
 
-    def groups(self, task_id: str, test_index: int) -> list[Group]:
+    def voted(self, task_id: str, test_index: int) -> list[Voted]:
         """Distinct grids of one test input's completions with what voted for them; read once."""
         where = task_id, test_index
-        if where not in self._groups:
-            self._groups[where] = groups(self.answers(*where), self.encoder)
-        return self._groups[where]
+        if where not in self._voted:
+            self._voted[where] = voted_grids(self.answers(*where), self.encoder)
+        return self._voted[where]
 
     @functools.cached_property
     def candidates(self) -> dict[str, list[list[Candidate]]]:
         """Candidates of each test input of the tasks that were answered, best first."""
-        return {i: [ranked(self.groups(i, k)) for k in range(self.challenges.outputs[i])] for i in self.completions}
+        return {i: [ranked(self.voted(i, k)) for k in range(self.challenges.outputs[i])] for i in self.completions}
 
 
 def read_run(path: Path, tasks: str = "", solutions: str = "") -> RunFolder:

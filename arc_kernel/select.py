@@ -13,6 +13,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -64,11 +65,16 @@ def status_of(ended: str, text: str, encoder: GridEncoder) -> str:
         return "unparsable"
 
 
-Group = tuple[Grid, list[float], list[str]]
+class Voted(NamedTuple):
+    """A grid with its votes: of each the logprob per token (nats) and the view."""
+
+    grid: Grid
+    logprobs: list[float]
+    views: list[str]
 
 
-def groups(completions: list[Completion], encoder: GridEncoder) -> list[Group]:
-    """Distinct undone grids of answers that ended well, each with logprob per token (nats) and view of its votes.
+def voted_grids(completions: list[Completion], encoder: GridEncoder) -> list[Voted]:
+    """Distinct undone grids of answers that ended well, with their votes.
 
     Raises ArcKernelError naming the task whose stored answer ended well and is no grid.
     """
@@ -80,9 +86,9 @@ def groups(completions: list[Completion], encoder: GridEncoder) -> list[Group]:
             except ValueError as error:
                 raise ArcKernelError(f"task {c.task_id}: completion of view {c.view[:40]!r} is not a grid of this run ({error}): delete "
                                      f"completions/{c.task_id}.jsonl to answer the task again") from None
-            _, logprobs, views = seen.setdefault((grid.shape, grid.tobytes()), (grid, [], []))
-            logprobs.append(c.logprob / max(1, c.tokens))
-            views.append(c.view)
+            voted = seen.setdefault((grid.shape, grid.tobytes()), Voted(grid, [], []))
+            voted.logprobs.append(c.logprob / max(1, c.tokens))
+            voted.views.append(c.view)
     return list(seen.values())
 
 
@@ -96,12 +102,12 @@ def place(grid: Grid, votes: int, total: float) -> tuple:
 
 def candidates(completions: list[Completion], encoder: GridEncoder) -> list[Candidate]:
     """Distinct undone grids of one test input's completions, best first: votes, then mean logprob per token."""
-    return ranked(groups(completions, encoder))
+    return ranked(voted_grids(completions, encoder))
 
 
-def ranked(found: list[Group]) -> list[Candidate]:
-    """Candidates of groups, best first; `candidates` of one run's completions, or of several runs' groups put together."""
-    order = sorted(found, key=lambda g: place(g[0], len(g[1]), math.fsum(g[1])))
+def ranked(found: list[Voted]) -> list[Candidate]:
+    """Candidates with these votes, best first; `candidates` of one run's completions, or of several runs' votes put together."""
+    order = sorted(found, key=lambda v: place(v.grid, len(v.logprobs), math.fsum(v.logprobs)))
     return [Candidate(grid, len(logprobs), math.fsum(logprobs) / len(logprobs), tuple(views)) for grid, logprobs, views in order]
 
 
@@ -118,7 +124,7 @@ def decided(completions: list[Completion], outstanding: int, encoder: GridEncode
         return True
     if 3 * outstanding > len(completions):
         return False
-    votes = [(grid, len(logprobs), math.fsum(logprobs)) for grid, logprobs, _ in groups(completions, encoder)]
+    votes = [(grid, len(logprobs), math.fsum(logprobs)) for grid, logprobs, _ in voted_grids(completions, encoder)]
     votes.sort(key=lambda v: place(*v))
     if len(votes) < 2:
         return False

@@ -78,12 +78,12 @@ def by_choosing(made, k):
                      min_size=1, max_size=7), k=st.integers(1, 8))
 def test_fewer_predictions_give_the_mean_over_all_choices_of_them(made, k):
     expected = by_choosing(made, min(k, len(made)))
-    assert with_fewer(select.groups(made, DIGITS), len(made), TRUTH, k, ("t", 0)) == pytest.approx(expected)
+    assert with_fewer(select.voted_grids(made, DIGITS), len(made), TRUTH, k, ("t", 0)) == pytest.approx(expected)
 
 
 def test_where_there_are_too_many_choices_a_seeded_sample_of_them_is_near():
     made = [completion(text) for text in ["2"] * 5 + ["3"] * 4 + ["1"] * 3]
-    found = select.groups(made, DIGITS)
+    found = select.voted_grids(made, DIGITS)
     sampled = with_fewer(found, 12, TRUTH, 6, ("t", 0))
     assert sampled == with_fewer(found, 12, TRUTH, 6, ("t", 0))
     assert abs(sampled["vote_1"] - by_choosing(made, 6)["vote_1"]) < 3 * 0.5 / SUBSETS**0.5

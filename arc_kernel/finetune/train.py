@@ -26,7 +26,7 @@ from ..adapt import SKIPS
 from ..ceilings import Shape, train_flop
 from ..errors import ArcKernelError, first_line
 from ..memory import exhausted
-from ..passes import answers, padded, together
+from ..passes import answer_tokens, padded, together
 from ..precision.probe import UnknownLayout, check_layout, collected, recording
 from . import data
 from .learner import Learner
@@ -61,7 +61,7 @@ class Steps(Dataset):
         passes = [(*map(torch.from_numpy, padded([mine[i].example for i in group])),
                    torch.tensor([KINDS.index(mine[i].kind) for i in group]))
                   for group in together([d.example for d in mine], s.micro_tokens)]
-        sizes = [(len(d.example.input_ids), answers(d.example)) for d in drawn]
+        sizes = [(len(d.example.input_ids), answer_tokens(d.example)) for d in drawn]
         return {"passes": passes, "answers": sum(n for _, n in sizes), "tokens": sum(n for n, _ in sizes),
                 "flop": sum(self._flop(*n) for n in sizes)}
 

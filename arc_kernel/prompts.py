@@ -108,7 +108,7 @@ class PromptBuilder:
         for number, pair in enumerate(train, 1):
             ids += self.ids_of(w.before_input.format(number))
             ids += self.grid_ids(pair.input)
-            ids += self.ids_of(w.before_output.format(number))
+            ids += self.ids_of(w.before_output)
             first = len(ids)
             ids += self.grid_ids(pair.output)
             outputs.append(slice(first, len(ids) + 1))
@@ -142,8 +142,8 @@ class PromptBuilder:
         """
         start, before, after, ask = self._side_words(side)
         ids, learnt = [*self._whole(start)], []
-        for number, grid in enumerate(context, 1):
-            ids += self.ids_of(before.format(number))
+        for grid in context:
+            ids += self.ids_of(before)
             first = len(ids)
             ids += self.grid_ids(grid)
             learnt.append(slice(first, len(ids) + 1))
@@ -168,7 +168,7 @@ class PromptBuilder:
         """
         size = lambda g: max(len(self.grid_ids(g)), len(self.grid_ids(g.T)))
         frame = len(self.prompt_ids((), np.zeros((1, 1), np.int8))) + answer_tokens + size(test_input)
-        words = len(self.ids_of(self._words.before_input.format(10))) + len(self.ids_of(self._words.before_output.format(10)))
+        words = len(self.ids_of(self._words.before_input.format(10))) + len(self.ids_of(self._words.before_output))
         words += len(self.ids_of(self._words.after_pair))
         sizes = [size(p.input) + size(p.output) + words for p in train]
         keep = list(range(len(train)))
@@ -204,38 +204,41 @@ def _compact_side(tokenizer, side: str) -> tuple[str, str, str, str]:
 
 
 def _chat_side(tokenizer, side: str) -> tuple[str, str, str, str]:
-    """The same four in the model's own chat template."""
-    before, after, _ = _chat_frame(tokenizer)
-    name = SIDES[side]
-    return f"{before}{ONE_MORE.format(name.lower())}\n", name + " {}:\n", "\n", f"New {name.lower()}:{after}"
+    """The same four in the model's own chat template, a turn for each grid."""
+    before, reply, between, after, _ = _chat_frame(tokenizer)
+    name = SIDES[side].lower()
+    return f"{before}{ONE_MORE.format(name)}\nNew {name}:", reply, f"{between}New {name}:", after
 
 
 def _chat_words(tokenizer) -> _Words:
-    """The model's own chat template around the grids; the question goes into the user's message."""
-    before, after, end = _chat_frame(tokenizer)
+    """The model's own chat template, a turn for each pair, the question in the first: each output is closed like the answer, as in compact
+    prompts. With all pairs in one turn a newline ended them, and a tenth of the answers went on after a whole grid (benchmarks/LOG.md)."""
+    before, reply, between, after, end = _chat_frame(tokenizer)
     # one newline after the question: GPT-2's pre-tokenizer splits two before a word, and keeps them whole at a part's end
-    return _Words(f"{before}{QUESTION}\n", "Input {}:\n", "\nOutput {}:\n", "\n", "Test input:\n", f"\nTest output:{after}", end)
+    return _Words(f"{before}{QUESTION}\n", "Input {}:\n", reply, between, "Test input:\n", after, end)
 
 
-def _chat_frame(tokenizer) -> tuple[str, str, int]:
-    """What the chat template puts before and after the user's words, and the token that closes an answer."""
+def _chat_frame(tokenizer) -> tuple[str, str, str, str, int]:
+    """What the chat template puts before the user's first words, before a reply, between it and the user's next words, and before the
+    answer; and the token that closes an answer."""
     if not getattr(tokenizer, "chat_template", None):
         raise ArcKernelError(f"{tokenizer.name_or_path}: tokenizer has no chat template: use prompt=compact")
-    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": _MARK}]
+    system, *turns = [{"role": role, "content": text} for role, text in
+                      (("system", SYSTEM), ("user", _MARK), ("assistant", _MARK), ("user", _MARK))]
+    render = lambda messages: tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     try:
         try:
-            asked = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            asked = render([system, *turns])
         except Exception:  # templates raise what they like, for example on a system role
-            asked = tokenizer.apply_chat_template(messages[1:], tokenize=False, add_generation_prompt=True)
-        answered = tokenizer.apply_chat_template([messages[1], {"role": "assistant", "content": _MARK}], tokenize=False)
+            asked = render(turns)
     except Exception as error:
         why = " ".join(str(error).split())
         raise ArcKernelError(f"{tokenizer.name_or_path}: chat template fails: {why}: use prompt=compact") from None
-    if asked.count(_MARK) != 1 or answered.count(_MARK) != 2:
+    if asked.count(_MARK) != len(turns):
         raise ArcKernelError(f"{tokenizer.name_or_path}: chat template leaves messages out: use prompt=compact")
-    before, _, after = asked.partition(_MARK)
-    closing = tokenizer(answered.rpartition(_MARK)[2], add_special_tokens=False).input_ids
+    before, reply, between, after = asked.split(_MARK)
+    closing = tokenizer(between, add_special_tokens=False).input_ids
     end = closing[0] if closing and closing[0] in tokenizer.all_special_ids else tokenizer.eos_token_id
     if end is None:
         raise ArcKernelError(f"{tokenizer.name_or_path}: chat template closes no answer and there is no eos_token: use prompt=compact")
-    return before, after, end
+    return before, reply, between, after, end

@@ -100,14 +100,17 @@ def test_a_compact_prompt_is_grids_and_separators_and_closes_each_output_like_an
     assert builder.text_of(learnt.labels[learnt.labels != IGNORED].tolist()) == f"2\n2{end}2\n2{end}"
 
 
-def test_a_chat_prompt_is_the_template_of_the_model_around_question_and_grids(build, tokenizer):
+def test_a_chat_prompt_is_the_template_of_the_model_with_a_turn_for_each_pair_and_each_output_closed_by_it(build, tokenizer):
     task = Task("t", (Pair(grid(1, 2, 1), grid(2, 1, 2)), Pair(grid(1, 1, 4), grid(1, 1, 5))), (Pair(grid(1, 1, 3), None),))
-    asked = f"{QUESTION}\nInput 1:\n11\nOutput 1:\n2\n2\nInput 2:\n4\nOutput 2:\n5\nTest input:\n3\nTest output:"
-    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": asked}]
+    said = f"{QUESTION}\nInput 1:\n11", "2\n2", "Input 2:\n4", "5", "Test input:\n3"
+    roles = ("system", "user", "assistant", "user", "assistant", "user")
+    messages = [{"role": role, "content": text} for role, text in zip(roles, (SYSTEM, *said), strict=True)]
     builder = build("chat", "digits")
     whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert builder.text_of(builder.prompt(identity(task), task, 0)) == whole
     assert builder.end_token == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    learnt = builder.example(task.train, task.train[0], True)
+    assert builder.text_of(learnt.labels[learnt.labels != IGNORED].tolist()) == "5<|im_end|>2\n2<|im_end|>"
 
 
 def test_a_chat_answer_closes_as_the_template_closes_it_whatever_the_end_of_sequence_token(tokenizer):
@@ -223,7 +226,7 @@ def test_a_chat_template_that_knows_no_system_role_is_used_without_it(tokenizer)
                                  "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
     builder = PromptBuilder(other, GridEncoder.from_name("digits"), "chat")
     text = builder.text_of(builder.prompt_ids((), grid(1, 1, 3)))
-    assert text == f"<|im_start|>user\n{QUESTION}\nTest input:\n3\nTest output:<|im_end|><|im_start|>assistant\n"
+    assert text == f"<|im_start|>user\n{QUESTION}\nTest input:\n3<|im_end|><|im_start|>assistant\n"
 
 
 def test_an_answer_in_a_template_that_closes_with_plain_text_ends_with_the_end_of_sequence_token(tokenizer):
@@ -257,6 +260,10 @@ def test_grids_of_one_side_are_these_texts_and_each_learnt_one_has_the_token_tha
     made = compact.side_example(side, shown, asked, True)
     assert compact.text_of(made.input_ids[:-1].tolist()) == "{0}\n11{1}{0}\n2\n2{1}{0}\n3".format(name[0], end)
     assert compact.text_of(made.labels[made.labels != IGNORED].tolist()) == f"2\n2{end}3{end}"
-    text = chat.text_of(chat.side_example(side, shown, asked).input_ids.tolist())
-    words = f"Find what these {side} have in common and write one more."
-    assert f"{words}\n{name} 1:\n11\n{name} 2:\n2\n2\nNew {name.lower()}:" in text
+    made, one_more = chat.side_example(side, shown, asked, True), f"New {name.lower()}:"
+    said = f"Find what these {side} have in common and write one more.\n{one_more}", "11", one_more, "2\n2", one_more
+    roles = ("system", "user", "assistant", "user", "assistant", "user")
+    messages = [{"role": role, "content": text} for role, text in zip(roles, (SYSTEM, *said), strict=True)]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert chat.text_of(made.input_ids.tolist()) == f"{whole}3{end}"
+    assert chat.text_of(made.labels[made.labels != IGNORED].tolist()) == f"2\n2{end}3{end}"

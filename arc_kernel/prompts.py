@@ -211,8 +211,9 @@ def _chat_side(tokenizer, side: str) -> tuple[str, str, str, str]:
 
 
 def _chat_words(tokenizer) -> _Words:
-    """The model's own chat template, a turn for each pair, the question in the first: each output is closed as the template closes a reply, like
-    the answer. With all pairs in one turn a newline ended them, and a tenth of the answers went on after a whole grid (benchmarks/LOG.md)."""
+    """The model's own chat template, a turn for each pair, the question in the first: each output is closed as the template closes a
+    reply, like the answer. With all pairs in one turn a newline ended them, and a tenth of the answers went on after a whole grid
+    (benchmarks/LOG.md)."""
     before, reply, between, after, end = _chat_frame(tokenizer)
     # one newline after the question: GPT-2's pre-tokenizer splits two before a word, and keeps them whole at a part's end
     return _Words(f"{before}{QUESTION}\n", "Input {}:\n", reply, between, "Test input:\n", after, end)

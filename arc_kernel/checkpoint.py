@@ -6,6 +6,8 @@ Knows file layouts (config, tokenizer, safetensors, GGUF) and nothing of tasks o
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -14,6 +16,7 @@ import math
 import os
 import shutil
 from pathlib import Path
+from types import ModuleType
 from typing import Iterable, Iterator
 
 from .device import prepare_for
@@ -243,26 +246,48 @@ def import_gguf(gguf: Path, folder: Path, context: int | None) -> None:
     dequantize = {}
     if hasattr(transformers, "GgufConfig"):  # from transformers 5 on GGUF stays quantized unless told otherwise
         dequantize = {"quantization_config": transformers.GgufConfig(dequantize=True)}
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, **dequantize).to(torch.bfloat16)
+    with parsed_once(gguf) as package:
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, **dequantize).to(torch.bfloat16)
+        fields = package.GGUFReader(str(gguf)).fields
+        tokenizer = _gguf_tokenizer(gguf, fields, AutoTokenizer.from_pretrained(**where), context or model.config.max_position_embeddings)
     for holder in (model, model.config):
         if getattr(holder, "quantization_config", None) is not None:
             del holder.quantization_config
     model.save_pretrained(folder)
-    _gguf_tokenizer(gguf, AutoTokenizer.from_pretrained(**where), context or model.config.max_position_embeddings).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     make_portable(folder)
 
 
-def _gguf_tokenizer(gguf: Path, converted, context: int):
-    """The tokenizer of a GGUF with the special tokens and template its metadata names.
+@contextlib.contextmanager
+def parsed_once(gguf: Path) -> Iterator[ModuleType]:
+    """Package gguf, which while this lasts parses a file once and makes a table of names once: transformers asks for the file for
+    config, weights and tokenizer each, and for the table once a module, which was half of the time of a conversion.
+
+    Raises ArcKernelError where the package is not installed.
+    """
+    try:
+        package = importlib.import_module("gguf")
+    except ModuleNotFoundError:
+        raise ArcKernelError(f"{gguf}: package gguf is not installed: pip install gguf, or take the model as safetensors") from None
+    plain = {name: getattr(package, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, function in plain.items():
+        setattr(package, name, functools.cache(function))
+    try:
+        yield package
+    finally:
+        for name, function in plain.items():
+            setattr(package, name, function)
+
+
+def _gguf_tokenizer(gguf: Path, fields: dict, converted, context: int):
+    """The tokenizer of a GGUF with the special tokens and template its metadata `fields` name.
 
     transformers 4.57 to 5.17 convert it as Llama's (end of sequence wrong, a space decoder, bytes as tokens), 5.19 as a plain one; only
     the vocabulary and merges, which all get right, are taken from `converted`.
     """
-    from gguf import GGUFReader
     from tokenizers import decoders, normalizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    fields = GGUFReader(str(gguf)).fields
     read = lambda name: fields[f"tokenizer.{name}"].contents() if f"tokenizer.{name}" in fields else None
     if read("ggml.model") != "gpt2":
         raise ArcKernelError(f"{gguf}: tokenizer kind {read('ggml.model')}: only byte-level BPE (gpt2) is imported")

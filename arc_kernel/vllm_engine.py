@@ -61,11 +61,11 @@ class VllmEngine:
                 else:
                     os.environ["VLLM_ATTENTION_BACKEND"] = asked["attention_backend"]
         start = lambda: LLM(**args)
-        self._llm, trouble = _started(start)
+        self._llm, trouble = _started(start, args["enforce_eager"])
         if trouble and not args["enforce_eager"]:  # compiling for this device, or its CUDA graphs, may be what fails
             print(f"vLLM does not start in {settings.dtype} ({trouble}): tried without compiling", file=sys.stderr, flush=True)
             args["enforce_eager"] = True
-            self._llm, trouble = _started(start)
+            self._llm, trouble = _started(start, True)
         if trouble:
             raise ArcKernelError(f"{settings.model}: vLLM does not start in {settings.dtype}: {trouble}")
         self._end, self._special = settings.end_token, settings.special
@@ -166,8 +166,16 @@ def _prepare_environment(device: str) -> None:
     loopback.ensure()
 
 
-def _started(make: Callable[[], object]) -> tuple[object | None, str]:
-    """The engine, or why there is none; what it had taken, up to 0.9 of a GPU's memory, is then free for the next one."""
+def _started(make: Callable[[], object], eager: bool) -> tuple[object | None, str]:
+    """The engine, or why there is none; what it had taken, up to 0.9 of a GPU's memory, is then free for the next one.
+
+    With `eager` nothing is compiled, from here to `_forget_compiled`. vLLM's `enforce_eager` is about the model alone: the rank of
+    each token, a comparison and a sum, is compiled for the first answer, on a CPU with g++ and torch's headers.
+    """
+    import torch
+
+    if eager:
+        torch.compiler.set_stance("force_eager")
     try:
         return make(), ""
     except Exception as error:
@@ -181,9 +189,10 @@ def _started(make: Callable[[], object]) -> tuple[object | None, str]:
 
 def _forget_compiled() -> None:
     """Let go of what keeps a closed engine's compiled model, and with it the GPU's memory: torch's hooks on compiled code, and
-    objects that vLLM has frozen out of the garbage collector's sight (vLLM issue 21073)."""
+    objects that vLLM has frozen out of the garbage collector's sight (vLLM issue 21073). What others compile is compiled again."""
     import torch
 
+    torch.compiler.set_stance("default")
     torch._dynamo.reset()
     getattr(sys.modules.get("torch._dynamo.convert_frame"), "_bytecode_hooks", {}).clear()
     gc.unfreeze()

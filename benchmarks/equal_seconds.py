@@ -43,14 +43,17 @@ def arm_settings(settings: Settings, arm: str) -> Settings:
     return trained_prompt.resolved(made)
 
 
+def trainer_of(s: Settings, steps: int) -> adapt.TaskTrainer:
+    """A trainer of `steps` steps as an arm's settings say, with the first dtype of `ttt_dtype` for this device."""
+    model, device = checkpoint.open_model(s.model), device_name()
+    builder = PromptBuilder(checkpoint.load_tokenizer(model), GridEncoder.from_name(s.grid_encoder), s.prompt)
+    recipe = adapt.Recipe(steps, s.ttt_batch, s.ttt_lr, s.lora_rank, s.max_seq_len, False, s.seed, s.ttt_loss == "all")
+    return adapt.TaskTrainer(model, builder, recipe, None, device, verdict.candidates(s.ttt_dtype, device)[0])
+
+
 def step_seconds(tasks: list[Task], arms: dict[str, Settings]) -> dict[str, float]:
     """Seconds of a training step by arm, mean over the tasks."""
-    device, trainers, seconds = device_name(), {}, {arm: [] for arm in arms}
-    for arm, s in arms.items():
-        model = checkpoint.open_model(s.model)
-        builder = PromptBuilder(checkpoint.load_tokenizer(model), GridEncoder.from_name(s.grid_encoder), s.prompt)
-        recipe = adapt.Recipe(TRIALS, s.ttt_batch, s.ttt_lr, s.lora_rank, s.max_seq_len, False, s.seed, s.ttt_loss == "all")
-        trainers[arm] = adapt.TaskTrainer(model, builder, recipe, None, device, verdict.candidates(s.ttt_dtype, device)[0])
+    trainers, seconds = {arm: trainer_of(s, TRIALS) for arm, s in arms.items()}, {arm: [] for arm in arms}
     for task, arm in itertools.product(tasks, arms):
         marks = []
         trainers[arm].train(task, Path(arms[arm].out) / "trial", lambda *_: marks.append(time.perf_counter()))

@@ -4,6 +4,7 @@ import importlib.metadata
 import itertools
 import json
 import shutil
+import sys
 import types
 from pathlib import Path
 
@@ -304,7 +305,7 @@ def test_tokens_beyond_the_embedding_get_rows_of_the_mean(copy_of, tmp_path):
             == checkpoint.read_config(tmp_path / "out")["vocab_size"] == 383)
 
 
-def test_gguf_becomes_a_clean_folder_with_the_licence_it_states(tmp_path):
+def test_gguf_becomes_a_clean_folder_with_the_licence_it_states(tmp_path, monkeypatch):
     folder = gguf_of(standin("SmolLM-135M-Instruct", tmp_path / "smollm"), tmp_path / "tiny.gguf")
     report = prepare(str(tmp_path / "tiny.gguf"), str(tmp_path / "out"), context=4096)
     assert "context: 2048 -> 4096 tokens" in report[0]
@@ -317,6 +318,9 @@ def test_gguf_becomes_a_clean_folder_with_the_licence_it_states(tmp_path):
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(60))
     with pytest.raises(ArcKernelError, match="broken.gguf: not imported"):
         prepare(str(tmp_path / "broken.gguf"), str(tmp_path / "no"))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ArcKernelError, match="tiny.gguf: package gguf is not installed: pip install gguf"):
+        prepare(str(tmp_path / "tiny.gguf"), str(tmp_path / "no"))
 
 
 def test_prepared_twice_is_left_alone_and_nothing_else_is_overwritten(published, tmp_path, capsys):

@@ -95,11 +95,9 @@ def _opened(model: str) -> Iterator[tuple[Path, str]]:
     if path.suffix != ".gguf":
         yield path, ""
         return
-    from gguf import GGUFReader
-
-    with tempfile.TemporaryDirectory(prefix="arc-kernel-") as scratch:
+    with checkpoint.parsed_once(path) as gguf, tempfile.TemporaryDirectory(prefix="arc-kernel-") as scratch:
         try:
-            stated = GGUFReader(str(path)).fields.get("general.license")
+            stated = gguf.GGUFReader(str(path)).fields.get("general.license")
             checkpoint.import_gguf(path, Path(scratch), None)
         except (ValueError, KeyError, IndexError, OSError) as error:
             raise ArcKernelError(f"{path}: not imported: {' '.join(str(error).split())[:200]}: take the model as safetensors") from None

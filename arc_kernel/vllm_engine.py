@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import itertools
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
 from . import cpu_lora, loopback
+from .checkpoint import read_config
 from .device import cores
 from .engine import CHECK_EVERY, Answer, EngineSettings, Prompt, ServedAdapters, Viable, Wanted, failed
 from .errors import ArcKernelError
@@ -60,6 +62,7 @@ class VllmEngine:
                     args["attention_backend"] = asked["attention_backend"]
                 else:
                     os.environ["VLLM_ATTENTION_BACKEND"] = asked["attention_backend"]
+        _load_class(settings.model)
         start = lambda: LLM(**args)
         self._llm, trouble = _started(start, args["enforce_eager"])
         if trouble and not args["enforce_eager"]:  # compiling for this device, or its CUDA graphs, may be what fails
@@ -164,6 +167,17 @@ def _prepare_environment(device: str) -> None:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     loopback.ensure()
+
+
+def _load_class(model: Path) -> None:
+    """Load vLLM's class of a model here. vLLM loads it in another process, to keep CUDA out of this one, where training had it before,
+    and that one imports vLLM once more, wherever no run left a cache of what it told. What cannot be loaded here is left to vLLM."""
+    with contextlib.suppress(Exception):
+        from vllm import ModelRegistry
+
+        for architecture in read_config(model)["architectures"]:
+            listed = ModelRegistry.models[architecture]
+            ModelRegistry.register_model(architecture, listed.load_model_cls())
 
 
 def _started(make: Callable[[], object], eager: bool) -> tuple[object | None, str]:

@@ -6,8 +6,6 @@ import shutil
 
 import psutil
 import pytest
-import torch
-import torch._dynamo
 from safetensors.torch import load_file, save_file
 
 from arc_kernel import adapt, generate
@@ -93,14 +91,6 @@ def test_vllm_gives_the_tokens_and_logprobs_of_transformers_for_mixed_adapters(a
     for key, answer in given.items():
         assert (answer.token_ids, answer.status) == (reference[key].token_ids, reference[key].status), key
         assert answer.logprob == pytest.approx(reference[key].logprob, abs=5e-3), key
-
-
-@needs_vllm
-def test_nothing_is_compiled_on_a_cpu(engines, prompts):
-    """g++ with torch's headers would take ten seconds before the first answer, wherever no run left a cache of them."""
-    torch._dynamo.reset()
-    compiled = dict(torch._dynamo.utils.counters["frames"])
-    assert answers(engines["vllm"], prompts[:1]) and torch._dynamo.utils.counters["frames"] == compiled
 
 
 def test_adapters_change_answers_and_the_base_model_is_left_alone(reference):

@@ -18,8 +18,11 @@ FILES = {"settings.json", "precision.json", "adapters", "completions", "submissi
 
 
 @pytest.mark.skipif(not generate.vllm_installed(), reason="no vLLM wheel for this platform")
-def test_real_run_leaves_a_scored_submission_and_its_second_start_does_nothing(tmp_path, arc_training):
-    out = tmp_path / "run"
+def test_real_run_leaves_a_scored_submission_and_its_second_start_does_nothing(tmp_path, arc_training, monkeypatch):
+    """On a machine where vLLM and torch's compiler have no cache yet, as in each Kaggle session."""
+    out, caches = tmp_path / "run", tmp_path / "caches"
+    for name in ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.setenv(name, str(caches / name))
     tasks = ["d037b0a7", "25ff71a9"]  # the second has two test inputs
     options = {"tasks": challenges(tmp_path / "a_challenges.json", arc_training, tasks),
                "ttt_steps": 6, "ttt_lr": 1e-3, "views": 2, "lora_rank": 8, "prompt": "compact"}
@@ -27,6 +30,8 @@ def test_real_run_leaves_a_scored_submission_and_its_second_start_does_nothing(t
     assert done.returncode == 0, done.stderr
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 6e6, "KiB; the most of any process these tests have waited for"
     assert FILES <= {p.name for p in out.iterdir()}
+    left = [p for p in caches.rglob("*") if p.is_file()]
+    assert not left, "vLLM was imported by a second process for 13 s, or g++ called for 10 s"
     attempts = read_submission(out / "submission.json")
     assert list(json.loads((out / "submission.json").read_text())) == tasks
     assert set(attempts) == {("d037b0a7", 0), ("25ff71a9", 0), ("25ff71a9", 1)}

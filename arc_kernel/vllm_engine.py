@@ -171,7 +171,8 @@ def _prepare_environment(device: str) -> None:
 
 def _load_class(model: Path) -> None:
     """Load vLLM's class of a model here. vLLM loads it in another process, to keep CUDA out of this one, where training had it before,
-    and that one imports vLLM once more, wherever no run left a cache of what it told. What cannot be loaded here is left to vLLM."""
+    and that one imports vLLM once more, wherever no run left a cache of what it told (vLLM issue 19317). What cannot be loaded
+    here is left to vLLM."""
     with contextlib.suppress(Exception):
         from vllm import ModelRegistry
 

@@ -36,8 +36,8 @@ def mounted(tmp_path_factory, model_folder):
     datasets.build_code(root / "datasets" / "someone", "someone")
     datasets.build_weights(root, str(tiny_model(model_folder, tmp_path_factory.mktemp("models") / "tiny")), "someone")
     (root / "arc-prize").mkdir()
-    task = {"train": [{"input": [[1, 0]], "output": [[0, 1]]}] * 2, "test": [{"input": [[2, 0]]}]}
-    (root / "arc-prize" / "arc-agi_test_challenges.json").write_text(json.dumps({"one": task, "two": task}))
+    task = lambda pairs: {"train": [{"input": [[1, 0]], "output": [[0, 1]]}] * pairs, "test": [{"input": [[2, 0]]}]}
+    (root / "arc-prize" / "arc-agi_test_challenges.json").write_text(json.dumps({"one": task(3), "two": task(2)}))
     return root
 
 
@@ -152,11 +152,11 @@ def test_missing_competition_is_said_with_where_it_was_looked_for(mounted, tmp_p
 
 
 @needs_packages
-def test_commit_run_goes_through_everything_with_one_task_and_submits_all(mounted, tmp_path):
+def test_commit_run_goes_through_everything_with_the_smallest_task_and_submits_all(mounted, tmp_path):
     root = shutil.copytree(mounted, tmp_path / "input")
     shutil.copy(root / "arc-prize" / "arc-agi_test_challenges.json", root / "arc-prize" / "arc-agi_evaluation_challenges.json")
     done = dry_run(root, tmp_path / "out", *FAST)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     assert "commit run: one short task per device" in done.stdout
-    assert len(list((tmp_path / "out" / "completions").iterdir())) == 1
+    assert [p.stem for p in (tmp_path / "out" / "completions").iterdir()] == ["two"]  # the smallest
     assert list(read_submission(tmp_path / "out" / "submission.json")) == [("one", 0), ("two", 0)]

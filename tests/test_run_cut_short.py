@@ -90,13 +90,6 @@ def test_device_whose_workers_cannot_live_costs_no_task_its_answers(tmp_path, fa
     assert {e["task"] for e in events(tmp_path / "run", "adapted")} == set(SMALL.split(","))
 
 
-def test_self_test_takes_one_short_task_per_device_and_submits_all(tmp_path, fast):
-    done = solve(tmp_path / "run", tasks=TRAINING, task_ids=SMALL, devices=1, **fast, **{"self-test": None})
-    assert done.returncode == 0, done.stderr
-    assert [p.stem for p in (tmp_path / "run" / "completions").iterdir()] == ["d037b0a7"]  # the smallest
-    assert {i for i, _ in read_submission(tmp_path / "run" / "submission.json")} == set(SMALL.split(","))
-
-
 def test_steps_that_do_not_fit_into_the_time_budget_leave_tasks_an_adapter_of_fewer(
         tmp_path, fast, tokenizer, arc_training, monkeypatch, capsys):
     recipe = adapt.Recipe(steps=40, batch=1, lr=1e-2, rank=4, max_seq_len=4096, permute_background=False, seed=5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import os
 import sys
 from typing import Iterator
 
@@ -28,15 +29,18 @@ def keep_memory() -> None:
 def importing(library: str) -> Iterator[None]:
     """Import a large library in this block, with all it brings. Looking for garbage among what such libraries define took a sixth of the
     seconds of starting torch, transformers and vLLM (benchmarks/LOG.md): so there is no looking meanwhile, and none among them later, until
-    `gc.unfreeze`, as where an engine is closed."""
+    `gc.unfreeze`, as where an engine is closed. Their bytecode is kept for the next start where an installer left none (uv), also in
+    a process that writes none of ours."""
     if library in sys.modules:
         yield
         return
-    was = gc.isenabled()
+    was, wrote_none = gc.isenabled(), sys.dont_write_bytecode
     gc.disable()
+    sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
     try:
         yield
     finally:
+        sys.dont_write_bytecode = wrote_none
         gc.freeze()
         if was:
             gc.enable()

@@ -166,7 +166,8 @@ class Pool:
     def _start(self, device: int) -> None:
         number, self._numbers = self._numbers, self._numbers + 1
         log = open(self._logs / f"worker-{number}.log", "w", encoding="utf-8")
-        process = subprocess.Popen([sys.executable, "-m", "arc_kernel.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        # -B: no bytecode beside this package, which may be a bundle; libraries keep theirs (`memory.importing`)
+        process = subprocess.Popen([sys.executable, "-B", "-m", "arc_kernel.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                    stderr=log, text=True, encoding="utf-8", env=_environment(device, self._devices, self._gpus),
                                    preexec_fn=_in_the_worker(device, self._devices, self._gpus))
         log.close()
@@ -305,7 +306,7 @@ def _environment(device: int, devices: int, gpus: int) -> dict[str, str]:
     env = dict(os.environ)
     package = str(Path(__file__).resolve().parent.parent)
     env["PYTHONPATH"] = os.pathsep.join(p for p in (package, env.get("PYTHONPATH")) if p)
-    env.update(PYTHONDONTWRITEBYTECODE="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", PYTHONUNBUFFERED="1")
+    env.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", PYTHONUNBUFFERED="1")
     if gpus:
         visible = env.get("CUDA_VISIBLE_DEVICES")
         env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device] if visible else str(device)

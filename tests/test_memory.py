@@ -61,3 +61,18 @@ def test_no_garbage_is_looked_for_while_a_library_is_imported_the_first_time(tmp
         assert gc.isenabled()
     finally:
         gc.unfreeze()
+
+
+@pytest.mark.parametrize("asked, kept", [("", 1), ("1", 0)])
+def test_a_library_keeps_its_bytecode_where_this_process_writes_none_unless_the_user_wants_none(asked, kept, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", asked)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    name = f"library_with_bytecode_{kept}"
+    (tmp_path / f"{name}.py").touch()
+    try:
+        with importing(name):
+            importlib.import_module(name)
+    finally:
+        gc.unfreeze()
+    assert len(list(tmp_path.rglob("*.pyc"))) == kept and sys.dont_write_bytecode

@@ -261,7 +261,7 @@ def import_gguf(gguf: Path, folder: Path, context: int | None) -> None:
 @contextlib.contextmanager
 def parsed_once(gguf: Path) -> Iterator[ModuleType]:
     """Package gguf, which while this lasts parses a file once and makes a table of names once: transformers asks for the file for
-    config, weights and tokenizer each, and for the table once a module, which was half of the time of a conversion.
+    config, weights and tokenizer each, and for the table once a module, which was more than half of a conversion.
 
     Raises ArcKernelError where the package is not installed.
     """

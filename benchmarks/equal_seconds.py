@@ -47,8 +47,9 @@ def trainer_of(s: Settings, steps: int) -> adapt.TaskTrainer:
     """A trainer of `steps` steps as an arm's settings say, with the first dtype of `ttt_dtype` for this device."""
     model, device = checkpoint.open_model(s.model), device_name()
     builder = PromptBuilder(checkpoint.load_tokenizer(model), GridEncoder.from_name(s.grid_encoder), s.prompt)
-    recipe = adapt.Recipe(steps, s.ttt_batch, s.ttt_lr, s.lora_rank, s.max_seq_len, False, s.seed, s.ttt_loss == "all")
-    return adapt.TaskTrainer(model, builder, recipe, None, device, verdict.candidates(s.ttt_dtype, device)[0])
+    recipe = adapt.Recipe(steps, s.ttt_batch, s.ttt_lr, s.lora_rank, s.max_seq_len, s.background == "permuted", s.seed, s.ttt_loss == "all")
+    start = Path(s.adapter) if s.adapter else None
+    return adapt.TaskTrainer(model, builder, recipe, start, device, verdict.candidates(s.ttt_dtype, device)[0])
 
 
 def step_seconds(tasks: list[Task], arms: dict[str, Settings]) -> dict[str, float]:

@@ -43,10 +43,10 @@ def sampled(seconds, name="step", **facts):
 def test_benchmarks_are_started_as_the_documents_say_from_the_root():
     root = Path(__file__).resolve().parent.parent
     pages = [root / "README.md", *sorted((root / "docs").glob("*.md")), *sorted((root / "benchmarks").glob("*.py"))]
-    named = {(m, page.name) for page in pages for m in re.findall(r"python (\S*(?:-m )?benchmarks\S*)", page.read_text())}
+    named = {(m, page.name) for page in pages for m in re.findall(r"python (\S*(?:-m )?benchmarks[^\s`]*)", page.read_text())}
     assert len(named) > 9
     for command, page in named:  # a path instead of a module would not find arc_kernel
-        module = re.fullmatch(r"-m benchmarks\.(\w+)`?:?", command)
+        module = re.fullmatch(r"-m benchmarks\.(\w+):?", command)
         assert module and (root / "benchmarks" / f"{module[1]}.py").is_file(), f"{page}: {command}"
 
 

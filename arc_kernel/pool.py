@@ -2,7 +2,8 @@
 
 Two stages share the workers: no task is answered before every task is adapted, so a worker that runs out of tasks to
 adapt is told so, and starts its engine meanwhile. A worker that dies is replaced and its tasks are tried once more, after all others and
-each by itself, so that one which kills workers takes no other with it. Knows tasks only by id; what they are is sent as JSON.
+each by itself, so that one which kills workers takes no other with it; the last that a device may have answers without vLLM, whose
+kernels end a process where a GPU is too old for their compiler. Knows tasks only by id; what they are is sent as JSON.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Pool:
         self._trained: set[int] = set()  # workers that were told there is nothing left to adapt
         self._heard: dict[int, float] = {}  # worker -> when it last said something, or was given a task (`time.monotonic`)
         self._lost: set[int] = set()  # devices with a process that does not even die when it is killed
+        self._plain: set[int] = set()  # devices whose workers answer with transformers: vLLM, or what it compiles, kills them
         self._useful = False  # whether a task was finished: what stops a worker later is no setting's fault
         self._messages: queue.Queue = queue.Queue()
         self._processes: dict[int, subprocess.Popen] = {}
@@ -173,7 +175,8 @@ class Pool:
         log.close()
         process.device = device
         self._processes[number], self._held[number], self._heard[number] = process, {stage: set() for stage in STAGES}, time.monotonic()
-        self._send(number, self._job | {"graphs": not self._deaths[device]})
+        backend = {"backend": "transformers"} if device in self._plain else {}
+        self._send(number, self._job | {"graphs": not self._deaths[device]} | backend)
         threading.Thread(target=self._listen, args=(number, process.stdout), daemon=True).start()
 
     def _listen(self, number: int, stdout) -> None:
@@ -239,9 +242,10 @@ class Pool:
         """Take a dead worker's tasks back, or give them up after TRIES, and see that somebody is there for what waits."""
         kept = {(stage, task) for (worker, stage), task in self._kept.items() if worker == number}  # which it was never given
         process, given_up, all_held = self._reap(number), {stage: [] for stage in STAGES}, self._held.pop(number)
+        device = process.device
         if process.returncode == 0 and not any(all_held.values()):  # it was told that nothing is left
             if any(self.todo.values()) and not self._processes:  # what came back from another's death since then
-                self._start(process.device)
+                self._start(device)
             return
         for stage, held in all_held.items():
             for task_id in sorted(held):
@@ -250,13 +254,17 @@ class Pool:
                     self.todo[stage].append(task_id)
                 else:
                     given_up[stage].append(task_id)
-        self._deaths[process.device] += not any(self._tries[stage, i] >= TRIES for stage in STAGES for i in given_up[stage])
+        self._deaths[device] += not any(self._tries[stage, i] >= TRIES for stage in STAGES for i in given_up[stage])
+        by_vllm = number in self._trained and self._job["backend"] == "vllm" and device not in self._plain
+        slower = by_vllm and self._deaths[device] == DEATHS - 1
+        self._plain |= {device} if slower else set()
         if any(self.todo.values()):
-            self._replace(process.device, given_up)
+            self._replace(device, given_up)
         status = "its process does not end" if process.returncode is None else f"status {process.returncode}"
         log, lost = self._logs / f"worker-{number}.log", counted(sum(map(len, given_up.values())), "task")
         yield {"event": "worker-died", "worker": number, "returncode": process.returncode, "given_up": given_up,
-               "text": f"worker {number} died ({status}, see {log}); given up: {lost}"}
+               "text": f"worker {number} died ({status}, see {log}); given up: {lost}" +
+                       f"; from now on transformers answers on device {device}" * slower}
 
     def _replace(self, device: int, given_up: dict[str, list[str]]) -> None:
         """Start a worker where one died, or on a free device where this one's keep dying and nobody else takes the stage's tasks.

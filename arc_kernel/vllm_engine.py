@@ -16,7 +16,7 @@ from typing import Callable, Iterable, Iterator
 
 from . import cpu_lora, loopback
 from .checkpoint import read_config
-from .device import cores
+from .device import cores, wide_sums
 from .engine import CHECK_EVERY, Answer, EngineSettings, Prompt, ServedAdapters, Viable, Wanted, failed
 from .errors import ArcKernelError
 from .kaggle import profiles
@@ -56,6 +56,7 @@ class VllmEngine:
             keep_memory()
             args.update(kv_cache_memory_bytes=CPU_KV_BYTES, block_size=CPU_BLOCK)
         else:
+            wide_sums()
             args.update(gpu_memory_utilization=_share(asked["gpu_memory_utilization"], *_gpu_memory()))
             if asked["attention_backend"]:
                 if "attention_backend" in known:

@@ -18,6 +18,10 @@ device, behaviour = os.environ["DEVICE"], os.environ["BEHAVIOUR"]
 tell = lambda **facts: print(json.dumps(facts), flush=True)
 job = json.loads(sys.stdin.readline())
 for stage in ("adapt", "answer"):
+    if behaviour == "vLLM kills it early" and stage == "answer" and job["backend"] == "vllm":
+        tell(event="want", stage=stage, now=True)
+        sys.stdin.readline()
+        os._exit(3)
     if behaviour == "asks for a word" and stage == "answer":
         tell(event="want", stage=stage, now=True)
         reply = json.loads(sys.stdin.readline())
@@ -76,6 +80,8 @@ for stage in ("adapt", "answer"):
                 sys.exit(1)
         if behaviour == "graphs kill it" and job["graphs"]:
             os._exit(3)
+        if behaviour == "vLLM kills it" and stage == "answer" and job["backend"] == "vllm":
+            os._exit(3)
         time.sleep(2 if behaviour == "asks for a word" and stage == "adapt" and task == "a" else 0.1)
         tell(event={{"adapt": "adapted", "answer": "answered"}}[stage], task=task)
 if behaviour == "hangs at its end":
@@ -96,7 +102,7 @@ def started(tmp_path, monkeypatch):
         monkeypatch.setattr(pool, "_environment", lambda device, *of: environment(device, *of) | {
             "DEVICE": str(device), "BEHAVIOUR": behaviour, "HUNG": str(tmp_path / "hung")})
         todo = {"adapt": adapt, "answer": answer}
-        made.append(Pool(devices, {}, {i: i for i in adapt + answer}, todo, tmp_path, lambda stage, task: 1.0))
+        made.append(Pool(devices, {"backend": "vllm"}, {i: i for i in adapt + answer}, todo, tmp_path, lambda stage, task: 1.0))
         return made[0]
 
     yield start
@@ -121,6 +127,16 @@ def test_device_whose_worker_died_is_tried_without_graphs(started):
     messages = [*pool.events("adapt"), *pool.events("answer")]
     assert done(messages, "adapted") == ["a", "b", "c"] and done(messages, "answered") == ["a"]
     assert [m["given_up"] for m in messages if m["event"] == "worker-died"] == [{"adapt": [], "answer": []}] * 2
+
+
+@pytest.mark.parametrize("behaviour, devices", [("vLLM kills it", 1), ("vLLM kills it", 2), ("vLLM kills it early", 2)])
+def test_device_whose_workers_die_of_vllm_answers_with_transformers(started, behaviour, devices):
+    tasks = ["a", "b", "c", "d", "e"]
+    crew = started(behaviour, devices, tasks, tasks)
+    messages = [*crew.events("adapt"), *crew.events("answer", time.time() + 60)]
+    assert done(messages, "adapted") == done(messages, "answered") == tasks
+    slower = [m["text"] for m in messages if "transformers" in m.get("text", "")]
+    assert slower and all(text.endswith("; from now on transformers answers on device " + text[-1]) for text in slower)
 
 
 def test_worker_that_hangs_in_training_is_stopped_and_the_tasks_are_answered(started):

@@ -108,6 +108,7 @@ def test_gpu_before_ampere_gets_triton_attention_in_the_way_the_release_takes(re
     monkeypatch.setattr(loopback, "ensure", lambda: None)
     monkeypatch.setattr(os, "environ", dict(os.environ))
     os.environ.pop("VLLM_ATTENTION_BACKEND", None)
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = True  # as torch has it
     started = []
     stand_in(**{"vllm.LLM": lambda **arguments: started.append(arguments), ENGINE_ARGS: make_dataclass("EngineArgs", names)})
     vllm_engine.VllmEngine(EngineSettings(Path("model"), "float16", 4096, 2, rank), "cuda")
@@ -116,6 +117,7 @@ def test_gpu_before_ampere_gets_triton_attention_in_the_way_the_release_takes(re
     assert "TRITON_ATTN" in offered["attention_backends"].split()
     assert started[0].get("max_lora_rank", 8) in offered["lora_ranks"]
     assert started[0]["gpu_memory_utilization"] == 0.8
+    assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction, "a part of a product may pass 65,504"
 
 
 def test_vllm_that_cannot_compile_for_a_gpu_is_started_without(stand_in, monkeypatch):

@@ -1,9 +1,10 @@
 """Worker processes: started with their own device or cores, fed from one queue in the order it is given.
 
 Two stages share the workers: no task is answered before every task is adapted, so a worker that runs out of tasks to
-adapt is told so, and starts its engine meanwhile. A worker that dies is replaced and its tasks are tried once more, after all others and
-each by itself, so that one which kills workers takes no other with it; the last that a device may have answers without vLLM, whose
-kernels end a process where a GPU is too old for their compiler. Knows tasks only by id; what they are is sent as JSON.
+adapt is told so, and starts its engine meanwhile. A worker that dies is replaced and its tasks are tried once more, after
+all others and each by itself, so that one which kills workers takes no other with it. Where workers die before any task
+is answered it may be vLLM, whose kernels can end a process on a GPU too old for their compiler: the next ones answer
+without it. Knows tasks only by id; what they are is sent as JSON.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ STAGES = ("adapt", "answer")
 TRIES = 2  # of a task in a worker that died over it
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG, linux/prctl.h
 DEATHS = 3  # of a device's workers with no task finished in between, after which it gets no other
+FELL = 2  # workers that died after training with no task answered yet, after which no other gets vLLM
 KILLED_WITHIN = 10.0  # seconds a killed worker is waited for
 PATIENCE = 60.0  # seconds a worker with nothing left to do is given to end, and its process to go once its pipe is closed
 SILENCE = 1200.0  # seconds without a word of a worker that holds tasks, after which it hangs; on a GPU: a step on a CPU may take minutes
@@ -54,7 +56,7 @@ class Pool:
         self._trained: set[int] = set()  # workers that were told there is nothing left to adapt
         self._heard: dict[int, float] = {}  # worker -> when it last said something, or was given a task (`time.monotonic`)
         self._lost: set[int] = set()  # devices with a process that does not even die when it is killed
-        self._plain: set[int] = set()  # devices whose workers answer with transformers: vLLM, or what it compiles, kills them
+        self._fell, self._served = 0, False  # workers that died after training before any task was answered; whether one was
         self._useful = False  # whether a task was finished: what stops a worker later is no setting's fault
         self._messages: queue.Queue = queue.Queue()
         self._processes: dict[int, subprocess.Popen] = {}
@@ -103,6 +105,7 @@ class Pool:
                 if message["event"] in ("adapted", "adapt-failed", "answered"):
                     self._deaths[self._processes[number].device] = 0
                     self._useful = self._useful or message["event"] != "adapt-failed"
+                    self._served = self._served or message["event"] == "answered"
                     for held in self._held[number].values():
                         held.discard(message["task"])
                 yield {"worker": number, **message}
@@ -175,7 +178,7 @@ class Pool:
         log.close()
         process.device = device
         self._processes[number], self._held[number], self._heard[number] = process, {stage: set() for stage in STAGES}, time.monotonic()
-        backend = {"backend": "transformers"} if device in self._plain else {}
+        backend = {"backend": "transformers"} if self._fell >= FELL else {}
         self._send(number, self._job | {"graphs": not self._deaths[device]} | backend)
         threading.Thread(target=self._listen, args=(number, process.stdout), daemon=True).start()
 
@@ -247,24 +250,23 @@ class Pool:
             if any(self.todo.values()) and not self._processes:  # what came back from another's death since then
                 self._start(device)
             return
+        by_vllm = number in self._trained and self._job["backend"] == "vllm" and not self._served
+        self._fell += by_vllm
+        slower = by_vllm and self._fell == FELL
         for stage, held in all_held.items():
             for task_id in sorted(held):
-                self._tries[stage, task_id] += (stage, task_id) not in kept
+                self._tries[stage, task_id] += (stage, task_id) not in kept and not slower  # vLLM's fault, by all that is known
                 if self._tries[stage, task_id] < TRIES and stage not in self._over:
                     self.todo[stage].append(task_id)
                 else:
                     given_up[stage].append(task_id)
         self._deaths[device] += not any(self._tries[stage, i] >= TRIES for stage in STAGES for i in given_up[stage])
-        by_vllm = number in self._trained and self._job["backend"] == "vllm" and device not in self._plain
-        slower = by_vllm and self._deaths[device] == DEATHS - 1
-        self._plain |= {device} if slower else set()
         if any(self.todo.values()):
             self._replace(device, given_up)
         status = "its process does not end" if process.returncode is None else f"status {process.returncode}"
         log, lost = self._logs / f"worker-{number}.log", counted(sum(map(len, given_up.values())), "task")
         yield {"event": "worker-died", "worker": number, "returncode": process.returncode, "given_up": given_up,
-               "text": f"worker {number} died ({status}, see {log}); given up: {lost}" +
-                       f"; from now on transformers answers on device {device}" * slower}
+               "text": f"worker {number} died ({status}, see {log}); given up: {lost}" + "; from now on transformers answers" * slower}
 
     def _replace(self, device: int, given_up: dict[str, list[str]]) -> None:
         """Start a worker where one died, or on a free device where this one's keep dying and nobody else takes the stage's tasks.

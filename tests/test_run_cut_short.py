@@ -78,6 +78,18 @@ def test_workers_that_cannot_live_end_in_a_filled_submission(tmp_path, fast):
     assert len(read_submission(tmp_path / "run" / "submission.json")) == 4
 
 
+def test_where_vllm_ends_its_process_transformers_answers(tmp_path, fast):
+    (tmp_path / "broken" / "vllm").mkdir(parents=True)
+    (tmp_path / "broken" / "vllm" / "__init__.py").write_text("import os; os.abort()")
+    asked = command(tmp_path / "run", **fast | {"tasks": TRAINING, "task_ids": "d037b0a7", "ttt_steps": 0, "backend": "vllm"})
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(tmp_path / "broken")})
+    assert done.returncode == 0, done.stderr
+    assert [e["returncode"] for e in events(tmp_path / "run", "worker-died")] == [-signal.SIGABRT] * 2
+    assert "; from now on transformers answers" in done.stderr
+    (verdict,), (answered,) = events(tmp_path / "run", "verdict"), events(tmp_path / "run", "answered")
+    assert verdict["evidence"][-1]["backend"] == "transformers" and answered["task"] == "d037b0a7" and not answered.get("error")
+
+
 def test_device_whose_workers_cannot_live_costs_no_task_its_answers(tmp_path, fast, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text("import os\nif os.environ.get('SICK') == '1': os._exit(3)")
     environment = pool._environment

@@ -122,10 +122,7 @@ def _score(submission: Path, tasks: str, solutions: str) -> None:
     from . import score
     from .tasks import load_challenges, read_submission
 
-    metrics = score.score_submission(load_challenges(tasks, solutions), read_submission(submission))
-    print(score.table(metrics))
-    if metrics["missing_outputs"]:
-        print(f"{metrics['missing_outputs']} outputs are missing in the submission")
+    print(score.table(score.score_submission(load_challenges(tasks, solutions), read_submission(submission))))
 
 
 def _report(out: str) -> None:

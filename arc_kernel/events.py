@@ -16,7 +16,8 @@ STAGE_COUNTS = ("seconds", "tokens", "prompt_tokens", "cached_tokens", "predicti
 
 @dataclass(frozen=True)
 class EventLog:
-    """events.jsonl of the run in the folder `out`, which began at `begun` (`time.perf_counter`). `silent`: another process writes it."""
+    """events.jsonl of the run in the folder `out`, which began at `begun` (`time.perf_counter`). `silent`: nothing is
+    written or printed here, since another process does it or the run is over."""
 
     out: Path
     begun: float

@@ -42,13 +42,16 @@ SUBMISSION_SECONDS = 10.0  # at most so often is submission.json written again w
 
 
 class Run:
-    """One run on one output folder: `adapt()`, `answer()`, `finish()`, in this order; `solve` does all three."""
+    """One run on one output folder: `adapt()`, `answer()`, `finish()`, in this order; `solve` does all three.
 
-    def __init__(self, settings: Settings):
+    `silent`: nothing is added to the folder's events, as where a run is only looked at.
+    """
+
+    def __init__(self, settings: Settings, silent: bool = False):
         self.begun = time.perf_counter()
         settings = trained_prompt.resolved(settings)
         self.settings, self.out, self.devices = settings, settings.out_path, settings.devices or gpu_count() or 1
-        self.log = EventLog(self.out, self.begun)
+        self.log = EventLog(self.out, self.begun, silent)
         self.challenges = load_challenges(settings.tasks, settings.solutions).select(settings.ids, settings.limit)
         if not self.challenges.tasks:
             raise ArcKernelError(next(iter(self.challenges.broken.values())))
@@ -345,7 +348,7 @@ def solve(settings: Settings) -> dict:
 def write_report_again(out: Path) -> Path:
     """Write the report.html of a run folder from its files; raises ArcKernelError where it holds no run."""
     settings = dataclasses.replace(stored_settings(out)[0], out=str(out))
-    path = Run(settings).finish()["report"]
+    path = Run(settings, silent=True).finish()["report"]
     if path is None:
         raise ArcKernelError(f"{out / 'report.html'}: not written: see above")
     return path

@@ -6,6 +6,7 @@ first), with counts.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 
 import numpy as np
@@ -57,18 +58,27 @@ def output_rows(challenges: Challenges, attempts: dict[tuple[str, int], Attempts
 
 
 def score_submission(challenges: Challenges, attempts: dict[tuple[str, int], Attempts]) -> dict:
-    """Figures of any submission; raises ArcKernelError where no solution is known."""
+    """Figures of any submission, with `missing_outputs`, and `of_its_tasks`: `counts` over the tasks it has (None where it has none).
+
+    Raises ArcKernelError where no solution is known.
+    """
     result = score(challenges, attempts)
     if result is None:
         raise ArcKernelError(f"{challenges.source}: no solutions known: give --solutions")
-    return result | {"missing_outputs": sum((i, k) not in attempts for i, n in challenges.outputs.items() for k in range(n))}
+    has = {i for i, _ in attempts}
+    own = score(dataclasses.replace(challenges, tasks={i: t for i, t in challenges.tasks.items() if i in has}), attempts)
+    return result | {"missing_outputs": sum((i, k) not in attempts for i, n in challenges.outputs.items() for k in range(n)),
+                     "of_its_tasks": own and own["counts"]}
 
 
 def table(metrics: dict) -> str:
-    """The figures as a text table: name, per output, per task, what it means."""
-    c = metrics["counts"]
-    lines = [f"{c['solved_outputs']} of {c['outputs']} test outputs solved, {c['solved_tasks']} of {c['tasks']} tasks",
-             f"{'':16}{'per output':>12}{'per task':>12}"]
+    """The figures as a text table: name, per output, per task, what it means; before it what the submission lacks."""
+    solved = lambda c: f"{c['solved_outputs']} of {c['outputs']} test outputs solved, {c['solved_tasks']} of {c['tasks']} tasks"
+    lines = [solved(metrics["counts"]), f"{'':16}{'per output':>12}{'per task':>12}"]
+    if missing := metrics.get("missing_outputs"):
+        own = metrics["of_its_tasks"]
+        lines.insert(0, f"{missing} outputs are missing in the submission and count as wrong"
+                        + (f"; of the tasks it has: {solved(own)}" if own else ""))
     lines += [f"{k:16}{v:12.4f}{metrics['per_task'][k]:12.4f}  {FIGURES[k]}" for k, v in metrics["per_output"].items()]
     return "\n".join(lines)
 

@@ -130,7 +130,9 @@ def test_worker_that_hangs_in_training_is_stopped(made, monkeypatch):
 def test_report_of_a_folder_that_was_moved_is_written_there(tmp_path):
     source = write_tasks(tmp_path / "t.json", {"A": [[[5]]]})
     moved = write_run(tmp_path / "r", source, {("A", 0): [[[5]]]}, prompt="compact").rename(tmp_path / "moved")
+    (moved / "events.jsonl").write_text('{"event": "stage", "at": 1.0, "stage": "adapt", "seconds": 1.0}\n')
     assert running.write_report_again(moved) == moved / "report.html" and not (tmp_path / "r").exists()
+    assert len((moved / "events.jsonl").read_text().splitlines()) == 1, "a report is no stage of its run"
 
 
 def test_what_a_job_is_told(made, fast, tmp_path, capsys):

@@ -174,7 +174,7 @@ class TaskTrainer:
                 on_trouble(trouble)
         if not torch.isfinite(flat).all():
             raise FloatingPointError(f"adapter weights are not finite after training in {self.dtype}")
-        save_adapter(self.model, folder, {"range.json": {"peaks": self._peaks(task)}})
+        save_adapter(self.model, folder, {"range.json": {"peaks": self._peaks(task), "steps": step}})
         return {"steps": step} | facts
 
     def _keep(self, step: int, optimizer) -> tuple:
@@ -285,6 +285,14 @@ def save_adapter(model, folder: Path, beside: dict[str, dict] | None = None) -> 
         (fresh / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
         for name, facts in (beside or {}).items():
             write_json(fresh / name, facts)
+
+
+def steps_taken(folder: Path) -> int:
+    """The steps a task's saved adapter was trained for; 0 where there is none, or none that says so."""
+    try:
+        return int(json.loads((folder / "range.json").read_text(encoding="utf-8"))["steps"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return 0
 
 
 def leave_one_out(task: Task, builder: PromptBuilder, recipe: Recipe, rng: np.random.Generator) -> Iterator[Example]:

@@ -59,6 +59,7 @@ class Run:
         self._lock = FileLock(self.out / ".lock", timeout=0)
         self._fresh = self._claim_folder()
         self.adapters, self._low = disk.adapters_folder(self.out, settings.scratch, self._identity(resume=True)), False
+        self._untrained: set[str] = set()  # tasks for whose training there was no time
         self.candidates = self._stored_candidates()
         self._write_submission()
         for task_id, error in self.challenges.broken.items():
@@ -73,39 +74,32 @@ class Run:
 
         Where the steps of all tasks do not fit, long ones have fewer.
         """
+        if self._pool is not None:  # a notebook's cell is run again
+            self.stop()
         todo = self._todo()
         if not todo["answer"]:
             return
-        begun = time.perf_counter()
         try:
             self._lock.acquire()
         except Timeout:
             raise ArcKernelError(f"{self.out}: another run is at work on this folder: wait for it, or give another --out") from None
         try:
-            self.job = self._resolve()
-        except ArcKernelError:
-            self.stop()
-            if self._fresh:  # nothing was done with these settings: another start may have others
-                (self.out / "settings.json").unlink()
+            self._start(todo)
+        except BaseException as error:
+            self._give_up(error)
             raise
-        self._stage("check model", time.perf_counter() - begun)
-        if todo["adapt"]:
-            self._make_adapters_folder()
-            if not self.settings.adapter:  # which may have modules of its own
-                size = disk.adapter_bytes(Path(self.job.model), self.job.lora_rank, adapt.TARGET_MODULES)
-                if not size:
-                    raise adapt.nothing_to_adapt(self.job.model)
-                self.log.say("disk", text=disk.forecast(len(todo["adapt"]), size, self.adapters))
-        tasks = {i: task_to_json(self.challenges.tasks[i]) for i in todo["answer"]}
-        self._pool = Pool(self.devices, dataclasses.asdict(self.job), tasks, todo, self.out, self._share)
         steps, tokens = len(todo["adapt"]) * self.job.ttt_steps, defaultdict(int)
         done, finished, cut = defaultdict(int), 0, []
         with progress.bar(steps, "adapt", "step") as bar:
             for message in self._events("adapt", self.job.adapt_until, GRACE_SHARE * self.settings.time_budget):
                 task, event = message.get("task"), message["event"]
+                if event == "out-of-time":
+                    self._untrained.update(message["tasks"])
                 if event == "loss":
                     tokens[task], done[task] = message["tokens"], message["step"]
                 elif event in ("adapted", "adapt-failed"):
+                    if message.get("out_of_time"):
+                        self._untrained.add(task)
                     done[task], finished = self.job.ttt_steps, finished + 1
                     if message.get("steps", self.job.ttt_steps) < self.job.ttt_steps:
                         cut.append(message["steps"])
@@ -124,7 +118,7 @@ class Run:
         if self._pool is None:
             return
         expected = {i: self.challenges.outputs[i] * self.job.views for i in self._todo()["answer"]}
-        done, tokens, finished, written, given_up, cut = defaultdict(int), 0, 0, time.perf_counter(), False, []
+        done, tokens, written, given_up, cut, answered = defaultdict(int), 0, time.perf_counter(), False, [], set()
         with progress.bar(sum(expected.values()), "answer", "prediction") as bar:
             for message in self._events("answer", self._last_call(), GRACE_SHARE * self.settings.time_budget):
                 if message["event"] == "completion":
@@ -133,7 +127,9 @@ class Run:
                 elif message["event"] == "decided":
                     done[message["task"]] += message["predictions"]
                 elif message["event"] == "answered":
-                    done[message["task"]], finished = expected[message["task"]], finished + 1
+                    done[message["task"]] = expected[message["task"]]
+                    answered.add(message["task"])
+                    self._set_aside(message["task"])
                     self.candidates[message["task"]] = self._read_candidates(message["task"])
                     if message["cut"] and not message.get("error"):
                         cut.append(message["cut"])
@@ -141,12 +137,12 @@ class Run:
                         self._write_submission()
                         written = time.perf_counter()
                 given_up = given_up or bool(message.get("held"))
-                progress.move(bar, sum(done.values()), tokens, f"{finished}/{len(expected)} tasks")
+                progress.move(bar, sum(done.values()), tokens, f"{len(answered)}/{len(expected)} tasks")
         if cut:
             self.log.say("note", text=f"time budget: fewer predictions for {len(cut)} of {len(expected)} tasks: "
                                    f"{min(cut)} to {max(cut)} less than asked")
-        unfinished = [i for i in expected if not self._completions(i).is_file()]  # of workers that died or hang: what there is votes
-        self.candidates |= {i: found for i in unfinished if (found := self._read_candidates(i)) is not None}
+        unheard = expected.keys() - answered  # of workers that died or hang: what there is votes
+        self.candidates |= {i: found for i in unheard if (found := self._read_candidates(i)) is not None}
         self._write_submission()
         if given_up:
             self.stop()
@@ -173,6 +169,28 @@ class Run:
             path = None
         return {"submission": self.out / "submission.json", "report": path, "metrics": metrics, "stages": rows,
                 "seconds": round(time.perf_counter() - self.begun, 1), "free_gb": round(disk.free_gb(self.out), 1)}
+
+    def _start(self, todo: dict[str, list[str]]) -> None:
+        """Check model and folders, and start the workers."""
+        begun = time.perf_counter()
+        self._fresh = self._claim_folder() or self._fresh
+        self.job = self._resolve()
+        self._stage("check model", time.perf_counter() - begun)
+        if todo["adapt"]:
+            self._make_adapters_folder()
+            if not self.settings.adapter:  # which may have modules of its own
+                size = disk.adapter_bytes(Path(self.job.model), self.job.lora_rank, adapt.TARGET_MODULES)
+                if not size:
+                    raise adapt.nothing_to_adapt(self.job.model)
+                self.log.say("disk", text=disk.forecast(len(todo["adapt"]), size, self.adapters))
+        tasks = {i: task_to_json(self.challenges.tasks[i]) for i in todo["answer"]}
+        self._pool = Pool(self.devices, dataclasses.asdict(self.job), tasks, todo, self.out, self._share)
+
+    def _give_up(self, error: BaseException) -> None:
+        """Stop; where the settings are at fault and nothing was done with them, another start on this folder may have others."""
+        self.stop()
+        if self._fresh and isinstance(error, ArcKernelError):
+            (self.out / "settings.json").unlink(missing_ok=True)
 
     def events(self) -> list[dict]:
         """Everything that happened on this output folder so far, one dict per line of events.jsonl."""
@@ -212,8 +230,8 @@ class Run:
             for message in self._pool.events(stage, deadline, grace):
                 self._note(message)
                 yield message
-        except BaseException:
-            self.stop()
+        except BaseException as error:
+            self._give_up(error)
             raise
 
     def _note(self, message: dict) -> None:
@@ -307,8 +325,7 @@ class Run:
         if not self.settings.time_budget:
             order.sort(key=cells, reverse=True)
         answer = [t.id for t in order if not self._completions(t.id).is_file()]
-        adapted = lambda i: (self.adapters / i / "adapter_model.safetensors").is_file()
-        return {"adapt": [i for i in answer if self.settings.ttt_steps and not adapted(i)], "answer": answer}
+        return {"adapt": [i for i in answer if adapt.steps_taken(self.adapters / i) < self.settings.ttt_steps], "answer": answer}
 
     def _stored_candidates(self) -> dict[str, list]:
         """Candidates of the tasks answered, in whole or in part, by an earlier start on this folder."""
@@ -320,6 +337,12 @@ class Run:
     def _read_candidates(self, task_id: str) -> list | None:
         path = completions_file(self.out, task_id)
         return None if path is None else select.all_candidates(self.challenges.tasks[task_id], select.read_completions(path), self.encoder)
+
+    def _set_aside(self, task_id: str) -> None:
+        """Where time was too short to train a task that is answered now, put its completions with those that a next start makes anew."""
+        whole = self._completions(task_id)
+        if task_id in self._untrained and whole.is_file():
+            whole.replace(whole.with_name(whole.name + select.PARTIAL))
 
     def _write_submission(self) -> dict[tuple[str, int], Attempts]:
         attempts = self.attempts()

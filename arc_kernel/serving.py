@@ -7,6 +7,7 @@ only that, is answered again by the next one.
 from __future__ import annotations
 
 import itertools
+import time
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -22,6 +23,8 @@ from .select import PARTIAL, Completion, decided, read_completions, status_of, w
 from .tasks import Task
 from .views import shared_views
 from .work import LATER, Feed, Work
+
+KEEP_SECONDS = 5.0  # at most so often is what there is of a task written before it is whole
 
 
 class Serving:
@@ -145,6 +148,8 @@ class Serving:
                 counts.update(decided=self._decide(work, completion.test_index))
             if feed.done(work):
                 self._finish(work)
+            elif time.monotonic() > work.kept_at + KEEP_SECONDS:
+                self._keep(work)
         self.lap(stage, **counts)
         if feed.in_time():
             return feed.unfinished
@@ -180,7 +185,8 @@ class Serving:
         self._finish(work)
 
     def _keep(self, work: Work) -> None:
-        """Write what there is of a task that another engine goes on with, should that one take the process with it."""
+        """Write what there is of a task, should the process be lost before the rest is there."""
+        work.kept_at = time.monotonic()
         if finite := [c for c in work.done if c.status != "nan"]:
             write_completions(self._partial(work), self._with_kept(work, finite))
 
@@ -195,7 +201,8 @@ class Serving:
 
     def _finish(self, work: Work, error: str = "") -> None:
         """Write a task's completions; those of a task that was cut short beside the files of the others, to be made anew."""
-        made = self._with_kept(work, work.done) if work.cut else work.done
+        lacking = work.cut or error or not work.done
+        made = self._with_kept(work, work.done) if lacking else work.done
         order = sorted(made, key=lambda c: (c.test_index, c.view, c.status != "nan"))
         partial = self._partial(work)
         write_completions(partial if work.cut else partial.with_suffix(""), order)

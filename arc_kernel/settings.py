@@ -104,7 +104,7 @@ class Settings(Checked):
     views: int = setting(8, "predictions per test input", low=1)
     early_stop: bool = setting(True, "ask for no more predictions of a test input once none can change its attempts", resume=False)
     time_budget: float = setting(0.0, "seconds the run may take: where steps or predictions do not fit, long tasks have fewer; 0: no limit",
-                                 low=0.0, resume=False)
+                                 low=0.0, high=1e8, resume=False)
     self_test: bool = setting(False, "one short task per device goes through everything, the others get the fallback")
     max_new_tokens: int = setting(0, "tokens of an answer; 0: what a 30x30 grid needs", low=0)
 

@@ -26,7 +26,8 @@ class Work:
 
     `share` of the time left is the task's; when that `ends` (`time.time`), what is not sent is left out: `cut` predictions. A
     prompt's key is the task's id and the predictions it stands for, each (test index, view): more than one where a
-    task shows the same under several. `decided` are the test inputs no further prediction of which is needed.
+    task shows the same under several. `decided` are the test inputs no further prediction of which is needed; `kept_at` is when what
+    is done was last written (`time.monotonic`).
     """
 
     task: Task
@@ -39,6 +40,7 @@ class Work:
     failed: list[Prompt] = field(default_factory=list)
     done: list[Completion] = field(default_factory=list)
     decided: set[int] = field(default_factory=set)
+    kept_at: float = -math.inf
 
     def begin(self, before: list[Work], until: float, latency: float) -> None:
         """Say when its time ends, which begins after that of the tasks `before` it: a share of what is left to send prompts

@@ -37,6 +37,10 @@ STRIKES = 2  # tasks in a row that fail in a dtype before training leaves it
 LESS, SHORTEST = 0.75, 1024  # of the tokens of an example, where a GPU is full; tokens
 
 
+class OutOfTime(ArcKernelError):
+    """The time for training ended with fewer steps taken than are worth an adapter."""
+
+
 class Worker:
     """The life of a worker; `lines_in` and `lines_out` are the two ends of the talk with `run`."""
 
@@ -158,7 +162,7 @@ class Worker:
         def on_step(step: int, loss: float, tokens: int) -> None:
             nonlocal taken, total
             if time.time() > self.job.adapt_until and step < adapt.fewest_steps(self.job.ttt_steps):
-                raise ArcKernelError(f"task {task.id}: time budget: training ends at step {step}: answered without an adapter")
+                raise OutOfTime(f"task {task.id}: time budget: training ends at step {step}: answered without an adapter")
             taken, total = step, total + tokens
             waiting.append(round(loss, 5))
             if time.perf_counter() - told > PROGRESS_SECONDS:
@@ -183,7 +187,7 @@ class Worker:
         except FloatingPointError:
             raise
         except ArcKernelError as error:
-            self.tell("adapt-failed", task=task.id, error=str(error))
+            self.tell("adapt-failed", task=task.id, error=str(error), out_of_time=isinstance(error, OutOfTime))
         except Exception as error:
             traceback.print_exc()
             require_device(self.device)

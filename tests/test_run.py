@@ -124,7 +124,7 @@ def test_adapter_known_to_overflow_is_served_in_the_next_dtype_from_the_start(tm
     def known(adapters):
         path = adapters / "25ff71a9" / "range.json"
         ranges = json.loads(path.read_text())
-        path.write_text(json.dumps({"peaks": ranges["peaks"] | {"gate": [1e6, 1.0]}}))
+        path.write_text(json.dumps(ranges | {"peaks": ranges["peaks"] | {"gate": [1e6, 1.0]}}))
 
     run_with(known, tmp_path / "run", float16)
     said = [e["text"] for e in events(tmp_path / "run", "precision")]

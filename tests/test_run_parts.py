@@ -117,6 +117,54 @@ def test_what_a_lost_worker_left_of_a_task_votes(made, tmp_path):
     assert submitted(tmp_path) == [[7]]
 
 
+def test_a_task_answered_in_whole_votes_though_its_worker_died_before_it_said_so(made, tmp_path):
+    def events(*_):
+        answered(tmp_path, "B.jsonl")
+        yield {"event": "worker-died", "text": ""}
+
+    run = made(views=2)
+    run.job, run._pool = JOB, pool(events)
+    run.answer()
+    assert submitted(tmp_path) == [[7]]
+
+
+@pytest.mark.parametrize("message", [{"event": "adapt-failed", "task": "B", "error": "time budget", "out_of_time": True},
+                                     {"event": "out-of-time", "stage": "adapt", "tasks": ["B"], "held": False, "text": ""}])
+def test_a_task_there_was_no_time_to_train_votes_and_is_trained_by_a_next_start(made, tmp_path, monkeypatch, message):
+    def events(stage, *_):
+        if stage == "adapt":
+            yield message
+        else:
+            answered(tmp_path, "B.jsonl")
+            yield {"event": "answered", "task": "B", "cut": 0}
+
+    monkeypatch.setattr(running, "Pool", lambda *_: pool(events))
+    run = made(adapter="nowhere", ttt_steps=1, views=2)
+    run._resolve = lambda: JOB
+    run.adapt()
+    run.answer()
+    assert submitted(tmp_path) == [[7]] and "B" in made(adapter="nowhere", ttt_steps=1, views=2)._todo()["adapt"]
+
+
+def test_an_adapter_of_fewer_steps_than_asked_is_trained_anew(made):
+    run = made(ttt_steps=4, time_budget=9.0)
+    for task_id, steps in {"A": 4, "B": 3}.items():
+        (run.adapters / task_id).mkdir(parents=True)
+        (run.adapters / task_id / "range.json").write_text(json.dumps({"peaks": {}, "steps": steps}))
+    assert run._todo()["adapt"] == ["B", "C"]
+
+
+def test_adapting_again_stops_the_workers_of_before(made, monkeypatch):
+    killed = []
+    monkeypatch.setattr(running, "Pool", lambda *_: SimpleNamespace(events=lambda *_: iter(()), kill=lambda: killed.append(1)))
+    run = made(adapter="nowhere")
+    run._resolve = lambda: JOB
+    run.adapt()
+    assert not killed
+    run.adapt()
+    assert killed == [1]
+
+
 def test_worker_that_hangs_in_training_is_stopped(made, monkeypatch):
     stopped = []
     held = {"event": "out-of-time", "stage": "adapt", "tasks": ["A"], "held": True, "text": ""}
@@ -182,3 +230,12 @@ def test_a_start_that_is_refused_lets_the_next_have_the_folder(made, tmp_path):
     for model in ("none", "nor-this"):  # the first run is still at hand then, as in a notebook
         with pytest.raises(ArcKernelError, match="no such model folder"):
             made(model=str(tmp_path / model)).adapt()
+
+
+def test_a_scratch_that_cannot_be_written_may_be_changed(made, fast, tmp_path):
+    (tmp_path / "file").touch()
+    first = made(model=str(fast["model"]), scratch=str(tmp_path / "file" / "below"), ttt_steps=2)
+    for _ in range(2):
+        with pytest.raises(ArcKernelError, match="give another scratch"):
+            first.adapt()
+    assert made(model=str(fast["model"]), ttt_steps=1)._todo()["adapt"], "the folder is free for other settings"

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from arc_kernel import events, select, work
+from arc_kernel import events, select, serving, work
 from arc_kernel.engine import Answer
 from arc_kernel.grids import GridEncoder
 from arc_kernel.job import Job
@@ -284,6 +284,40 @@ def test_finite_answers_outlive_an_engine_that_takes_the_process_with_it(tmp_pat
         served(tmp_path, builder, [task], Engine(builder, lambda i, view: next(answers)), Dying(builder, None), early_stop=False)
     kept = select.read_completions(completions_file(tmp_path, task.id))
     assert [c.status for c in kept] == ["ok"] * 7
+
+
+def test_answers_outlive_the_process_they_were_given_in(tmp_path, builder, task, monkeypatch):
+    def fifth_kills(i, view):
+        if len(engine.sent) == len(engine.batches) == 5:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return ONE
+
+    monkeypatch.setattr(serving, "KEEP_SECONDS", 0.0)
+    for _ in range(2):  # and in the next one, which dies as well
+        engine = Engine(builder, fifth_kills)
+        engine.in_flight = 1
+        with pytest.raises(RuntimeError):
+            served(tmp_path, builder, [task], engine, early_stop=False)
+        kept = completions_file(tmp_path, task.id)
+        assert kept.suffix == ".part" and [c.status for c in select.read_completions(kept)] == ["ok"] * 4
+    served(tmp_path, builder, [task], Engine(builder, lambda i, view: TWO), early_stop=False)
+    found, = select.candidates(completions(tmp_path, task), ENCODER)
+    assert found.votes == 8 and found.grid.tolist() == TWO and not kept.exists()
+
+
+def test_a_start_without_any_finite_answer_keeps_those_of_an_earlier_one(tmp_path, builder, task, monkeypatch):
+    now = [0]
+    monkeypatch.setattr(work, "time", SimpleNamespace(time=lambda: now[0]))
+
+    def second(i, view):
+        now[0] += 1
+        return ONE
+
+    served(tmp_path, builder, [task], Engine(builder, second), answer_until=6, early_stop=False)
+    assert len(select.read_completions(completions_file(tmp_path, task.id))) == 5
+    now[0] = 0
+    served(tmp_path, builder, [task], Engine(builder, lambda i, view: None), evidence=[BROKEN | {"judged": True}], early_stop=False)
+    assert len(completions(tmp_path, task)) == 5
 
 
 def test_task_without_a_finite_answer_is_asked_again_in_full_where_there_is_time(tmp_path, builder, task, task_of_two):

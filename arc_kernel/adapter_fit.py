@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .checkpoint import check_adapter, tensor_shapes, weight_shapes
+from .checkpoint import EMBEDDINGS, HEAD, check_adapter, tensor_shapes, weight_shapes
 from .errors import ArcKernelError
 
 PREFIX = "base_model.model."  # of names in what peft saves
 A, B = ".lora_A.weight", ".lora_B.weight"  # [rank, in] and [out, rank] of a linear layer [out, in]
-HEAD, EMBEDDINGS = "lm_head", "model.embed_tokens.weight"
 OTHER_BASE = "the adapter is for another base: give the model it was trained on"
 
 
@@ -23,7 +22,7 @@ def check_fit(adapter: Path, model: Path) -> tuple[dict[str, int], list[str]]:
     check_adapter(adapter)
     config, shapes, base = _read_config(adapter), tensor_shapes(adapter, "adapter_model.safetensors"), weight_shapes(model)
     if EMBEDDINGS in base:
-        base.setdefault(f"{HEAD}.weight", base[EMBEDDINGS])  # tied, and not stored
+        base.setdefault(HEAD, base[EMBEDDINGS])  # tied, and not stored
     modules = dict.fromkeys(name.removesuffix(part) for name in shapes for part in (A, B) if name.endswith(part))
     others = [name for name in shapes if not name.endswith((A, B))]
     ranks = {}

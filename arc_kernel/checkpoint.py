@@ -30,6 +30,7 @@ EMBEDDED_FORMAT = 3  # raised whenever the conversion changes, so that a model c
 EMBEDDED_CONTEXT = 8192  # max_position_embeddings of SmolLM2-135M-Instruct
 SIZES = ("num_attention_heads", "num_hidden_layers", "hidden_size", "vocab_size")  # of a decoder's config.json
 WEIGHTS = "model*.safetensors"
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # of models laid out as Llama's
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TRAINED_PROMPT = "trained_prompt.json"  # beside weights that were fine-tuned: trained_prompt.py
 TEXTS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
@@ -59,6 +60,21 @@ def check_model(folder: Path) -> None:
     if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ArcKernelError(f"{folder}: no tokenizer (tokenizer.json): save it beside the weights")
     check_safetensors(folder, WEIGHTS)
+    if says_tied_by_mistake(folder, config):
+        raise ArcKernelError(f"{folder}: config.json ties the head to the embeddings, but {HEAD} is another tensor, which some readers take "
+                             f"and others do not: python -m arc_kernel prepare --model {folder} --out <folder>")
+
+
+def says_tied_by_mistake(folder: Path, config: dict) -> bool:
+    """Whether a config ties head and embeddings where both are stored and differ, as after training both and merging.
+
+    transformers 5.19 and vLLM 0.32 take the stored head then, transformers 4.57 and vLLM 0.19.1 the embeddings.
+    """
+    if not config.get("tie_word_embeddings") or not {EMBEDDINGS, HEAD} <= weight_shapes(folder).keys():
+        return False
+    import torch
+
+    return not torch.equal(*(tensor for _, tensor in weight_tensors(folder, (EMBEDDINGS, HEAD))))
 
 
 def check_adapter(folder: Path) -> None:
@@ -132,14 +148,15 @@ def full_parameter_count(folder: Path) -> int:
     return int(read_config(folder).get("full_parameters") or parameter_count(folder))
 
 
-def weight_tensors(folder: Path) -> Iterator[tuple]:
-    """(name, torch tensor) of each weight of a model folder, one in memory at a time."""
+def weight_tensors(folder: Path, names: Iterable[str] | None = None) -> Iterator[tuple]:
+    """(name, torch tensor) of each weight of a model folder, or of those with these `names`, one in memory at a time."""
     from safetensors import safe_open
 
     for file in sorted(folder.glob(WEIGHTS)):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():
-                yield name, tensors.get_tensor(name)
+                if names is None or name in names:
+                    yield name, tensors.get_tensor(name)
 
 
 def weight_shapes(folder: Path) -> dict[str, list[int]]:

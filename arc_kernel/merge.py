@@ -10,8 +10,8 @@ import shutil
 from pathlib import Path
 
 from . import progress
-from .adapter_fit import HEAD, check_fit
-from .checkpoint import (TRAINED_PROMPT, WEIGHTS, check_model, copy_texts, load_model, load_tokenizer, make_portable, read_config,
+from .adapter_fit import check_fit
+from .checkpoint import (HEAD, TRAINED_PROMPT, WEIGHTS, check_model, copy_texts, load_model, load_tokenizer, make_portable, read_config,
                          weight_shapes, weight_tensors)
 from .errors import ArcKernelError
 from .files import whole_folder, write_json
@@ -34,8 +34,9 @@ def merge(model: Path, adapter: Path, out: Path, dtype: str = "auto") -> str:
     others = [name for name in others if "lora_magnitude_vector" not in name]  # DoRA's, which peft merges
     if others:
         raise ArcKernelError(f"{adapter}: holds {others[0]}: only a LoRA of linear layers is merged: use the adapter as it is")
-    if HEAD in ranks and (read_config(model).get("tie_word_embeddings") or f"{HEAD}.weight" not in weight_shapes(model)):
-        raise ArcKernelError(f"{adapter}: changes {HEAD}, which {model} ties to its embeddings: train one without it, or use it unmerged")
+    head = HEAD.removesuffix(".weight")
+    if head in ranks and (read_config(model).get("tie_word_embeddings") or HEAD not in weight_shapes(model)):
+        raise ArcKernelError(f"{adapter}: changes {head}, which {model} ties to its embeddings: train one without it, or use it unmerged")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ArcKernelError(f"{out}: exists: give another --out, or remove it")
     from safetensors import SafetensorError

@@ -134,8 +134,8 @@ def other_base(folder, bases, **changes):
     """A folder with weights of other shapes; the tokenizer is not looked at."""
     settings = LlamaConfig.from_pretrained(bases[True]).to_dict() | changes
     folder.mkdir()
-    save_file(dict(LlamaForCausalLM(LlamaConfig.from_dict(settings | {"tie_word_embeddings": False})).state_dict()),
-              folder / "model.safetensors")
+    tensors = LlamaForCausalLM(LlamaConfig.from_dict(settings | {"tie_word_embeddings": False})).state_dict()
+    save_file({name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}, folder / "model.safetensors")
     for name in ("config.json", "tokenizer.json"):
         shutil.copy(bases[True] / name, folder)
     return folder

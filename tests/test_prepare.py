@@ -295,6 +295,19 @@ def test_code_and_pickles_of_a_checkpoint_are_refused_with_the_mend(copy_of, tmp
     assert not (tmp_path / "ran").exists() and not (tmp_path / "no").exists()
 
 
+def test_a_head_of_its_own_is_kept_where_the_config_says_it_is_tied(copy_of, tmp_path):
+    source = copy_of("TinyMistral-248M-Instruct")
+    as_trained = logits(source)
+    edit(source / "config.json", tie_word_embeddings=True)
+    with pytest.raises(ArcKernelError, match=f"lm_head.weight is another tensor.*prepare --model {source}"):
+        checkpoint.open_model(str(source))
+    assert "tie_word_embeddings: false now, since" in prepare(str(source), str(tmp_path / "out"))[0]
+    assert torch.equal(logits(checkpoint.open_model(str(tmp_path / "out"))), as_trained)
+    weights = load_file(source / "model.safetensors")
+    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, source / "model.safetensors", {"format": "pt"})
+    assert checkpoint.open_model(str(source)), "the same tensor twice is tied"
+
+
 def test_tokens_beyond_the_embedding_get_rows_of_the_mean(copy_of, tmp_path):
     source = copy_of("TinyMistral-248M-Instruct")
     state = json.loads((source / "tokenizer.json").read_text())

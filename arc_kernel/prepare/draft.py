@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Callable, Iterator
 
 from ..checkpoint import (CARD, PICKLED, WEIGHTS, check_safetensors, copy_texts, load_tokenizer, portable_config, read_config,
-                          weight_shapes, weight_tensors)
+                          says_tied_by_mistake, weight_shapes, weight_tensors)
 from ..errors import ArcKernelError
 from ..files import write_json
 from ..progress import bar
@@ -65,6 +65,9 @@ class Draft:
         draft = cls(source, folder, config, generation, backend, tokenizer, template, licence=licence)
         if config.pop("auto_map", None):
             draft.report.append("auto_map: left out, no code of a checkpoint is run")
+        if says_tied_by_mistake(source, draft.config):
+            draft.config["tie_word_embeddings"] = False
+            draft.report.append("tie_word_embeddings: false now, since the head that is stored is not the embeddings")
         if ignored := [f.name for pattern in PICKLED for f in sorted(source.glob(pattern))]:
             draft.report.append(f"{', '.join(ignored)}: not read, the safetensors are")
         return draft

@@ -51,7 +51,7 @@ class PromptBuilder:
     """Builds prompts and training examples of one kind (`chat` or `compact`) with one encoder for one tokenizer.
 
     `longest_answer` is the number of tokens of a 30x30 answer with its closing token; `end_token` is that token's id,
-    `special_tokens` are the ids of all special tokens.
+    `special_tokens` is `special_ids` of the tokenizer.
     """
 
     def __init__(self, tokenizer, encoder: GridEncoder, kind: str):
@@ -61,7 +61,7 @@ class PromptBuilder:
         self._one_token_cells = all(len(self.ids_of(c)) == 1 for c in (*"0123456789", *encoder.separator))
         self._words = _chat_words(tokenizer) if kind == "chat" else _compact_words(tokenizer)
         self._side_words = functools.cache(functools.partial(_chat_side if kind == "chat" else _compact_side, tokenizer))
-        self.end_token, self.special_tokens = self._words.end, frozenset(tokenizer.all_special_ids)
+        self.end_token, self.special_tokens = self._words.end, special_ids(tokenizer)
         self.longest_answer = len(self.answer_ids(encoder.longest()))
 
     def _tokenize(self, text: str) -> tuple[int, ...]:
@@ -102,7 +102,7 @@ class PromptBuilder:
         return self._prompt(train, test_input)[0]
 
     def _prompt(self, train: tuple[Pair, ...], test_input: Grid) -> tuple[list[int], list[slice]]:
-        """Token ids up to the answer, and where in them the output of each train pair stands, with the token that ends it."""
+        """Token ids up to the answer, and where in them what is learnt of each train pair's output stands."""
         w, ids, outputs = self._words, [], []
         ids += self._whole(w.start)
         for number, pair in enumerate(train, 1):
@@ -111,12 +111,17 @@ class PromptBuilder:
             ids += self.ids_of(w.before_output)
             first = len(ids)
             ids += self.grid_ids(pair.output)
-            outputs.append(slice(first, len(ids) + 1))
+            outputs.append(self._learnt(first, ids, w.after_pair))
             ids += self.ids_of(w.after_pair)
         ids += self.ids_of(w.before_test)
         ids += self.grid_ids(test_input)
         ids += self.ids_of(w.before_answer)
         return ids, outputs
+
+    def _learnt(self, first: int, ids: list[int], after: str) -> slice:
+        """Where the grid from `first` to the end of `ids` stands, with the token that comes next where it closes an answer, too: what
+        closes a grid otherwise (a space before the marker, a line of words) is not taught, for no answer ends with it."""
+        return slice(first, len(ids) + (self.ids_of(after)[:1] == (self.end_token,)))
 
     def prompt(self, view: View, task: Task, test_index: int) -> list[int]:
         """Token ids of the prompt for test input `test_index` of `task` under `view`."""
@@ -126,7 +131,8 @@ class PromptBuilder:
     def example(self, train: tuple[Pair, ...], target: Pair, all_outputs: bool = False) -> Example:
         """A training example that asks for `target.output`; loss is taken on the answer and its closing token.
 
-        With `all_outputs` also on the output of each train pair but the first, which is predicted from the pairs before it.
+        With `all_outputs` also on the output of each train pair but the first, which is predicted from the pairs before it, and on its
+        closing token where that is the answer's.
         """
         prompt, outputs = self._prompt(train, target.input)
         ids = np.array(prompt + self.answer_ids(target.output), dtype=np.int64)
@@ -146,7 +152,7 @@ class PromptBuilder:
             ids += self.ids_of(before)
             first = len(ids)
             ids += self.grid_ids(grid)
-            learnt.append(slice(first, len(ids) + 1))
+            learnt.append(self._learnt(first, ids, after))
             ids += self.ids_of(after)
         ids += self.ids_of(ask)
         learnt = [*(learnt[1:] if all_outputs else ()), slice(len(ids), None)]
@@ -182,6 +188,11 @@ class PromptBuilder:
         """`fit` for an example that asks for `target.output`: indexes of the context pairs kept, under every view."""
         answer = max(len(self.answer_ids(target.output)), len(self.answer_ids(target.output.T)))
         return self.fit(context, target.input, answer, max_seq_len)
+
+
+def special_ids(tokenizer) -> frozenset[int]:
+    """Ids of all special tokens, those without a role (Gemma 3's `<end_of_turn>`, Phi-3's `<|end|>`) included."""
+    return frozenset(tokenizer.all_special_ids) | {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def default_builder(tokenizer, encoder: str) -> PromptBuilder:
@@ -239,7 +250,7 @@ def _chat_frame(tokenizer) -> tuple[str, str, str, str, int]:
         raise ArcKernelError(f"{tokenizer.name_or_path}: chat template leaves messages out: use prompt=compact")
     before, reply, between, after = asked.split(_MARK)
     closing = tokenizer(between, add_special_tokens=False).input_ids
-    end = closing[0] if closing and closing[0] in tokenizer.all_special_ids else tokenizer.eos_token_id
+    end = closing[0] if closing and closing[0] in special_ids(tokenizer) else tokenizer.eos_token_id
     if end is None:
         raise ArcKernelError(f"{tokenizer.name_or_path}: chat template closes no answer and there is no eos_token: use prompt=compact")
     return before, reply, between, after, end

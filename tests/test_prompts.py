@@ -229,6 +229,20 @@ def test_a_chat_template_that_knows_no_system_role_is_used_without_it(tokenizer)
     assert text == f"<|im_start|>user\n{QUESTION}\nTest input:\n3<|im_end|><|im_start|>assistant\n"
 
 
+@pytest.mark.parametrize("closer, context, answer", [
+    ("<file_sep>\n", "<file_sep>", "<file_sep>"),  # special, but no role of the tokenizer's, as Gemma 3's <end_of_turn>
+    (" <|im_end|>", "", "<|im_end|>"),  # Llama-2's: a space before the marker
+    ("\nEND\n", "", "<|im_end|>"),
+])
+def test_no_output_is_taught_to_end_with_what_ends_no_answer(tokenizer, closer, context, answer):
+    other = templated(tokenizer, "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}" + closer + "{% endfor %}"
+                                 "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    builder, pair = PromptBuilder(other, GridEncoder.from_name("digits"), "chat"), Pair(grid(1, 1, 4), grid(1, 1, 5))
+    for example in (builder.example((pair, pair), pair, True), builder.side_example("outputs", (pair.output, pair.output), pair.output, True)):
+        assert builder.text_of(example.labels[example.labels != IGNORED].tolist()) == f"5{context}5{answer}"
+    assert other.convert_ids_to_tokens(builder.end_token) == answer and builder.end_token in builder.special_tokens
+
+
 def test_an_answer_in_a_template_that_closes_with_plain_text_ends_with_the_end_of_sequence_token(tokenizer):
     other = templated(tokenizer, "{% for m in messages %}{{ m.content }}\n{% endfor %}")
     assert PromptBuilder(other, GridEncoder.from_name("digits"), "chat").end_token == other.eos_token_id

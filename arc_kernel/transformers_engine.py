@@ -18,7 +18,7 @@ class TransformersEngine:
     """transformers' own generate with peft adapters: slow, plain, and independent of vLLM.
 
     In float32 adapters are merged into the weights and taken out again by putting the old weights back; 16-bit weights
-    would lose what is merged.
+    would lose what is merged, and a head tied to the input embedding would take the embedding with it.
     """
 
     def __init__(self, settings: EngineSettings, device: str):
@@ -85,15 +85,15 @@ class TransformersEngine:
 
         if adapter == self._adapter:
             return
-        if self._merge:
-            for weight, old in self._old.items():
-                weight.data.copy_(old)
-        elif self._adapter is not None:
+        for weight, old in self._old.items():
+            weight.data.copy_(old)
+        if isinstance(self._model, PeftModel):
             self._model = self._model.unload()
         if adapter is not None:
+            embedding = self._model.get_input_embeddings().weight
             model = PeftModel.from_pretrained(self._model, self._adapters.folder(adapter), torch_device=self._device)
-            if self._merge:
-                touched = (m.get_base_layer().weight for m in model.modules() if hasattr(m, "get_base_layer") and hasattr(m, "lora_A"))
+            touched = [m.get_base_layer().weight for m in model.modules() if hasattr(m, "get_base_layer") and hasattr(m, "lora_A")]
+            if self._merge and not any(weight is embedding for weight in touched):
                 self._old = {w: self._old[w] if w in self._old else w.detach().clone() for w in touched}
                 model = model.merge_and_unload()
             self._model = model.eval()

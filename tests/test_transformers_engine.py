@@ -73,6 +73,19 @@ def test_base_model_is_the_same_after_an_adapter_was_used(tiny, adapters, dtype)
     assert facts(before) == facts(after) != facts(adapted)
 
 
+def test_adapter_of_a_head_that_is_tied_leaves_the_embedding_as_it_is(tiny, adapters, tmp_path):
+    torch.manual_seed(2)
+    config = LoraConfig(r=8, lora_alpha=64, target_modules=["v_proj", "lm_head"], init_lora_weights=False)
+    get_peft_model(checkpoint.load_model(tiny, "float32", "cpu"), config).save_pretrained(tmp_path, save_embedding_layers=False)
+    asked = [(ids, adapter) for adapter in (tmp_path, adapters[0], tmp_path, None) for ids in PROMPTS[:2]]
+    engine = started(tiny, "float32")
+    given = answers(engine, asked)
+    engine.close()
+    for answer, (ids, adapter) in zip(given, asked):
+        expected, logprob = greedy(tiny, ids, adapter, answer.token_ids)
+        assert answer.token_ids == expected and answer.logprob == pytest.approx(logprob, abs=1e-3)
+
+
 def test_answer_ends_at_the_closing_token_and_stays_inside_the_context(tiny):
     engine = started(tiny, "float32")
     free, long = (answers(engine, [(ids, None)])[0].token_ids for ids in (PROMPTS[1], PROMPTS[0] + PROMPTS[2][:20]))

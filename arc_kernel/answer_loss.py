@@ -51,10 +51,16 @@ def plain_head(model, ids: torch.Tensor) -> bool:
         model.eval()  # without dropout
         with torch.no_grad():
             asked = {"input_ids": ids[:1, :LOOKED_AT], "use_cache": False}
-            mine, wanted = model.get_output_embeddings()(model.base_model(**asked)[0]).float(), model(**asked).logits.float()
+            mine, wanted = model.get_output_embeddings()(_decoder(model)(**asked)[0]).float(), model(**asked).logits.float()
         _plain[model] = mine.shape == wanted.shape and torch.allclose(mine, wanted, 1e-3, 1e-3, equal_nan=True)
         model.train(training)
     return _plain[model]
+
+
+def _decoder(model) -> torch.nn.Module:
+    """What gives a causal language model its hidden states. `base_model` alone is not it: of transformers 4.57's Gemma 3 for text, whose
+    prefix is that of the model with images, it is the language model itself."""
+    return getattr(model, "model", model.base_model)
 
 
 def answer_losses(model, ids: torch.Tensor, labels: torch.Tensor,
@@ -73,7 +79,7 @@ def answer_losses(model, ids: torch.Tensor, labels: torch.Tensor,
         logits = model(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
         logits = logits[rows, torch.searchsorted(kept, at) if logits.shape[1] == len(kept) else at]  # some models give all of them
     else:
-        hidden = (decoder(ids) if decoder else model.base_model(input_ids=ids, use_cache=False)[0])[rows, at]
+        hidden = (decoder(ids) if decoder else _decoder(model)(input_ids=ids, use_cache=False)[0])[rows, at]
         head = model.get_output_embeddings()
         if type(head) is torch.nn.Linear and not head.weight.requires_grad:  # a head with a LoRA shows its base's weight
             return *_HeadLoss.apply(hidden.to(head.weight.dtype), head.weight, head.bias, wanted), rows

@@ -47,16 +47,37 @@ def test_loss_and_gradient_are_torchs(model_folder, tmp_path, example):
     assert_alike(AutoModelForCausalLM.from_pretrained(tiny_model(model_folder, tmp_path / "tiny"), dtype=torch.float32), example)
 
 
+def one_layer(config, **asked):
+    """A random model of an architecture with one small layer and 300 tokens."""
+    made = getattr(transformers, f"{config}Config")(**asked, vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                                                    num_attention_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    made.num_key_value_heads = 1
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(made).float()
+
+
+@pytest.mark.parametrize("name", ["Gemma3Text", "Qwen3", "GPTNeoX"])  # their decoders go by other names
+def test_loss_and_gradient_are_torchs_whatever_the_decoder_is_called(example, name):
+    model = one_layer(name)
+    assert answer_loss.plain_head(model, example[0][None])
+    model.get_output_embeddings().requires_grad_(False)
+    weight = next(w for n, w in model.named_parameters() if n.endswith(("down_proj.weight", "dense_4h_to_h.weight")))
+    found = []
+    for loss in (ours, by_torch):
+        weight.grad = None
+        value = loss(model, *(part[-150:] for part in example))
+        value.backward()
+        found.append((value.item(), weight.grad))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-5) and found[1][1].abs().max() > 0
+    assert torch.allclose(found[0][1], found[1][1], rtol=1e-3, atol=1e-7)
+
+
 @pytest.mark.parametrize("name, asked", [
     ("Cohere", {"logit_scale": 0.25}), ("Gemma2", {"final_logit_softcapping": 0.5, "head_dim": 16}),
     ("ModernBertDecoder", {}),  # a layer between decoder and head, and no field that says so
 ])
 def test_a_model_that_does_more_than_its_heads_product_has_its_own_loss(example, name, asked):
-    config = getattr(transformers, f"{name}Config")(**asked, vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-                                                    num_attention_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    config.num_key_value_heads = 1
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).float()
+    model = one_layer(name, **asked)
     ids, labels = (part[-150:] for part in example)
     with torch.no_grad():
         assert ours(model, ids, labels).item() == pytest.approx(by_torch(model, ids, labels).item(), abs=1e-4)

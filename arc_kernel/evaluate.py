@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from . import progress
 from .bootstrap import Bootstrap, Interval
 from .errors import ArcKernelError, counted
 from .fewer import CURVE, sizes, with_fewer
-from .run_folder import RunFolder
+from .run_folder import RunFolder, facts, facts_shown
 from .score import FIGURES, output_rows
 from .select import vote
 from .tasks import Attempts, Task, task_to_json
@@ -29,6 +28,7 @@ BY_SIZE = ("accuracy", "pass_n", "vote_2", "vote_1")  # shown by size of the tes
 AVERAGES = ("per_task", "per_output")
 SIZES = (25, 100, 225, 400, 900)  # cells of a test input, at most: squares of 5, 10, 15, 20 and 30
 FEW_TASKS = 20  # below which the percentile bootstrap's intervals are said to be too narrow
+MARK = "* : the interval of the difference does not contain 0"
 PUBLISHED_ON = "ARC-AGI-1 evaluation, 400 tasks, 8 predictions, no TTT; in %, per task"
 # Published figures of others with which to compare (issue 8); None where not given.
 PUBLISHED = (
@@ -64,8 +64,8 @@ class Sample:
 def evaluate(runs: list[RunFolder], resamples: int, seed: int) -> dict:
     """Figures of runs on the tasks they share, as JSON: fractions with 95% intervals, differences are to the first run.
 
-    Keys: `tasks`, `outputs`, `resamples`, `seed`, `notes` (lines on what to bear in mind), `runs` (each with `per_task`,
-    `per_output`, `by_predictions`, `by_size`), `differences`, `published`. Raises ArcKernelError where no solution is known or
+    Keys: `tasks`, `outputs`, `resamples`, `seed`, `notes` (lines on what to bear in mind), `runs` (each with what
+    `run_folder.facts` tells, `per_task`, `per_output`, `by_predictions`, `by_size`), `differences`, `published`. Raises ArcKernelError where no solution is known or
     no task is shared.
     """
     names, ids = run_names(runs), shared_tasks(runs)
@@ -88,9 +88,8 @@ def evaluate(runs: list[RunFolder], resamples: int, seed: int) -> dict:
         curve = [{"predictions": k} | intervals({f: sample([e[f] for e in of]) for f in CURVE}) for k, of in expected.items()]
         by_size = [{"cells": f"{low}-{high}", "outputs": int(among.sum())} | intervals(own, among)["per_output"]
                    for low, high, among in bounds if among.any()]
-        told = {"model": Path(run.settings.model).name, "ttt_steps": run.settings.ttt_steps, "views": run.settings.views}
         by = {"by_predictions": curve, "by_size": by_size}
-        result["runs"].append({"run": name, "folder": str(run.path)} | told | intervals(own) | by)
+        result["runs"].append({"run": name, "folder": str(run.path)} | facts(run) | intervals(own) | by)
     result["differences"] = [{"run": name, "minus": names[0]} | intervals({f: own[f].minus(figures[0][f]) for f in SHOWN})
                              for name, own in zip(names[1:], figures[1:])]
     return result | {"published": {"on": PUBLISHED_ON, "rows": list(PUBLISHED)}}
@@ -167,15 +166,16 @@ def table(result: dict) -> str:
     """The figures as text tables, in per cent with their intervals, published ones marked as such."""
     names = [r["run"] for r in result["runs"]]
     lines = [f"{counted(result['tasks'], 'task')}, {counted(result['outputs'], 'test output')}; in %, with 95% intervals "
-             f"(percentile bootstrap over tasks, {result['resamples']} resamples, seed {result['seed']})",
+             f"(percentile bootstrap over tasks, {result['resamples']} resamples, seed {result['seed']})"
+             + f"; {MARK}" * bool(result["differences"]),
+             *(f"{run['run']}: {', '.join(f'{k} {v}' for k, v in facts_shown(run).items())}" for run in result["runs"]),
              *(f"note: {text}" for text in result["notes"])]
     columns = [*names, *(f"{d['run']} - {d['minus']}" for d in result["differences"])]
     for average in AVERAGES:
         lines += ["", _line(average.replace("_", " "), columns)]
-        lines += [_line(f, [percent(of[average][f]) for of in (*result["runs"], *result["differences"])]) + f"  {SHOWN[f]}" for f in SHOWN]
+        lines += [_line(f, [figure(of, average, f) for of in (*result["runs"], *result["differences"])]) + f"  {SHOWN[f]}" for f in SHOWN]
     for run in result["runs"]:
-        lines += ["", f"{run['run']} ({run['model']}, {run['ttt_steps']} steps, {run['views']} views): per task by predictions, "
-                      "per output by cells of the test input", _line("predictions", CURVE)]
+        lines += ["", f"{run['run']}: per task by predictions, per output by cells of the test input", _line("predictions", CURVE)]
         lines += [_line(str(row["predictions"]), [percent(row["per_task"][f]) for f in CURVE]) for row in run["by_predictions"]]
         lines.append(_line("cells", ["outputs", *BY_SIZE]))
         lines += [_line(row["cells"], [str(row["outputs"]), *(percent(row[f]) for f in BY_SIZE)]) for row in run["by_size"]]
@@ -194,5 +194,11 @@ def percent(interval: dict | None) -> str:
     return "-" if interval is None else "{value:.1f} [{low:.1f}, {high:.1f}]".format(**{k: 100 * v for k, v in interval.items()})
 
 
+def figure(of: dict, average: str, name: str) -> str:
+    """A figure of a run, or of a difference: `12.5 [5.0, 20.0] *`, marked where the difference's interval does not contain 0."""
+    interval = of[average][name]
+    return percent(interval) + " *" * ("minus" in of and interval is not None and interval["low"] * interval["high"] > 0)
+
+
 def _line(head: str, values) -> str:
-    return f"{head:16}" + "".join(f"  {v:>20}" for v in values)
+    return f"{head:16}" + "".join(f"  {v:>22}" for v in values)

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from .errors import counted
-from .evaluate import AVERAGES, BY_SIZE, CURVE, PUBLISHED_FIGURES, SHOWN, attempts_of, percent, published_row, run_names, shared_tasks
+from .evaluate import (AVERAGES, BY_SIZE, CURVE, MARK, PUBLISHED_FIGURES, SHOWN, attempts_of, figure, published_row, run_names,
+                       shared_tasks)
 from .files import replacing
 from .report import NOTE, page, predictions_html, svg, task_html
-from .run_folder import RunFolder
+from .run_folder import RunFolder, facts_shown
 
 DIFFERENCES = ("pass_1", "accuracy", "pass_n", "vote_1", "vote_2")  # plotted; the table has all
 
@@ -21,8 +22,9 @@ def write_page(path: Path, runs: list[RunFolder], result: dict) -> None:
     notes = "".join(f'<p style="{NOTE}">{html.escape(text)}</p>' for text in result["notes"])
     text = (f"<p>{counted(result['tasks'], 'task')}, {counted(result['outputs'], 'test output')}; in %, with 95% intervals: percentile "
             "bootstrap over tasks, "
-            f"{result['resamples']} resamples, seed {result['seed']}. A difference is paired: both runs on the same tasks.</p>")
-    body = [text, notes, *(f"<h2>Figures, {a.replace('_', ' ')}</h2>{_figures(result, a)}" for a in AVERAGES)]
+            f"{result['resamples']} resamples, seed {result['seed']}. A difference is paired: both runs on the same tasks"
+            f"{f'; {MARK}' * bool(result['differences'])}.</p>")
+    body = [_runs(result), text, notes, *(f"<h2>Figures, {a.replace('_', ' ')}</h2>{_figures(result, a)}" for a in AVERAGES)]
     body.append(f"<h2>Published</h2>{_published(result)}")
     if result["differences"]:
         body.append(f"<h2>Differences to {html.escape(result['differences'][0]['minus'])}</h2>{_differences(result)}")
@@ -39,11 +41,18 @@ def _rows(header: list[str], rows: list[list[str]]) -> str:
     return f"<table>{line(header, 'th')}{''.join(line(r, 'td') for r in rows)}</table>"
 
 
+def _runs(result: dict) -> str:
+    """What each run is, a run a row."""
+    shown = {run["run"]: facts_shown(run) for run in result["runs"]}
+    table = _rows(["", *next(iter(shown.values()))], [[name, *of.values()] for name, of in shown.items()])
+    return f"{table}<p>Seconds are summed over workers and starts.</p>"
+
+
 def _figures(result: dict, average: str) -> str:
     shown = [*result["runs"], *result["differences"]]
     header = [r["run"] + (f" - {r['minus']}" if "minus" in r else "") for r in shown]
-    unbroken = lambda interval: percent(interval).replace(" ", "\N{NO-BREAK SPACE}")
-    return _rows(["", *header, ""], [[f, *(unbroken(r[average][f]) for r in shown), SHOWN[f]] for f in SHOWN])
+    unbroken = lambda of, name: figure(of, average, name).replace(" ", "\N{NO-BREAK SPACE}")
+    return _rows(["", *header, ""], [[f, *(unbroken(r, f) for r in shown), SHOWN[f]] for f in SHOWN])
 
 
 def _published(result: dict) -> str:

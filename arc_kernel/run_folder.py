@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import ArcKernelError
+from .events import read_events, stage_rows
 from .grids import GridEncoder
 from .select import PARTIAL, Candidate, Completion, Voted, ranked, read_completions, voted_grids
 from .settings import Settings
@@ -61,6 +62,26 @@ def read_run(path: Path, tasks: str = "", solutions: str = "") -> RunFolder:
     if not completions:
         raise ArcKernelError(f"{path / 'completions'}: no completions: start solve again on this folder, or give another run")
     return RunFolder(path, settings, challenges, completions)
+
+
+def facts(run: RunFolder) -> dict:
+    """What a run is, as JSON: model and adapter (None: none) by the ends of their paths, steps, views, prompt, grid encoder; and as
+    events.jsonl tells, the `dtype` it answered in (None: not told) and `seconds` of its stages, summed over workers and starts."""
+    s, events = run.settings, read_events(run.path)
+    named = lambda path: "/".join(p for p in Path(path).parts[-2:] if p != "/")
+    dtypes = [e["dtype"] + " rescaled" * bool(e.get("rescale")) for e in events if e.get("event") == "verdict" and e.get("dtype")]
+    return {"model": named(s.model), "adapter": named(s.adapter) if s.adapter else None, "ttt_steps": s.ttt_steps, "views": s.views,
+            "prompt": s.prompt, "grid_encoder": s.grid_encoder, "dtype": ", ".join(dict.fromkeys(dtypes)) or None,
+            "seconds": {row["stage"]: row["seconds"] for row in stage_rows(events)}}
+
+
+def facts_shown(of: dict) -> dict[str, str]:
+    """`facts` for a table, by heading; `-` where something is not known."""
+    spent = lambda stage: [seconds for name, seconds in of["seconds"].items() if name.startswith(stage)]
+    seconds = lambda stage: f"{sum(spent(stage)):.0f} s" if spent(stage) else "-"
+    return {"model": of["model"], "adapter": of["adapter"] or "none", "steps": str(of["ttt_steps"]), "views": str(of["views"]),
+            "prompt": of["prompt"], "grid encoder": of["grid_encoder"], "dtype": of["dtype"] or "-",
+            "training": seconds("adapt") if of["ttt_steps"] else "none", "answering": seconds("answer")}
 
 
 def completions_file(path: Path, task_id: str) -> Path | None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_folders import write_run, write_tasks
 
-from arc_kernel import select
+from arc_kernel import evaluate_page, select
 from arc_kernel.__main__ import main
 from arc_kernel.bootstrap import Bootstrap
 from arc_kernel.errors import ArcKernelError
@@ -112,6 +112,37 @@ def test_a_paired_difference_is_far_surer_than_the_runs_themselves(tmp_path):
     assert paired["value"] == pytest.approx(3 / 40) and 0 <= paired["low"] < paired["value"] < paired["high"] < 0.2
     assert own["high"] - own["low"] > 1.5 * (paired["high"] - paired["low"])
     assert percent(paired) in table(result) and "better - worse" in table(result)
+
+
+def test_a_difference_whose_interval_does_not_contain_0_is_marked(tmp_path):
+    tasks = write_tasks(tmp_path / "tasks.json", {f"t{n}": [[[5]]] for n in range(40)})
+    right = lambda count: {(f"t{n}", 0): [[[5]]] if n < count else [[[6]]] for n in range(40)}
+    runs = [read_run(write_run(tmp_path / name, tasks, right(n), views=1)) for name, n in (("none", 0), ("some", 20), ("alike", 20))]
+    shown = table(evaluate(runs[1:], 200, 0))
+    assert "* : the interval of the difference does not contain 0" in shown and "] *" not in shown
+    marked = table(evaluate(runs, 200, 0))
+    assert next(line for line in marked.splitlines() if line.startswith("accuracy")).count("] *") == 2
+    assert "* :" not in table(evaluate(runs[:1], 200, 0)), "one run has no differences"
+
+
+def test_what_each_run_is_stands_on_table_page_and_in_the_json(tmp_path, tasks):
+    told = [{"event": "stage", "stage": stage, "seconds": s} for stage, s in (("adapt", 40.0), ("adapt", 20.4), ("answer", 5.0),
+                                                                                ("answer again in float32", 2.0))]
+    told.append({"event": "verdict", "dtype": "float16", "rescale": {"residual": 7}})
+    first = write_run(tmp_path / "first", tasks, {("A", 0): [[[5]]]}, views=1, ttt_steps=8, model="models/s", adapter="runs/long/adapter",
+                      prompt="compact")
+    (first / "events.jsonl").write_text("".join(json.dumps(e | {"at": 1.0}) + "\n" for e in told))
+    runs = [read_run(first), read_run(write_run(tmp_path / "untold", tasks, {("A", 0): [[[5]]]}, views=1, ttt_steps=0))]
+    result = evaluate(runs, 10, 0)
+    assert {k: result["runs"][0][k] for k in ("model", "adapter", "prompt", "grid_encoder", "dtype", "seconds")} == {
+        "model": "models/s", "adapter": "long/adapter", "prompt": "compact", "grid_encoder": "digits", "dtype": "float16 rescaled",
+        "seconds": {"adapt": 60.4, "answer": 5.0, "answer again in float32": 2.0}}
+    assert ("first: model models/s, adapter long/adapter, steps 8, views 1, prompt compact, grid encoder digits, dtype float16 rescaled, "
+            "training 60 s, answering 7 s") in table(result)
+    evaluate_page.write_page(tmp_path / "e.html", runs, result)
+    page = (tmp_path / "e.html").read_text()
+    assert "<td>long/adapter</td><td>8</td>" in page and "<td>60 s</td><td>7 s</td>" in page
+    assert "<td>none</td><td>0</td>" in page and "<td>-</td><td>none</td><td>-</td>" in page
 
 
 def test_runs_on_other_tasks_are_compared_on_those_they_share(tmp_path):

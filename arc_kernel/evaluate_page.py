@@ -14,6 +14,7 @@ from .files import replacing
 from .report import NOTE, page, predictions_html, svg, task_html
 from .run_folder import RunFolder, facts_shown
 
+LINES = ((3.0, "-", "o"), (1.8, "--", "s"), (1.6, ":", "^"), (1.2, "-.", "x"))  # width, style, marker: equal lines are all seen
 DIFFERENCES = ("pass_1", "accuracy", "pass_n", "vote_1", "vote_2")  # plotted; the table has all
 
 
@@ -76,7 +77,7 @@ def _differences(result: dict) -> str:
         values, errors = _bars([of["per_task"][f] for f in DIFFERENCES])
         axes.errorbar(values, np.arange(len(values)) + 0.2 * number, xerr=errors, fmt="o", capsize=3, label=f"{of['run']} - {of['minus']}")
     axes.axvline(0, color="#888", linewidth=1)
-    axes.set(xlabel="difference per task, % (95% interval)", yticks=range(len(DIFFERENCES)), yticklabels=DIFFERENCES)
+    axes.set(xlabel="difference per task, percentage points (95% interval)", yticks=range(len(DIFFERENCES)), yticklabels=DIFFERENCES)
     axes.invert_yaxis()
     axes.legend(fontsize=7)
     return svg(figure)
@@ -88,15 +89,22 @@ def _curves(result: dict) -> str:
     ticks = sorted({row["predictions"] for run in result["runs"] for row in run["by_predictions"]})
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(CURVE), sharey=True), CURVE):
-        for run in result["runs"]:
+        for number, run in enumerate(result["runs"]):
             at, of = zip(*((row["predictions"], row["per_task"][name]) for row in run["by_predictions"]))
-            line = axes.plot(at, [100 * i["value"] for i in of], marker="o", label=run["run"])[0]
+            width, style, marker = LINES[number % len(LINES)]
+            line = axes.plot(at, [100 * i["value"] for i in of], style, linewidth=width, marker=marker, label=run["run"])[0]
             axes.fill_between(at, [100 * i["low"] for i in of], [100 * i["high"] for i in of], color=line.get_color(), alpha=0.15)
         axes.set_xscale("log", base=2)
         axes.set(title=name, xlabel="predictions", xticks=ticks, xticklabels=ticks)
-    figure.axes[0].set_ylabel("% of tasks")
+    _from_zero(figure.axes[0], "% of tasks")
     figure.axes[-1].legend(fontsize=7)
     return svg(figure)
+
+
+def _from_zero(axes, label: str) -> None:
+    """An axis of percentages that begins at 0, and has a length where all of them are 0."""
+    axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
+    axes.set_ylabel(label)
 
 
 def _by_size(result: dict) -> str:
@@ -108,10 +116,11 @@ def _by_size(result: dict) -> str:
             values, errors = _bars([row[name] for row in run["by_size"]])
             width = 0.8 / len(result["runs"])
             axes.bar(np.arange(len(values)) + width * number, values, width, yerr=errors, capsize=2, label=run["run"])
+        middle = (0.8 - width) / 2
         labels = [f"{row['cells']}\n({row['outputs']})" for row in result["runs"][0]["by_size"]]
-        axes.set(title=name, xticks=range(len(labels)))
+        axes.set(title=name, xticks=np.arange(len(labels)) + middle, xlabel="cells (outputs)")
         axes.set_xticklabels(labels, fontsize=7)
-    figure.axes[0].set_ylabel("% of outputs")
+    _from_zero(figure.axes[0], "% of outputs")
     figure.axes[-1].legend(fontsize=7)
     return svg(figure)
 

@@ -145,6 +145,16 @@ def test_what_each_run_is_stands_on_table_page_and_in_the_json(tmp_path, tasks):
     assert "<td>none</td><td>0</td>" in page and "<td>-</td><td>none</td><td>-</td>" in page
 
 
+def test_plots_of_runs_that_solve_nothing_begin_at_0_and_say_their_units(tmp_path, tasks):
+    runs = [read_run(write_run(tmp_path / name, tasks, {("A", 0): [[[6]]]}, views=1)) for name in "xy"]
+    for some, wanted in ((runs[:1], 0), (runs, 1)):
+        evaluate_page.write_page(tmp_path / "e.html", some, evaluate(some, 10, 0))
+        page = (tmp_path / "e.html").read_text()
+        assert page.count("percentage points") == wanted and "<!-- cells (outputs) -->" in page
+        curves, sizes = (part.partition("</svg>")[0] for part in page.split("<svg")[-2:])
+        assert "<!-- 1.0 -->" in curves and "<!-- 1.0 -->" in sizes and "<!-- \N{MINUS SIGN}" not in curves + sizes
+
+
 def test_runs_on_other_tasks_are_compared_on_those_they_share(tmp_path):
     first = write_tasks(tmp_path / "1.json", {"a": [[[1]]], "b": [[[2]]], "c": [[[3]]], "d": [None]})
     second = write_tasks(tmp_path / "2.json", {"b": [[[2]]], "c": [[[9]]], "e": [[[5]]]})

@@ -65,8 +65,8 @@ def evaluate(runs: list[RunFolder], resamples: int, seed: int) -> dict:
     """Figures of runs on the tasks they share, as JSON: fractions with 95% intervals, differences are to the first run.
 
     Keys: `tasks`, `outputs`, `resamples`, `seed`, `notes` (lines on what to bear in mind), `runs` (each with what
-    `run_folder.facts` tells, `per_task`, `per_output`, `by_predictions`, `by_size`), `differences`, `published`. Raises ArcKernelError where no solution is known or
-    no task is shared.
+    `run_folder.facts` tells, `per_task`, `per_output`, `by_predictions`, `by_size`), `differences`, `published`. Raises
+    ArcKernelError where no solution is known or no task is shared.
     """
     names, ids = run_names(runs), shared_tasks(runs)
     number = {i: n for n, i in enumerate(ids)}

@@ -12,6 +12,11 @@ from pathlib import Path
 from .errors import ArcKernelError
 
 
+def short_path(path: str) -> str:
+    """The last two parts of a path: `long/adapter` says more than `adapter`."""
+    return "/".join(part for part in Path(path).parts[-2:] if part != "/")
+
+
 @contextlib.contextmanager
 def replacing(path: Path):
     """Open a temporary file beside `path` for writing and rename it to `path` when the block ends without error. What UTF-8 has no bytes

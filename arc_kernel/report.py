@@ -17,8 +17,9 @@ from typing import Callable
 
 import numpy as np
 
+from .errors import counted
 from .events import losses, stage_rows, stage_table
-from .files import replacing
+from .files import replacing, short_path
 from .precision.probe import headroom
 from .precision.rescale import Rescale
 from .score import FIGURES
@@ -29,12 +30,14 @@ from .tasks import Attempts, Challenges, Grid, Task
 # The colours of ARC's own testing interface (github.com/fchollet/ARC-AGI, apps/css/common.css), 0 to 9, then grid lines.
 PALETTE = ("000000", "0074D9", "FF4136", "2ECC40", "FFDC00", "AAAAAA", "F012BE", "FF851B", "7FDBFF", "870C25", "555555")
 CANDIDATES_SHOWN = 8
+LEGEND_TRUTH = "Green frame: equal to the solution; red frame: not. "
+LEGEND = "First the attempts; below them all candidates, most votes first."
 PAGE_STYLE = """body{font:14px/1.4 system-ui,sans-serif;margin:2em auto;max-width:1200px;padding:0 1em;color:#222}
 h2{margin-top:2em;border-top:1px solid #ccc;padding-top:1em}td,th{padding:.15em .8em}"""
 # Styles stand in the elements, because a notebook shows pieces of the page without its style sheet.
 ROW = "display:flex;flex-wrap:wrap;gap:1em;align-items:flex-start;margin:.6em 0"
 PAIR = "display:flex;gap:.4em;align-items:center;border:1px solid #ddd;padding:.4em"
-CAPTION = "font-size:12px;color:#555;max-width:14em"
+CAPTION = "font-size:12px;color:#555;max-width:14em;white-space:pre-line"
 NOTE = "color:#a40"
 RIGHT, WRONG = "outline:3px solid #2a2", "outline:3px solid #c33"
 
@@ -73,15 +76,18 @@ def task_html(task: Task) -> str:
 
 
 def predictions_html(task: Task, index: int, found: list[Candidate], attempts: Attempts) -> str:
-    """Test input, both attempts, the truth where known, and the candidates with votes and logprob."""
+    """Test input, both attempts, the truth where known, and the candidates with votes and logprob, most votes first; right or wrong is
+    said in words and by the colour of the frame."""
     truth = task.test[index].output
-    mark = lambda grid: "" if truth is None else RIGHT if np.array_equal(grid, truth) else WRONG
+    right = lambda grid: truth is not None and np.array_equal(grid, truth)
+    mark = lambda grid: "" if truth is None else RIGHT if right(grid) else WRONG
+    said = lambda grid: "" if truth is None else ": right" if right(grid) else ": wrong"
     shown = [picture(task.test[index].input, f"test input {index + 1}")]
-    shown += [picture(g, f"attempt {n}", mark(g)) for n, g in enumerate(attempts, 1)]
+    shown += [picture(g, f"attempt {n}{said(g)}", mark(g)) for n, g in enumerate(attempts, 1)]
     shown += [picture(truth, "truth")] if truth is not None else []
-    rest = [picture(c.grid, f"{c.votes} vote{'s' * (c.votes > 1)}, logprob/token {c.logprob:.3f}", mark(c.grid), 90)
+    rest = [picture(c.grid, f"{counted(c.votes, 'vote')}{said(c.grid)}\nlogprob/token {c.logprob:.3f}", mark(c.grid), 90)
             for c in found[:CANDIDATES_SHOWN]]
-    more = f"<p>{len(found) - CANDIDATES_SHOWN} more candidates</p>" if len(found) > CANDIDATES_SHOWN else ""
+    more = f"<p>{counted(len(found) - CANDIDATES_SHOWN, 'more candidate')}</p>" if len(found) > CANDIDATES_SHOWN else ""
     none = "" if found else f'<p style="{NOTE}">no view gave a valid grid: fallback answer</p>'
     return f'<div style="{ROW}">{"".join(shown)}</div>{none}<div style="{ROW}">{"".join(rest)}</div>{more}'
 
@@ -163,6 +169,8 @@ def write_report(out: Path, settings: Settings, challenges: Challenges, found: d
             notes[e["task"]].append(e.get("error") or e["text"])
     body = [f"<h2>Score</h2>{metrics_html(metrics)}", f"<h2>Stages</h2><pre>{html.escape(stage_table(stage_rows(events)))}</pre>",
             f"<h2>Precision</h2>{precision_html(read_verdict(out))}", f"<h2>Training loss</h2>{losses_html(losses(events))}"]
+    known = any(p.output is not None for t in challenges.tasks.values() for p in t.test)
+    body.append(f"<h2>Tasks</h2><p>{LEGEND_TRUTH * known}{LEGEND}</p>")
     for task_id, count in challenges.outputs.items():
         task = challenges.tasks.get(task_id)
         body.append(f'<h2 id="{html.escape(task_id)}">{html.escape(task_id)}</h2>')
@@ -175,9 +183,11 @@ def write_report(out: Path, settings: Settings, challenges: Challenges, found: d
             best = found[task_id][i] if task_id in found else []
             body.append(predictions_html(task, i, best, attempts[task_id, i]))
     body.append(f"<h2>Settings</h2><pre>{html.escape(settings.to_json())}</pre>")
+    start = f" from {short_path(settings.adapter)}" if settings.adapter else ""
+    title = f"arc-kernel: {settings.tasks}, {short_path(settings.model)}{start}, {settings.ttt_steps} steps, {settings.views} views"
     path = out / "report.html"
     with replacing(path) as file:
-        file.write(page(f"arc-kernel: {settings.tasks}", "".join(body)))
+        file.write(page(title, "".join(body)))
     return path
 
 

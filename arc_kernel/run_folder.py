@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .errors import ArcKernelError
 from .events import read_events, stage_rows
+from .files import short_path
 from .grids import GridEncoder
 from .select import PARTIAL, Candidate, Completion, Voted, ranked, read_completions, voted_grids
 from .settings import Settings
@@ -68,9 +69,8 @@ def facts(run: RunFolder) -> dict:
     """What a run is, as JSON: model and adapter (None: none) by the ends of their paths, steps, views, prompt, grid encoder; and as
     events.jsonl tells, the `dtype` it answered in (None: not told) and `seconds` of its stages, summed over workers and starts."""
     s, events = run.settings, read_events(run.path)
-    named = lambda path: "/".join(p for p in Path(path).parts[-2:] if p != "/")
     dtypes = [e["dtype"] + " rescaled" * bool(e.get("rescale")) for e in events if e.get("event") == "verdict" and e.get("dtype")]
-    return {"model": named(s.model), "adapter": named(s.adapter) if s.adapter else None, "ttt_steps": s.ttt_steps, "views": s.views,
+    return {"model": short_path(s.model), "adapter": short_path(s.adapter) or None, "ttt_steps": s.ttt_steps, "views": s.views,
             "prompt": s.prompt, "grid_encoder": s.grid_encoder, "dtype": ", ".join(dict.fromkeys(dtypes)) or None,
             "seconds": {row["stage"]: row["seconds"] for row in stage_rows(events)}}
 

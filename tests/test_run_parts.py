@@ -183,6 +183,19 @@ def test_report_of_a_folder_that_was_moved_is_written_there(tmp_path):
     assert len((moved / "events.jsonl").read_text().splitlines()) == 1, "a report is no stage of its run"
 
 
+def test_report_says_in_words_what_is_right_and_what_the_run_was(tmp_path):
+    source = write_tasks(tmp_path / "t.json", {"A": [[[5]]]})
+    folder = write_run(tmp_path / "r", source, {("A", 0): [[[5]], [[5]], [[4]]]}, prompt="compact", model="models/s", ttt_steps=7, views=3)
+    page = running.write_report_again(folder).read_text()
+    title = f"<h1>arc-kernel: {source}, models/s, 7 steps, 3 views</h1>"
+    assert title in page and page.index("Green frame: equal to the solution; red frame: not.") < page.index('<h2 id="A">')
+    assert all(f">{said}<" in page for said in ("attempt 1: right", "attempt 2: wrong"))
+    assert page.index(">2 votes: right\nlogprob/token ") < page.index(">1 vote: wrong\nlogprob/token ")
+    blind = write_tasks(tmp_path / "blind.json", {"A": [None]})
+    page = running.write_report_again(write_run(tmp_path / "b", blind, {("A", 0): [[[5]]]}, prompt="compact")).read_text()
+    assert ">attempt 1<" in page and ">1 vote\nlogprob" in page and "Green frame" not in page and "most votes first" in page
+
+
 def test_what_a_job_is_told(made, fast, tmp_path, capsys):
     model = shutil.copytree(fast["model"], tmp_path / "model")
     config = json.loads((model / "config.json").read_text())

@@ -12,6 +12,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 STAGE_COUNTS = ("seconds", "tokens", "prompt_tokens", "cached_tokens", "predictions", "repeated", "decided")
+COLUMNS = {"cached": "share of the prompts' tokens known from an earlier prompt", "repeated": "had the answer of an equal prompt",
+           "decided": "not made, as they could change no vote"}
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,14 @@ def stage_rows(events: list[dict]) -> list[dict]:
 
 
 def stage_table(rows: list[dict]) -> str:
-    """The stage rows as a text table."""
+    """The stage rows as a text table, and below it what the columns that say something mean."""
     lines = [f"{'stage':26}{'seconds':>10}{'share':>8}{'tokens':>10}{'tokens/s':>10}"
              f"{'cached':>8}{'predictions':>13}{'repeated':>10}{'decided':>9}"]
     rate = lambda r: f"{r['tokens']:10d}{r['tokens_per_second']:10.0f}" if r["tokens"] else f"{'':20}"
     made = lambda r: f"{r['cached']:8.1%}{r['predictions']:13d}{r['repeated']:10d}{r['decided']:9d}" if r["predictions"] else ""
-    return "\n".join(lines + [f"{r['stage']:26}{r['seconds']:10.1f}{r['share']:8.1%}{rate(r)}{made(r)}".rstrip() for r in rows])
+    lines += [f"{r['stage']:26}{r['seconds']:10.1f}{r['share']:8.1%}{rate(r)}{made(r)}".rstrip() for r in rows]
+    said = "; ".join(f"{column}: {meaning}" for column, meaning in COLUMNS.items() if any(r[column] for r in rows))
+    return "\n".join([*lines, *["seconds: summed over workers and starts"] * any(r["tokens"] for r in rows), *[said] * bool(said)])
 
 
 def losses(events: list[dict]) -> dict[str, list[float]]:

@@ -190,9 +190,13 @@ def test_stage_table_says_what_was_repeated_decided_and_cached(tmp_path, builder
     (row,) = events.stage_rows([{"seconds": 2.0, **lap}])
     assert [row[k] for k in ("predictions", "repeated", "decided")] == [14, 7, 2]
     assert row["cached"] == pytest.approx(70 / lap["prompt_tokens"], abs=1e-4)
-    heads, values = events.stage_table([row]).splitlines()
+    heads, values, summed, columns = events.stage_table([row]).splitlines()
     assert heads.split()[-4:] == ["cached", "predictions", "repeated", "decided"]
     assert values.split()[-4:] == [f"{row['cached']:.1%}", "14", "7", "2"]
+    assert summed == "seconds: summed over workers and starts"
+    assert [part.partition(":")[0] for part in columns.split("; ")] == ["cached", "repeated", "decided"]
+    assert events.stage_table([row | {"cached": 0.0, "repeated": 0}]).splitlines()[-1].startswith("decided: not made")
+    assert len(events.stage_table(events.stage_rows([{"event": "stage", "stage": "vote, score", "seconds": 0.1}])).splitlines()) == 2
 
 
 def test_equal_prompts_under_two_views_are_each_seen_back_through_their_own(tmp_path, builder):

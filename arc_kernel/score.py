@@ -20,9 +20,9 @@ FIGURES = {
     "pass_n": "some candidate is the solution (of the predictions made: fewer with early_stop)",
     "vote_1": "the best-voted candidate is the solution",
     "vote_2": "one of the two best-voted candidates is the solution",
-    "correct_pixels": "share of attempt 1's cells that are right (0 where its size is wrong)",
-    "correct_size": "attempt 1 has the solution's size",
-    "unanswered": "no view gave a valid grid",
+    "correct_pixels": "share of attempt 1's cells that are right (0 where its size is wrong; unanswered: the fallback's)",
+    "correct_size": "attempt 1 has the solution's size (unanswered: the fallback's)",
+    "unanswered": "no view gave a valid grid: a fallback is the answer",
 }
 
 

@@ -115,6 +115,8 @@ def test_the_fallback_scores_nothing_but_its_size_on_real_tasks(arc_training):
     assert figures["per_output"]["correct_size"] == pytest.approx(np.mean(same_size), abs=1e-6)
     assert figures["per_output"]["unanswered"] == 1 and figures["counts"]["solved_outputs"] == 0
     assert 0 < figures["per_output"]["correct_pixels"] < figures["per_output"]["correct_size"]
+    said = [line for line in table(figures).splitlines() if "fallback" in line]
+    assert [line.split()[0] for line in said] == ["correct_pixels", "correct_size", "unanswered"]
 
 
 def test_the_table_shows_every_figure_with_its_meaning(case):

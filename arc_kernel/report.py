@@ -105,7 +105,8 @@ def losses_html(curves: dict[str, list[float]]) -> str:
     longest = max(map(len, curves.values()))
     mean = [np.mean([c[i] for c in curves.values() if len(c) > i]) for i in range(longest)]
     axes.plot(range(1, longest + 1), smooth(mean), color="black", linewidth=2, label="mean")
-    axes.set(xlabel="step", ylabel="loss, nats per token", yscale="log")
+    axes.set(xlabel="step", ylabel="loss, nats per token")
+    log_scale(axes)
     if len(curves) <= 10:
         axes.legend(fontsize=7, ncols=2)
     return svg(figure)
@@ -196,6 +197,19 @@ def svg(figure) -> str:
     data = io.StringIO()
     figure.savefig(data, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return data.getvalue()[data.getvalue().index("<svg"):]
+
+
+def log_scale(axes) -> None:
+    """A logarithmic y axis whose numbers are written out: 0.2, where matplotlib writes 2 x 10^-1."""
+    from matplotlib.ticker import LogFormatterSciNotation
+
+    class Plain(LogFormatterSciNotation):
+        def __call__(self, x, pos=None):
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(Plain())
+    axes.yaxis.set_minor_formatter(Plain())
 
 
 def show(make: Callable[..., str], *given) -> None:

@@ -309,11 +309,33 @@ def test_a_study_ends_in_one_page_with_each_rate_and_the_best_of_them(settings):
     rows = {r["lr"]: r for r in json.loads((settings.out_path / "study.json").read_text())}
     assert rows.keys() == {1e-3, 1e-2} and rows[1e-2]["loss"] < rows[1e-3]["loss"] and not rows[1e-3]["diverged"]
     text, best = path.read_text(), min((r for r in rows.values() if not r["diverged"]), key=lambda r: r["loss"])
-    assert text.count("<svg") == 1 and f"Lowest loss at the end: <b>{best['lr']:g}</b>" in text
+    assert text.count("<svg") == 1 and f"Lowest loss at the end: {best['lr']:g}." in text
+    assert "<th>loss at the end, nats per answer token</th>" in text and f"<td>{best['loss']:.4f}</td>" in text
+    assert "This is the loss on what was trained on. To decide: start again with --hold-out" in text
     first = [[json.loads(line)["loss"] for line in (settings.out_path / f"lr-{lr}" / "events.jsonl").read_text().splitlines()
               if '"step", "at"' in line][0]
              for lr in ("0.001", "0.01")]
     assert len(set(first)) == 1  # the same data, from the same start
+
+
+def test_the_command_prints_what_a_study_found_and_how_to_decide(monkeypatch, tmp_path, capsys):
+    rows = [{"lr": 1e-4, "loss": 2.0, "diverged": True}, {"lr": 1e-3, "loss": 1.25, "diverged": False}, {"lr": 1e-2, "loss": None,
+                                                                                                              "diverged": False}]
+    rows = [page.figures([]) | {"tokens_per_second": 1234.5} | row for row in rows]
+    (tmp_path / "lr-0.001").mkdir()
+    (tmp_path / "lr-0.001" / "held_out.json").touch()
+
+    def studied(settings, rates):
+        (tmp_path / "study.json").write_text(json.dumps(rows))
+        return tmp_path / "study.html"
+
+    monkeypatch.setattr(study, "study", studied)
+    assert command_line.main(["finetune", "--data", "x.jsonl", "--lr", "1e-4,1e-3,1e-2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[1:4]] == [["0.0001", "2.0000", "yes", "1,234"], ["0.001", "1.2500", "no", "1,234"],
+                                                     ["0.01", "-", "no", "1,234"]]
+    assert lines[4] == "Lowest loss at the end: 0.001."
+    assert f"solve --tasks {tmp_path}/lr-0.001/held_out.json with each adapter, then evaluate" in lines[5]
 
 
 def test_a_study_goes_on_after_a_rate_whose_gradients_are_not_finite(settings, monkeypatch, capsys):

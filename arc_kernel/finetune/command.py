@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import typing
 
 from ..errors import ArcKernelError
@@ -49,11 +50,12 @@ def _finetune(lr: str, **options) -> None:
         raise ArcKernelError(f"--lr {lr}: give a number, or several with commas: 1e-4,3e-4,1e-3") from None
     settings = [FinetuneSettings(lr=rate, **options) for rate in dict.fromkeys(rates)]
     if len(settings) > 1:
+        from .page import study_text
         from .study import study
 
         page = study(settings[0], [s.lr for s in settings])
         if page:
-            print(f"study: {page}")
+            print(f"{study_text(json.loads(page.with_name('study.json').read_text()), page.parent)}\nstudy: {page}")
         return
     from .run import finetune
 

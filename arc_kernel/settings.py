@@ -5,6 +5,7 @@ This room knows names, types and bounds of settings; it knows nothing of tasks, 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import typing
@@ -19,6 +20,17 @@ PROMPTS = ("chat", "compact")
 AUTO = "auto"
 BACKGROUNDS = ("kept", "permuted")
 LOSSES = ("last", "all")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """--help with the defaults beside the options, of every command; an option that has none, or an empty one, shows its text alone."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, "", []) else super()._get_help_string(action)
+
+
+class LongHelp(Help, argparse.RawDescriptionHelpFormatter):
+    """The same where the description has lines of its own."""
 
 
 def setting(default, help, *, low=None, high=None, choices=None, resume=True, needed=False):

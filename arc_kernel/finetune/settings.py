@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import ArcKernelError
-from ..settings import AUTO, BACKGROUNDS, DTYPES, LOSSES, PROMPTS, Checked, setting
+from ..settings import AUTO, BACKGROUND, BACKGROUNDS, DTYPES, GRID_TEXT, LOSSES, PROMPTS, Checked, setting
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "constant_with_warmup")  # transformers' names
 
@@ -22,10 +22,10 @@ class FinetuneSettings(Checked):
                        needed=True)
     seed: int = setting(0, "seed of the stream of examples and of the LoRA", low=0)
     dtype: str = setting("auto", "of the products; what is trained stays float32; float16 needs a GPU", choices=DTYPES)
-    grid_encoder: str = setting(AUTO, "grid text: [fenced+][shape+][rows+](digits|spaced); auto: as adapter or model were fine-tuned "
-                                      "before, else shape+rows+digits")
+    grid_encoder: str = setting(AUTO, f"grid text: {GRID_TEXT}; auto: as adapter or model were fine-tuned before, "
+                                      "else shape+rows+digits")
     prompt: str = setting(AUTO, "prompt kind, compact is half as long or less; auto: as before, else chat", choices=(AUTO, *PROMPTS))
-    background: str = setting("kept", "colour 0 in colour permutations", choices=BACKGROUNDS)
+    background: str = setting("kept", BACKGROUND, choices=BACKGROUNDS)
     max_seq_len: int = setting(8192, "tokens of an example; a longer one loses context pairs, its largest first", low=16)
     lora_rank: int = setting(32, "rank of the LoRA (ignored with `adapter`); 0: full training", low=0, high=512)
     steps: int = setting(1000, "optimizer steps", low=1)

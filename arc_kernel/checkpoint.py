@@ -208,8 +208,10 @@ def load_model(folder: Path, dtype: str, device: str):
     from transformers import AutoModelForCausalLM
 
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True,
-                                                           trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True)
+        with without_bars():
+            model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True,
+                                                               use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+                                                               ignore_mismatched_sizes=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise ArcKernelError(f"{folder}: model cannot be loaded: {first_line(error)}") from None
     if info["missing_keys"]:
@@ -218,6 +220,20 @@ def load_model(folder: Path, dtype: str, device: str):
         raise wrong_shape(folder, name, weight_shapes(folder)[name], list(model.get_parameter(name).shape))
     prepare_for(device)
     return model.to(device).eval()
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """While this lasts transformers shows no bars of its own, as `Loading weights` for each time a model is opened."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def missing_tensors(folder: Path, names: Iterable[str], architecture: str) -> ArcKernelError:

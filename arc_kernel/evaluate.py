@@ -171,9 +171,10 @@ def table(result: dict) -> str:
              *(f"{run['run']}: {', '.join(f'{k} {v}' for k, v in facts_shown(run).items())}" for run in result["runs"]),
              *(f"note: {text}" for text in result["notes"])]
     columns = [*names, *(f"{d['run']} - {d['minus']}" for d in result["differences"])]
-    for average in AVERAGES:
+    for average, meaning in zip(AVERAGES, (SHOWN, dict.fromkeys(SHOWN, ""))):  # each is explained once
         lines += ["", _line(average.replace("_", " "), columns)]
-        lines += [_line(f, [figure(of, average, f) for of in (*result["runs"], *result["differences"])]) + f"  {SHOWN[f]}" for f in SHOWN]
+        lines += [f"{_line(f, [figure(of, average, f) for of in (*result['runs'], *result['differences'])])}  {meaning[f]}".rstrip()
+                  for f in SHOWN]
     for run in result["runs"]:
         lines += ["", f"{run['run']}: per task by predictions, per output by cells of the test input", _line("predictions", CURVE)]
         lines += [_line(str(row["predictions"]), [percent(row["per_task"][f]) for f in CURVE]) for row in run["by_predictions"]]

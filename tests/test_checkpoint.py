@@ -61,6 +61,13 @@ def test_special_tokens_without_a_role_read_the_same_on_transformers_4_and_5(mod
     assert "<file_sep>" in checkpoint.load_tokenizer(folder).all_special_tokens
 
 
+def test_opening_a_model_shows_no_bar_and_leaves_those_of_others(model_folder, tmp_path, capfd):
+    folder = tiny_model(model_folder, tmp_path / "tiny")
+    capfd.readouterr()
+    checkpoint.load_model(folder, "float32", "cpu")
+    assert not capfd.readouterr().err and transformers.utils.logging.is_progress_bar_enabled()
+
+
 def test_old_gpus_attend_with_a_key_for_every_query_and_compute_the_same(model_folder, tmp_path, monkeypatch):
     model = checkpoint.load_model(tiny_model(model_folder, tmp_path / "tiny"), "float32", "cpu")
     monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", sdpa_attention.use_gqa_in_sdpa)  # put back afterwards

@@ -14,7 +14,7 @@ from arc_kernel import evaluate_page, select
 from arc_kernel.__main__ import main
 from arc_kernel.bootstrap import Bootstrap
 from arc_kernel.errors import ArcKernelError
-from arc_kernel.evaluate import PUBLISHED, evaluate, percent, table
+from arc_kernel.evaluate import PUBLISHED, SHOWN, evaluate, percent, table
 from arc_kernel.fewer import SUBSETS, sizes, with_fewer
 from arc_kernel.grids import GridEncoder
 from arc_kernel.run_folder import completions_file, read_run
@@ -221,8 +221,10 @@ def test_task_of_which_one_solution_is_known_counts_with_that_one(tmp_path):
 def test_table_has_the_curve_per_task_in_per_cent(tmp_path, tasks):
     assert percent({"value": 0.125, "low": 0.05, "high": 0.2}) == "12.5 [5.0, 20.0]" and percent(None) == "-"
     read = read_run(write_run(tmp_path / "r", tasks, {("A", 0): [[[5]]], ("A", 1): [[[7]]]}, views=1))
-    row = next(line for line in table(evaluate([read], 10, 0)).splitlines() if line.startswith("1  ") and "[" in line)
+    text = table(evaluate([read], 10, 0))
+    row = next(line for line in text.splitlines() if line.startswith("1  ") and "[" in line)
     assert row.split()[1] == "50.0"
+    assert all(text.count(f"  {meaning}") == 1 for meaning in SHOWN.values()), "each figure is explained once"
 
 
 @pytest.mark.parametrize("chosen, stored, read", [({"limit": 1}, {}, ["A"]), ({"task_ids": "A,B"}, {"task_ids": "A, B"}, ["A", "B"])])

@@ -235,11 +235,31 @@ def test_files_with_credentials_are_refused(kernel, name, words):
 @pytest.mark.parametrize("text, words", [
     (f"token = KGAT_{HEX}", "a Kaggle API token"), (f'{{"username": "a", "key": "{HEX}"}}', "a Kaggle API key"),
     (f"export KAGGLE_KEY={HEX}", "a Kaggle API key"), (f"login('hf_{'aB3' * 11}')", "a Hugging Face token"),
+    (f'os.environ["KAGGLE_KEY"] = "{HEX}"', "a Kaggle API key"), (f'os.environ.setdefault("KAGGLE_KEY", "{HEX}")', "a Kaggle API key"),
+    (f"os.environ['KAGGLE_KEY']='{HEX}'", "a Kaggle API key"), (f'kaggle_login(username="a", key="{HEX}")', "a Kaggle API key"),
+    (f"%env KAGGLE_KEY {HEX}", "a Kaggle API key"), (f"ghp_{'aB3' * 12}", "a GitHub token"),
+    (f"git clone https://github_pat_{'aB3_' * 20}@github.com/a/b", "a GitHub token"),
+    (f'os.environ["WANDB_API_KEY"] = "{HEX}01234567"', "a Weights & Biases API key"),
+    (f"export WANDB_API_KEY={HEX}01234567", "a Weights & Biases API key"),
+    (f'wandb.login(key="{HEX}01234567")', "a Weights & Biases API key"),
     ("-----BEGIN OPENSSH PRIVATE KEY-----", "a private key")])
-def test_text_that_looks_like_a_credential_is_refused(kernel, text, words):
-    (kernel / "notes.txt").write_text(f"# mine\n{text}\n")
-    assert f"notes.txt: holds what looks like {words}" in only_fault(kernel)
+@pytest.mark.parametrize("name", ["notes.py", "submission.ipynb"])
+def test_text_that_looks_like_a_credential_is_refused(kernel, name, text, words):
+    if name == "notes.py":
+        (kernel / name).write_text(f"# mine\n{text}\n")
+    else:
+        notebook = json.loads((kernel / name).read_text())
+        next(c for c in notebook["cells"] if c["cell_type"] == "markdown")["source"] += ["\n", f"{text}\n"]
+        (kernel / name).write_text(json.dumps(notebook))
+    assert f"{name}: holds what looks like {words}" in only_fault(kernel)
     assert HEX not in only_fault(kernel)
+
+
+@pytest.mark.parametrize("text", [f'"sha256": "{HEX}{HEX}"', f"image@sha256:{HEX}{HEX}", f'"key": "{HEX}{HEX}"',
+                                  f'commit = "{HEX}01234567"', "KAGGLE_KEY=$KAGGLE_KEY", 'key = "value"'])
+def test_text_that_is_no_credential_is_left_alone(kernel, text):
+    (kernel / "notes.py").write_text(text)
+    assert metadata.faults(kernel) == []
 
 
 def test_version_control_is_refused(kernel):

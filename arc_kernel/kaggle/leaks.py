@@ -18,9 +18,12 @@ FILES = {"kaggle.json": "Kaggle API key", "access_token": "Kaggle access token",
          "*.pem": "private key or certificate", "*.key": "private key", "id_rsa*": "SSH key", "id_dsa*": "SSH key",
          "id_ecdsa*": "SSH key", "id_ed25519*": "SSH key", ".netrc": "password file",
          ".git-credentials": "password file", ".pypirc": "password file"}
+SET = rb"[\"'\]\s,=:\\]{1,8}"  # between a name and its value: key="...", environ["KEY"] = "...", each also with a notebook's \"
 TEXTS = {"a Kaggle API token": rb"KGAT_[0-9A-Za-z_-]{16,}",
-         "a Kaggle API key": rb"(?i)(?:kaggle_key|[\"']key[\"'])\s*[=:]\s*[\"']?[0-9a-f]{32}\b",
+         "a Kaggle API key": rb"(?i)(?:kaggle_key|\bkey)\b" + SET + rb"[0-9a-f]{32}\b",
          "a Hugging Face token": rb"\bhf_[A-Za-z0-9]{30,}\b",
+         "a GitHub token": rb"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{22,})\b",
+         "a Weights & Biases API key": rb"(?i)(?:wandb_api_key|wandb\.login\(\s*key)\b" + SET + rb"[0-9a-f]{40}\b",
          "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----"}
 
 
@@ -41,23 +44,21 @@ def _of_file(path: Path) -> list[str]:
     found = next((what for pattern, what in FILES.items() if fnmatch(path.name.lower(), pattern)), None)
     if found:
         return [f"{path}: {found}: remove it, and never upload it"]
-    if path.suffix == ".ipynb":
-        lines = _of_notebook(path)
-    else:
-        lines = []
+    lines, texts = _of_notebook(path) if path.suffix == ".ipynb" else ([], [])
     if path.stat().st_size <= SMALL and b"\0" not in (data := path.read_bytes()):
-        lines += [f"{path}: holds what looks like {what}: remove it, and revoke it if it is one"
-                  for what, pattern in TEXTS.items() if re.search(pattern, data)]
-    return lines
+        texts.append(data)
+    return lines + [f"{path}: holds what looks like {what}: remove it, and revoke it if it is one"
+                    for what, pattern in TEXTS.items() if any(re.search(pattern, text) for text in texts)]
 
 
-def _of_notebook(path: Path) -> list[str]:
-    """Faults of an .ipynb; one that is no JSON, or has no cells, is named too."""
+def _of_notebook(path: Path) -> tuple[list[str], list[bytes]]:
+    """Faults of an .ipynb, and the text of each cell as a person reads it; one that is no JSON, or has no cells, is named too."""
     try:
         notebook = json.loads(path.read_bytes())
+        texts = ["".join(cell["source"]).encode(errors="replace") for cell in notebook["cells"]]
         cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     except (OSError, ValueError, KeyError, TypeError):
-        return [f"{path}: not a notebook: write it again (python -m arc_kernel notebook)"]
+        return [f"{path}: not a notebook: write it again (python -m arc_kernel notebook)"], []
     lines = []
     if any(cell.get("outputs") for cell in cells):
         lines.append(f"{path}: has outputs of a run: write it again (python -m arc_kernel notebook)")
@@ -65,4 +66,4 @@ def _of_notebook(path: Path) -> list[str]:
         lines.append(f"{path}: has execution counts of a run: write it again (python -m arc_kernel notebook)")
     if "kaggle" in notebook.get("metadata", {}):  # can win over kernel-metadata.json (Kaggle/kaggle-cli issue 1197)
         lines.append(f"{path}: names a machine (metadata.kaggle): write it again (python -m arc_kernel notebook)")
-    return lines
+    return lines, texts

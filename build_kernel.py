@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from arc_kernel.adapter_fit import check_fit
+from arc_kernel.checkpoint import open_model
 from arc_kernel.errors import ArcKernelError
 from arc_kernel.kaggle import commands, datasets, profiles, wheels
 from arc_kernel.kaggle.templates import USERNAME, Origin
@@ -53,6 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _all(options: argparse.Namespace, say: Callable[[str], None]) -> None:
     lora = [_adapter] if options.adapter else []
+    if lora:
+        check_fit(Path(options.adapter), open_model(options.model))
     for build in (_notebook, _code, _weights, *lora, _wheels):  # the notebook first: it knows wrong options before anything is made
         build(options, say)
 

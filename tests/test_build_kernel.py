@@ -9,12 +9,15 @@ import subprocess
 import sys
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file
 
 import build_kernel
 import clone
 from arc_kernel import bundle
+from arc_kernel.checkpoint import load_model
 from arc_kernel.kaggle import metadata
+from models import tiny_model
 
 COMMANDS = ("all", "code", "weights", "adapter", "wheels", "notebook", "check", "push")
 CODE, WEIGHTS, WHEELS, NOTEBOOK = "arc-kernel-code", "arc-kernel-smollm2-135m", "arc-kernel-wheels-kaggle-t4", "arc-kernel-notebook"
@@ -163,7 +166,7 @@ def test_another_profile_is_another_machine_and_other_wheels(kernel, tmp_path):
     (["--model", "x" * 40], "its name makes no Kaggle dataset id (arc-kernel-xx"),
     (["--model", "wheels-kaggle-t4"], "its name makes no Kaggle dataset id (arc-kernel-wheels-kaggle-t4): rename the folder"),
     (["adapter", "--adapter", "nowhere"], "nowhere: no adapter_config.json: give the folder of a peft LoRA"),
-    (["--adapter", "x" * 32], "its name makes no Kaggle dataset id (arc-kernel-adapter-xx"),
+    (["notebook", "--adapter", "x" * 32], "its name makes no Kaggle dataset id (arc-kernel-adapter-xx"),
     (["check"], "out/arc-kernel-notebook: no such folder: build it first (python build_kernel.py)"),
     (["push"], "out/arc-kernel-notebook: no such folder: build it first (python build_kernel.py)"),
 ])
@@ -173,6 +176,16 @@ def test_an_error_is_one_line_and_makes_nothing(tmp_path, monkeypatch, capsys, a
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1 and printed.err.startswith("error: ") and said in printed.err
     assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_of_another_base_is_refused_before_anything_is_made(model_folder, tmp_path, capsys):
+    base = load_model(tiny_model(model_folder, tmp_path / "tiny"), "float32", "cpu")
+    get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path / "trained")
+    capsys.readouterr()
+    assert build_kernel.main(["--adapter", str(tmp_path / "trained"), "--username", "someone", "--out", str(tmp_path / "out")]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1 and f"{tmp_path / 'trained'}: " in printed.err and "smollm2-135m: the adapter is for" in printed.err
+    assert printed.out == "" and not (tmp_path / "out").exists()
 
 
 def test_an_unknown_command_is_refused(kernel):

@@ -7,6 +7,7 @@ Further `name=value` pairs are notebook parameters (values in YAML), for example
 """
 
 import argparse
+import dataclasses
 import logging
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ sys.path.insert(0, str(REPOSITORY))
 from arc_kernel import disk, loopback  # noqa: E402
 from arc_kernel.device import gpu_count  # noqa: E402
 from arc_kernel.errors import ArcKernelError  # noqa: E402
+from arc_kernel.settings import Settings  # noqa: E402
 
 NOTEBOOK = "submission.ipynb"
 # Four tasks with simple rules and 3x3 to 3x5 grids, so that a step costs 200 to 300 tokens. 60 steps at 1e-3, because at
@@ -36,15 +38,39 @@ PARAMETERS = {
 }
 
 
+TYPES = {f.name: type(f.default) for f in dataclasses.fields(Settings)}
+
+
+def parameter(pair: str) -> tuple[str, object]:
+    """Name and value of a `name=value`. Where YAML and the setting's type differ, it is a number for a number (YAML 1.1 reads 1e-3 as
+    text) and text for text (and the task id 00576224 as a number). Raises ArcKernelError for a pair that is none."""
+    name, equals, text = pair.partition("=")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        equals = ""
+    if not name or not equals:
+        raise ArcKernelError(f"parameter {pair!r}: not name=value with a value in YAML: give, for example, views=8")
+    if TYPES.get(name) is str and isinstance(value, (int, float)):
+        return name, text
+    if TYPES.get(name) in (int, float) and isinstance(value, str):
+        try:
+            number = float(value)
+            return name, int(number) if number.is_integer() else number
+        except ValueError:
+            pass  # the notebook says what the setting wants
+    return name, value
+
+
 def main() -> int:
     """Exit status 0 where every cell ran; the executed notebook stands beside the run's files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=REPOSITORY / "runs" / "dry-run", help="output folder, made anew")
     parser.add_argument("parameters", nargs="*", metavar="name=value", help="notebook parameters")
     options = parser.parse_args()
-    given = {name: yaml.safe_load(value) for name, _, value in (p.partition("=") for p in options.parameters)}
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
+        given = dict(map(parameter, options.parameters))
         disk.make_anew(options.out, NOTEBOOK)
         loopback.ensure()
         papermill.execute_notebook(

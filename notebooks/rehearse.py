@@ -115,6 +115,8 @@ def main() -> int:
     place = lambda folder: options.out.resolve() / folder.lstrip("/")  # Kaggle's folders, below ours
     root, out, scratch = place(profiles.load(PROFILE).inputs), place("/kaggle/working"), place("/kaggle/temp")
     try:
+        if wrong := next((p for p in options.parameters if not p.partition("=")[0] or "=" not in p), None):
+            raise ArcKernelError(f"parameter {wrong!r}: not name=value: give, for example, views=8")
         disk.make_anew(options.out, "kaggle")
         lay_out(root, options.kind == "commit")
         begun = time.perf_counter()

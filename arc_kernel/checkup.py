@@ -12,7 +12,7 @@ from pathlib import Path
 from . import report, trained_prompt
 from .checkpoint import check_adapter, load_tokenizer, open_model
 from .chooser import Chooser
-from .device import device_model, device_name
+from .device import device_model, device_name, native_bfloat16
 from .dtypes import Model
 from .errors import ArcKernelError
 from .files import check_writable, replacing
@@ -73,13 +73,28 @@ def check(model: Model, dtype: str, backend: str, out: Path, rescaled: str) -> N
     for e in settled.evidence:
         print(f"{e['dtype']} ({e['backend']}): {'healthy' if e['ok'] else 'dropped'}: {e['seen']}")
     print(f"verdict for dtype={dtype} on {device_model(model.device)}: {settled.dtype or 'no dtype gives finite answers'}")
+    elsewhere = ""
+    if settled.dtype and (model.device == "cpu" or native_bfloat16(model.device)):
+        elsewhere = without_bfloat16(made, reason, model.headroom)
+        print(elsewhere)
     dataclasses.replace(settled, peaks=ranges.peaks).save(out / "precision.json")
     shown = dataclasses.asdict(settled) | {"peaks": ranges.peaks, "rescale": made and made.to_json()}
     body = (f"<pre>{html.escape(probe.table(ranges))}</pre><p>{html.escape(reason or str(made or 'float16 holds it as it is'))}</p>"
-            f"{report.precision_html(shown)}")
+            f"{report.precision_html(shown)}{f'<p>{html.escape(elsewhere)}</p>' if elsewhere else ''}")
     with replacing(out / "report.html") as file:
         file.write(report.page(f"Precision of {model.folder.name}", body))
     print(f"{time.perf_counter() - begun:.0f} s in all\nreport: {out / 'report.html'}")
+
+
+def without_bfloat16(made: rescale.Rescale | None, reason: str, headroom: float) -> str:
+    """What to expect on a GPU that has no bfloat16, from the probe alone: float16 as `made` rescales it, or not, for a `reason`."""
+    if reason:
+        what = f"float16 refused: {reason}: float32, whose products are about 8 times slower"
+    elif made:
+        what = f"float16, rescaled ({str(made).partition(': ')[2]}), which solve does by itself"
+    else:
+        what = "float16, weights as they are"
+    return f"on a GPU without bfloat16 (T4): {what} (by the probe with {headroom:g} bits of headroom; no engine has answered there)"
 
 
 def _write(model: Model, made: rescale.Rescale | None, reason: str, target: Path) -> None:

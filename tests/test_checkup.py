@@ -57,6 +57,8 @@ def test_model_that_float16_cannot_hold_is_shown_rescued_and_written(precision, 
     assert any(line.startswith("float16 (transformers): healthy: ") for line in lines)
     assert any(line.startswith("verdict for dtype=float16 on cpu") and line.endswith(": float16") for line in lines)
     page = (tmp_path / "out" / "report.html").read_text()
+    (elsewhere,) = (line for line in lines if line.startswith("on a GPU without bfloat16 (T4): float16, rescaled (residual stream 2^-"))
+    assert "which solve does by itself (by the probe with 3 bits of headroom" in elsewhere and elsewhere in page
     assert "as the weights are" in page and "rescaled, as served in float16" in page and "<script" not in page
     settled = json.loads((tmp_path / "out" / "precision.json").read_text())
     assert settled["dtype"] == "float16" and len(settled["key"]["weights"]) == 64 and settled["key"]["versions"]["torch"]
@@ -193,7 +195,15 @@ def test_model_that_fits_is_left_as_it_is(precision, tiny, tmp_path):
 def test_model_that_no_dtype_helps_is_said_so(precision, tiny, tmp_path):
     done = precision(model=nan_model(tiny, tmp_path / "nan"), out=tmp_path / "out")
     assert done.returncode == 0 and "no dtype gives finite answers" in done.stdout
-    assert "not finite even in float32" in done.stdout
+    assert "not finite even in float32" in done.stdout and "(T4)" not in done.stdout
+
+
+def test_what_a_gpu_without_bfloat16_will_use_is_foretold():
+    seen = "(by the probe with 2 bits of headroom; no engine has answered there)"
+    start = "on a GPU without bfloat16 (T4): float16"
+    assert checkup.without_bfloat16(None, "", 2.0) == f"{start}, weights as they are {seen}"
+    assert checkup.without_bfloat16(None, "o has a bias", 2.0) == (
+        f"{start} refused: o has a bias: float32, whose products are about 8 times slower {seen}")
 
 
 def test_bench_prints_a_row_for_each_dtype(precision, tiny, monkeypatch):

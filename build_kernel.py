@@ -66,7 +66,8 @@ def _code(options: argparse.Namespace, say: Callable[[str], None]) -> None:
 
 
 def _weights(options: argparse.Namespace, say: Callable[[str], None]) -> None:
-    datasets.build_weights(options.out, options.model, options.username, say, Origin(options.licence, options.source))
+    origin = Origin(options.licence, options.source)
+    datasets.build_weights(options.out, options.model, options.username, say, origin, getattr(options, "adapter", ""))
 
 
 def _adapter(options: argparse.Namespace, say: Callable[[str], None]) -> None:

@@ -105,7 +105,9 @@ settings = dataclasses.replace(
     model=str(inputs.model) if model == "bundle" else model, adapter=settings.adapter or str(inputs.adapter or ""))
 print(settings.to_json())
 if _bench:  # in a process of its own: it gives its GPU memory back
-    _command = [sys.executable, "-m", "arc_kernel", "precision", "--bench", "--model", settings.model, "--tasks", settings.tasks]
+    _asks = ("model", "adapter", "tasks", "prompt", "grid_encoder", "backend")
+    _command = [sys.executable, "-m", "arc_kernel", "precision", "--bench",
+                *(f"--{_name.replace('_', '-')}={getattr(settings, _name)}" for _name in _asks)]
     measured = subprocess.run(_command, env={**os.environ, "PYTHONPATH": str(_code)}, capture_output=True, text=True)
     print(measured.stdout or measured.stderr)
 

@@ -18,6 +18,7 @@ from arc_kernel.checkpoint import open_model
 from arc_kernel.errors import ArcKernelError
 from arc_kernel.kaggle import datasets
 from arc_kernel.kaggle.metadata import faults
+from models import tiny_model
 
 HOME = Path(__file__).resolve().parent.parent
 
@@ -303,3 +304,21 @@ def test_a_model_name_kaggle_would_not_take_is_named(tmp_path, name):
     for file in open_model("smollm2-135m").iterdir():
         (tmp_path / name / file.name).symlink_to(file)  # as in a Hugging Face snapshot
     assert "rename the folder" in error_of(datasets.build_weights, tmp_path / "out", str(tmp_path / name), "someone")
+
+
+def test_a_model_that_cannot_be_asked_in_chat_is_said_while_it_can_be_mended(model_folder, tmp_path):
+    model, said = tiny_model(model_folder, tmp_path / "base"), []
+    build = lambda adapter="": datasets.build_weights(tmp_path / "out", str(model), "someone", said.append, adapter=adapter)
+    build()
+    assert len(said) == 1 and "built" in said.pop()
+    (model / "chat_template.jinja").unlink()
+    build()
+    note, done = said
+    assert note.startswith(f"note: {model}: tokenizer has no chat template") and '"compact"' in note and "--chat-template" in note
+    assert "built" in done
+    for folder in (tmp_path, model):  # an adapter trained with a prompt, then a model
+        (folder / "trained_prompt.json").write_text('{"prompt": "compact", "grid_encoder": "digits"}')
+        said.clear()
+        build(str(tmp_path))
+        assert len(said) == 1
+        (folder / "trained_prompt.json").unlink()

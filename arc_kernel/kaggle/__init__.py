@@ -4,5 +4,5 @@
 again; `wheels` brings what the machine lacks (`target` knows its markers and tags, `resolve` the versions, `download` the
 files, `lock` how they are written down, `check` whether they go together); `metadata` and `push` upload it, for `commands`,
 which knows what belongs to one submission; `session` checks the machine the notebook woke up on.
-Nothing here knows prompts or training; `datasets` knows model folders, `session` a challenges file.
+Nothing here knows training; `datasets` knows model folders and whether a model can be asked in chat, `session` a challenges file.
 """

@@ -17,7 +17,10 @@ from pathlib import Path
 from .. import __version__, checkpoint
 from ..bundle import DATASETS, KIND, MANIFEST, METADATA, Bundle, sha256, verify
 from ..errors import ArcKernelError, counted
+from ..grids import GridEncoder
 from ..prepare.needed import check_weights
+from ..prompts import PromptBuilder
+from ..trained_prompt import FRESH, recorded
 from . import templates
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -38,19 +41,30 @@ def build_code(out: Path, username: str = templates.USERNAME, say: Callable[[str
 
 
 def build_weights(out: Path, model: str, username: str = templates.USERNAME, say: Callable[[str], None] = print,
-                  origin: templates.Origin = templates.Origin()) -> Path:
+                  origin: templates.Origin = templates.Origin(), adapter: str = "") -> Path:
     """Write the config, tokenizer, safetensors and licence of `model` as `out`/arc-kernel-<model name>; returns that folder.
 
-    What `origin` leaves open is taken from the model folder's README.md; the embedded model's is known. Raises ArcKernelError
+    What `origin` leaves open is taken from the model folder's README.md; the embedded model's is known. `say` also gets a line
+    where the notebook could not ask the model, alone or with `adapter`, before a prompt is chosen in it. Raises ArcKernelError
     as `checkpoint.open_model` and `build_code` do, for weights that are not the config's, a tokenizer that cannot be loaded, and for a
     name Kaggle would not take.
     """
     folder = checkpoint.open_model(model)
     if model != checkpoint.EMBEDDED:  # which was looked through when it was converted
         check_weights(folder)
-        checkpoint.load_tokenizer(folder)
+        tokenizer = checkpoint.load_tokenizer(folder)
+        if not recorded(model, adapter):
+            _note_prompt(tokenizer, say)
     known = templates.SMOLLM2 if model == checkpoint.EMBEDDED else templates.model_card(folder)
     return _build_trained(out, "weights", "model", folder, (*checkpoint.TEXTS, checkpoint.WEIGHTS), username, say, origin, known)
+
+
+def _note_prompt(tokenizer, say: Callable[[str], None]) -> None:
+    """Say what to do where a model that was fine-tuned with no prompt cannot be asked in a chat template."""
+    try:
+        PromptBuilder(tokenizer, GridEncoder.from_name(FRESH["grid_encoder"]), FRESH["prompt"])
+    except ArcKernelError as error:
+        say(f'note: {error}: write prompt = "compact" in the notebook\'s first cell, or prepare the model with --chat-template')
 
 
 def build_adapter(out: Path, folder: Path, username: str = templates.USERNAME, say: Callable[[str], None] = print,

@@ -121,6 +121,16 @@ def test_a_part_alone_is_that_part_of_all(kernel, built, tmp_path, command, name
     assert contents(tmp_path / "out" / name) == contents(built / name)
 
 
+def test_what_editors_leave_in_the_package_is_not_part_of_it(kernel, repository, built, tmp_path):
+    lock, folder = repository / "arc_kernel/.#run.py", repository / "arc_kernel/notes.txt"
+    lock.symlink_to("me@here.1234:5678")  # Emacs's, to nowhere
+    folder.mkdir()
+    code, _, errors = kernel("code", "--username", "someone", "--out", tmp_path)
+    lock.unlink()
+    folder.rmdir()
+    assert (code, errors) == (0, []) and contents(tmp_path / CODE) == contents(built / CODE)
+
+
 def test_an_adapter_becomes_a_dataset_that_the_notebook_names(kernel, tmp_path):
     adapter, out = clone.small_adapter(tmp_path / "Trained_1", "---\nbase_model: /home/me/model\n---\n"), tmp_path / "out"
     code, _, errors = kernel("--username", "someone", "--out", out, "--adapter", adapter)

@@ -34,7 +34,8 @@ def build_code(out: Path, username: str = templates.USERNAME, say: Callable[[str
     in the way that is no bundle, or an `out` that cannot be written.
     """
     sources = {f"{PACKAGE.name}/{f.relative_to(PACKAGE).as_posix()}": f for f in PACKAGE.rglob("*")
-               if f.suffix in PARTS and not f.parent.name.startswith(".")}  # Jupyter's checkpoints
+               if f.suffix in PARTS and f.is_file() and not f.name.startswith(".")  # editors' locks
+               and not f.parent.name.startswith(".")}  # Jupyter's checkpoints
     beside = {name: PACKAGE.parent / name for name in ("requirements.txt", "requirements-cpu.txt", "notebooks/submission.py")}
     sources |= {name: file for name, file in beside.items() if file.is_file()}
     return build(Path(out) / DATASETS["code"], "code", {}, sources, username, say)

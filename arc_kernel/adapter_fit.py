@@ -65,6 +65,8 @@ def _read_config(adapter: Path) -> dict:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ArcKernelError(f"{path}: not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ArcKernelError(f"{path}: holds a {type(config).__name__}, no fields: copy the adapter again")
     if config.get("peft_type") != "LORA":
         raise ArcKernelError(f"{path}: peft_type is {config.get('peft_type')}: give a LoRA")
     return config

@@ -115,13 +115,16 @@ def check_safetensors(folder: Path, pattern: str) -> None:
 
 
 def read_config(folder: Path) -> dict:
-    """The parsed config.json of a model folder."""
+    """The parsed config.json of a model folder; raises ArcKernelError where there is none, or none that holds fields."""
     try:
-        return json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text())
     except FileNotFoundError:
         raise ArcKernelError(f"{folder}: no config.json: give a folder saved by save_pretrained") from None
     except (OSError, ValueError) as error:
         raise ArcKernelError(f"{folder / 'config.json'}: not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ArcKernelError(f"{folder / 'config.json'}: holds a {type(config).__name__}, no fields: copy the model again")
+    return config
 
 
 def decoder_config(folder: Path) -> dict:

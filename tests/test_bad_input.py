@@ -140,6 +140,15 @@ def test_model_folder_without_config(tmp_path, folder):
     assert refused(with_model(tmp_path, folder), folder, "no config.json")
 
 
+def test_config_that_holds_no_fields(tmp_path, model_folder):
+    for name in ("config.json", "tokenizer.json", "adapter_config.json"):
+        (tmp_path / name).write_text("[1, 2]")
+    assert refused(run("inspect", tmp_path), f"{tmp_path}/config.json: holds a list, no fields: copy the model again")
+    (tmp_path / "adapter_model.safetensors").symlink_to(model_folder / "model.safetensors")
+    assert refused(run("merge", "--adapter", tmp_path, "--out", tmp_path / "merged"),
+                   f"{tmp_path}/adapter_config.json: holds a list, no fields: copy the adapter again")
+
+
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "missing"])
 def test_corrupt_safetensors(tmp_path, folder, damage):
     weights = folder / "model.safetensors"

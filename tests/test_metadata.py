@@ -305,6 +305,12 @@ def test_weights_state_the_licence_and_source_of_their_model_card(model, tmp_pat
     assert (folder / "LICENSE").read_bytes() == templates.APACHE.read_bytes()
 
 
+def test_a_model_card_may_list_several_sources_and_licences(model, tmp_path):
+    folder, written = weights(model, tmp_path, "---\nlicense: [mit, apache-2.0]\nbase_model:\n- some/model\n- other/model\n---\n")
+    assert written["licenses"] == [{"name": "other"}] and metadata.faults(folder) == []
+    assert "Source: some/model, other/model. Licence: mit, apache-2.0." in written["description"]
+
+
 def test_weights_with_a_licence_kaggle_does_not_list_name_it(model, tmp_path):
     folder, written = weights(model, tmp_path, origin=templates.Origin("MIT", "my own training"))
     assert written["licenses"] == [{"name": "other"}] and "Licence: MIT." in written["description"]

@@ -38,7 +38,7 @@ SMOLLM2 = Origin("apache-2.0", "HuggingFaceTB/SmolLM2-135M-Instruct, as Q4_1 GGU
 def model_card(folder: Path) -> Origin:
     """What the YAML header of a model folder's README.md says: `license`, and as source `base_model`; empty if it does not.
 
-    peft writes a model folder of this machine as `base_model`: that is no source.
+    Several of either are joined by commas. peft writes a model folder of this machine as `base_model`: that is no source.
     """
     import yaml  # only in a clone, where bundles are built; a bare Kaggle image imports this module through `bundle`
 
@@ -47,9 +47,14 @@ def model_card(folder: Path) -> Origin:
         card = yaml.safe_load(header[1]) if header else {}
     except (OSError, ValueError, yaml.YAMLError):
         card = {}
-    texts = {key: value for key, value in card.items() if isinstance(value, str)} if isinstance(card, dict) else {}
-    source = texts.get("base_model", "")
-    return Origin(texts.get("license", ""), "" if os.path.isabs(source) else source)
+    card = card if isinstance(card, dict) else {}
+    licences, sources = (_texts(card.get(key)) for key in ("license", "base_model"))
+    return Origin(", ".join(licences), ", ".join(source for source in sources if not os.path.isabs(source)))
+
+
+def _texts(value) -> list[str]:
+    """The texts of a field that may hold one or a list of them."""
+    return [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
 
 
 def slug(title: str) -> str:

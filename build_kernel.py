@@ -25,7 +25,7 @@ OPTIONS = {
     "adapter-source": {"default": "", "help": "what the adapter was trained on, where its README.md does not say"},
     "docker-image": {"default": "",
                      "help": "image as <image>@sha256:<digest>; empty: the profile's, else that of the first push"},
-    "username": {"default": USERNAME, "help": "Kaggle user name, for all ids; without it nothing can be pushed"},
+    "username": {"default": USERNAME, "help": f"Kaggle user name, for all ids; without it they hold {USERNAME}, and nothing can be pushed"},
     "upgrade": {"action": "store_true", "help": "resolve again and rewrite the lock in arc_kernel/kaggle/locks/"},
     "message": {"default": "", "help": "note on the new versions of the datasets"},
     "again": {"action": "store_true", "help": "upload and push also what Kaggle should have already"},
@@ -59,6 +59,10 @@ def _all(options: argparse.Namespace, say: Callable[[str], None]) -> None:
         check_fit(Path(options.adapter), open_model(options.model))
     for build in (_notebook, _code, _weights, *lora, _wheels):  # the notebook first: it knows wrong options before anything is made
         build(options, say)
+    if options.username == USERNAME:
+        say("note: this can be tried here, not pushed: for that build again with --username <your Kaggle user name>")
+    else:
+        say(f"next: python build_kernel.py check{f' --out {options.out}' * (str(options.out) != OPTIONS['out']['default'])}, then push")
 
 
 def _code(options: argparse.Namespace, say: Callable[[str], None]) -> None:

@@ -89,6 +89,7 @@ def test_every_command_explains_itself(command, capsys):
 def test_all_makes_what_the_notebook_names_and_nothing_else(first, built):
     assert {f.name for f in built.iterdir() if f.is_dir()} == {CODE, WEIGHTS, WHEELS, NOTEBOOK}
     assert all(any(name in line and ", built" in line for line in first) for name in (CODE, WEIGHTS, WHEELS, NOTEBOOK))
+    assert first[-1] == "next: python build_kernel.py check, then push"
     assert set(contents(built / NOTEBOOK)) == {"submission.ipynb", "kernel-metadata.json"}
     assert kernel_metadata(built)["dataset_sources"] == [f"someone/{name}" for name in (WHEELS, WEIGHTS, CODE)]
     found = bundle.find_bundles(built)
@@ -268,7 +269,8 @@ def test_upgrade_resolves_again_and_leaves_the_lock_where_that_fails(kernel, rep
 
 
 def test_without_a_user_name_nothing_is_pushed(kernel, tmp_path):
-    assert kernel("--out", tmp_path, "--quiet")[0] == 0
+    code, said, _ = kernel("--out", tmp_path)
+    assert code == 0 and said[-1].startswith("note: this can be tried here, not pushed: for that build again with --username <")
     code, said, errors = kernel("push", "--dry-run", "--out", tmp_path)
     assert code == 1 and said == [] and len(errors) == 1 and "build again with --username <your Kaggle user name>" in errors[0]
 

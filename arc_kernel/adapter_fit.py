@@ -48,8 +48,9 @@ def check_fit(adapter: Path, model: Path) -> tuple[dict[str, int], list[str]]:
 
 
 def adapter_rank(folder: Path) -> int:
-    """The rank of a saved LoRA."""
-    return int(_read_config(folder)["r"])
+    """The rank of a saved LoRA, the largest where its modules have several."""
+    config = _read_config(folder)
+    return int(max([config["r"], *(config.get("rank_pattern") or {}).values()]))
 
 
 def _left_out(config: dict, ranks: dict[str, int], base: dict[str, list[int]]) -> list[str]:

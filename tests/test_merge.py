@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from arc_kernel import adapt, checkpoint
 from arc_kernel import merge as merging
 from arc_kernel.__main__ import main
-from arc_kernel.adapter_fit import check_fit
+from arc_kernel.adapter_fit import adapter_rank, check_fit
 from arc_kernel.errors import ArcKernelError
 from arc_kernel.files import write_json
 from arc_kernel.grids import GridEncoder
@@ -195,6 +195,11 @@ def first_layer_only(tensors):
 def test_adapter_of_several_ranks_or_of_some_layers_fits(bases, adapter, tmp_path, change, config, modules):
     ranks, others = check_fit(changed_adapter(adapter, tmp_path / "a", change, **config), bases[True])
     assert set(ranks.values()) == {4} and len(ranks) == modules and not others
+
+
+@pytest.mark.parametrize("config, rank", [({}, 4), ({"r": 8}, 8), ({"r": 2, "rank_pattern": {"down_proj": 4, "up_proj": 3}}, 4)])
+def test_engine_is_asked_for_the_largest_rank_of_an_adapter(adapter, tmp_path, config, rank):
+    assert adapter_rank(changed_adapter(adapter, tmp_path / "a", lambda t: None, **config)) == rank
 
 
 def test_a_run_refuses_an_adapter_for_another_base_before_it_trains(bases, adapter, tmp_path, capsys):

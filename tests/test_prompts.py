@@ -238,7 +238,8 @@ def test_no_output_is_taught_to_end_with_what_ends_no_answer(tokenizer, closer, 
     other = templated(tokenizer, "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}" + closer + "{% endfor %}"
                                  "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
     builder, pair = PromptBuilder(other, GridEncoder.from_name("digits"), "chat"), Pair(grid(1, 1, 4), grid(1, 1, 5))
-    for example in (builder.example((pair, pair), pair, True), builder.side_example("outputs", (pair.output, pair.output), pair.output, True)):
+    sides = builder.side_example("outputs", (pair.output, pair.output), pair.output, True)
+    for example in (builder.example((pair, pair), pair, True), sides):
         assert builder.text_of(example.labels[example.labels != IGNORED].tolist()) == f"5{context}5{answer}"
     assert other.convert_ids_to_tokens(builder.end_token) == answer and builder.end_token in builder.special_tokens
 

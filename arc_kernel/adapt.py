@@ -79,7 +79,7 @@ class TaskTrainer:
     """A base model and one LoRA that is reset for each task. `start` names a trained LoRA to start each task from.
 
     Where `model` holds weights rescaled by `rescale`, each layer's LoRA is scaled like its weight, so that A and B, their
-    gradients, and what is saved are those of the original weights. On a GPU passes are CUDA graphs where they can be (`decoder_pass`),
+    gradients, and what is saved are those of the original weights. `left_out` names what gets no LoRA (see the function). On a GPU passes are CUDA graphs where they can be (`decoder_pass`),
     unless `graphs` is False.
     """
 
@@ -98,6 +98,7 @@ class TaskTrainer:
         except UnknownLayout as error:
             raise ArcKernelError(f"{error}: set ttt_steps=0") from None
         base.config.use_cache = False
+        self.left_out = left_out(base) if start is None else []
         plain_head(base, torch.arange(LOOKED_AT, device=device)[None])  # looked at now: the base by itself, outside of any graph or cast
         self.model = with_lora(base, model, recipe.rank, start)
         if rescale is not None:
@@ -251,6 +252,16 @@ def nothing_to_adapt(model: Path | str) -> ArcKernelError:
     return ArcKernelError(f"{model}: none of {', '.join(TARGET_MODULES)} in this architecture: set ttt_steps=0")
 
 
+def left_out(base) -> list[str]:
+    """Names of a model's linear modules, its head aside, that are none of TARGET_MODULES: where an architecture names its layers
+    otherwise, as Phi-3 its qkv_proj, a fresh LoRA leaves them as they are."""
+    import torch
+
+    head = base.get_output_embeddings()
+    linear = {name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, torch.nn.Linear) and module is not head}
+    return sorted(linear - set(TARGET_MODULES))
+
+
 def with_lora(base, folder: Path, rank: int, start: Path | None):
     """The model of `folder`, loaded as `base`, with a LoRA in fp32, whatever the model computes in: a fresh one of this
     `rank`, or the one in `start`.
@@ -268,6 +279,9 @@ def with_lora(base, folder: Path, rank: int, start: Path | None):
         model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM"))
     else:
         model = PeftModel.from_pretrained(base, start, is_trainable=True)
+        model.peft_config["default"].lora_dropout = 0.0
+        for module in (m for m in model.modules() if hasattr(m, "lora_dropout")):
+            module.lora_dropout["default"] = torch.nn.Identity()
     model.peft_config["default"].base_model_name_or_path = folder.name  # a name, not a machine's path
     for weight in (p for p in model.parameters() if p.requires_grad):
         weight.data = weight.data.to(torch.float32)

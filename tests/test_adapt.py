@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from transformers import Phi3Config, Phi3ForCausalLM
 
 from arc_kernel import adapt, events, fused_layer
 from arc_kernel.decoder_pass import Decoder
@@ -106,10 +107,19 @@ def test_each_task_continues_from_the_given_adapter(trainer, tiny, builder, arc_
     still = dataclasses.replace(RECIPE, steps=1, lr=0.0)
     continued = adapt.TaskTrainer(tiny, builder, still, tmp_path / "start", "cpu", "float32")
     assert same(start, trained(continued, arc_training.tasks["3c9b0459"], tmp_path / "one")[0])
+    config = tmp_path / "start" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_dropout": 0.5}))  # as adapters of others have
     moving = adapt.TaskTrainer(tiny, builder, RECIPE, tmp_path / "start", "cpu", "float32")
     one, _ = trained(moving, arc_training.tasks["3c9b0459"], tmp_path / "two")
     assert not same(start, one)
     assert same(one, trained(moving, arc_training.tasks["3c9b0459"], tmp_path / "three")[0])
+    assert json.loads((tmp_path / "two" / "adapter_config.json").read_text())["lora_dropout"] == 0
+
+
+def test_what_an_architecture_names_otherwise_and_so_gets_no_lora_is_told(trainer):
+    small = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 0}
+    assert adapt.left_out(Phi3ForCausalLM(Phi3Config(**small))) == ["gate_up_proj", "qkv_proj"]
+    assert trainer.left_out == []
 
 
 def test_every_pair_becomes_the_target_once_in_each_round_after_each_other_one_in_any_order_and_colours(tokenizer):

@@ -79,8 +79,8 @@ class TaskTrainer:
     """A base model and one LoRA that is reset for each task. `start` names a trained LoRA to start each task from.
 
     Where `model` holds weights rescaled by `rescale`, each layer's LoRA is scaled like its weight, so that A and B, their
-    gradients, and what is saved are those of the original weights. `left_out` names what gets no LoRA (see the function). On a GPU passes are CUDA graphs where they can be (`decoder_pass`),
-    unless `graphs` is False.
+    gradients, and what is saved are those of the original weights. `left_out` names what gets no LoRA (see the function). On a
+    GPU passes are CUDA graphs where they can be (`decoder_pass`), unless `graphs` is False.
     """
 
     def __init__(self, model: Path, builder: PromptBuilder, recipe: Recipe, start: Path | None, device: str, dtype: str,
@@ -258,7 +258,8 @@ def left_out(base) -> list[str]:
     import torch
 
     head = base.get_output_embeddings()
-    linear = {name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, torch.nn.Linear) and module is not head}
+    linear = {name.rpartition(".")[2] for name, module in base.named_modules()
+              if isinstance(module, torch.nn.Linear) and module is not head}
     return sorted(linear - set(TARGET_MODULES))
 
 

@@ -61,8 +61,8 @@ def check_model(folder: Path) -> None:
         raise ArcKernelError(f"{folder}: no tokenizer (tokenizer.json): save it beside the weights")
     check_safetensors(folder, WEIGHTS)
     if says_tied_by_mistake(folder, config):
-        raise ArcKernelError(f"{folder}: config.json ties the head to the embeddings, but {HEAD} is another tensor, which some readers take "
-                             f"and others do not: python -m arc_kernel prepare --model {folder} --out <folder>")
+        raise ArcKernelError(f"{folder}: config.json ties the head to the embeddings, but {HEAD} is another tensor, which some readers "
+                             f"take and others do not: python -m arc_kernel prepare --model {folder} --out <folder>")
 
 
 def says_tied_by_mistake(folder: Path, config: dict) -> bool:

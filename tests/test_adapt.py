@@ -117,8 +117,8 @@ def test_each_task_continues_from_the_given_adapter(trainer, tiny, builder, arc_
 
 
 def test_what_an_architecture_names_otherwise_and_so_gets_no_lora_is_told(trainer):
-    small = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 0}
-    assert adapt.left_out(Phi3ForCausalLM(Phi3Config(**small))) == ["gate_up_proj", "qkv_proj"]
+    small = Phi3Config(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0)
+    assert adapt.left_out(Phi3ForCausalLM(small)) == ["gate_up_proj", "qkv_proj"]
     assert trainer.left_out == []
 
 

@@ -28,8 +28,8 @@ def test_a_value_of_the_wrong_type_is_named_with_the_type_it_should_have(name, v
 
 @pytest.mark.parametrize("name, value", [
     ("limit", -1), ("seed", -1), ("devices", -1), ("devices", 65), ("max_seq_len", 255), ("ttt_steps", -1), ("ttt_lr", -1e-9),
-    ("ttt_lr", 1.5), ("ttt_lr", math.nan), ("ttt_lr", math.inf), ("time_budget", math.inf), ("ttt_batch", 0), ("lora_rank", 0), ("lora_rank", 513),
-    ("views", 0), ("max_new_tokens", -1),
+    ("ttt_lr", 1.5), ("ttt_lr", math.nan), ("ttt_lr", math.inf), ("time_budget", math.inf), ("ttt_batch", 0),
+    ("lora_rank", 0), ("lora_rank", 513), ("views", 0), ("max_new_tokens", -1),
 ])
 def test_a_value_out_of_bounds_is_named_with_its_bounds(name, value):
     low = next(f.metadata["low"] for f in dataclasses.fields(Settings) if f.name == name)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -166,7 +166,7 @@ def write_completions(path: Path, completions: list[Completion]) -> None:
     """One JSON line per completion, by write-then-rename; a NaN logprob is written as null."""
     with replacing(path) as file:
         for c in completions:
-            row = asdict(c) | {"logprob": c.logprob if math.isfinite(c.logprob) else None}
+            row = vars(c) | {"logprob": c.logprob if math.isfinite(c.logprob) else None}
             file.write(json.dumps(row) + "\n")
 
 

@@ -24,7 +24,7 @@ from .tasks import Task
 from .views import shared_views
 from .work import LATER, Feed, Work
 
-KEEP_SECONDS = 5.0  # at most so often is what there is of a task written before it is whole
+KEEP_SECONDS = 15.0  # at most so often is what there is of a task written before it is whole: of 32 large grids that takes 25 ms
 
 
 class Serving:

@@ -7,6 +7,7 @@ Further `name=value` pairs are notebook parameters (values in YAML), for example
 """
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import sys
@@ -54,11 +55,9 @@ def parameter(pair: str) -> tuple[str, object]:
     if TYPES.get(name) is str and isinstance(value, (int, float)):
         return name, text
     if TYPES.get(name) in (int, float) and isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError):  # the notebook says what the setting wants
             number = float(value)
             return name, int(number) if number.is_integer() else number
-        except ValueError:
-            pass  # the notebook says what the setting wants
     return name, value
 
 

@@ -16,7 +16,7 @@ help:
 	@echo "make test      all tests; 10 to 14 minutes"
 	@echo "make test-transformers-4   the tests that need no vLLM, on transformers 4.57 (the default is 5.x)"
 	@echo "make test-transformers-4-quick   those of them that read models, train and answer, in a few minutes: CI runs them"
-	@echo "make speed     training, prefill and decoding beside what this machine allows, and against the plain loop; about 8 minutes"
+	@echo "make speed     training, prefill and decoding beside what this machine allows, and against the plain loop"
 	@echo "make venv      .venv with the locked requirements, which the others make too"
 	@echo "make signatures   renew tests/vllm_signatures.json from the wheels of vLLM's releases (1.3 GB, removed again)"
 	@echo "make bundles   kaggle_datasets/: code, weights, wheels and notebook of the default profile, 1.2 GB; docs/kaggle.md"

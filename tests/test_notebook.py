@@ -1,4 +1,7 @@
-"""The notebook through papermill, from bundles, as on Kaggle: `python -m pytest tests/test_notebook.py`."""
+"""The notebook through papermill, from bundles, as on Kaggle, with a tiny model; with the real one: test_real_run.py.
+
+    python -m pytest tests/test_notebook.py
+"""
 
 import json
 import shutil
@@ -13,20 +16,12 @@ from arc_kernel.device import gpu_count
 from arc_kernel.kaggle import datasets
 from arc_kernel.tasks import read_submission
 from models import tiny_model
+from runs import dry_run
 from small_wheels import make_wheel
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SOURCE, BUILT = REPOSITORY / "notebooks" / "submission.py", REPOSITORY / "notebooks" / "submission.ipynb"
 needs_packages = pytest.mark.skipif(not generate.vllm_installed(), reason="the packages that the profile locks are not installed")
-
-
-def dry_run(input_root, out, *parameters):
-    command = [sys.executable, REPOSITORY / "notebooks" / "dry_run.py", "--out", out, f"input_root={input_root}", *parameters]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
-
-
-def contents(root):
-    return {p.relative_to(root): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -51,22 +46,6 @@ def test_ipynb_is_what_its_source_gives(tmp_path):
     cells = json.loads(BUILT.read_text())["cells"]
     code = [c for c in cells if c["cell_type"] == "code"]
     assert len(code) <= 10 and ["parameters"] == code[0]["metadata"]["tags"]
-
-
-@needs_packages
-def test_real_model_real_task_through_papermill(tmp_path, model_folder):
-    root = tmp_path / "input"
-    datasets.build_code(root, "someone")
-    datasets.build_weights(root, str(model_folder), "someone")
-    before = contents(root)
-    done = dry_run(root, tmp_path / "out", "task_ids=d037b0a7", "ttt_steps=3", "views=2", "lora_rank=8")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
-    assert contents(root) == before
-    assert set(read_submission(tmp_path / "out" / "submission.json")) == {("d037b0a7", 0)}
-    assert "test outputs solved" in done.stdout and "report.html" in done.stdout
-    executed = json.loads((tmp_path / "out" / "submission.ipynb").read_text())
-    pictures = "".join(str(o) for c in executed["cells"] for o in c.get("outputs", []))
-    assert "data:image/png" in pictures and "<svg" in pictures and "truth" in pictures
 
 
 def first_cells(root, out):

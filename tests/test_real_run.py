@@ -1,4 +1,4 @@
-"""The real thing: the real model, real tasks, TTT, vLLM, and the trap this project makes impossible;
+"""The real thing: the notebook from bundles, the real model, real tasks, TTT, vLLM, and the trap this project makes impossible;
 `python -m pytest tests/test_real_run.py`."""
 
 import json
@@ -9,25 +9,34 @@ import time
 
 import pytest
 
-from arc_kernel import generate
+from arc_kernel import bundle, generate
+from arc_kernel.kaggle import datasets
 from arc_kernel.tasks import read_submission
 from models import overflowing_model
-from runs import TRAINING, challenges, digests, events, solve
+from runs import TRAINING, challenges, contents, digests, dry_run, events, solve
 
 FILES = {"settings.json", "precision.json", "adapters", "completions", "submission.json", "metrics.json", "events.jsonl", "report.html"}
 
 
-@pytest.mark.skipif(not generate.vllm_installed(), reason="no vLLM wheel for this platform")
-def test_real_run_leaves_a_scored_submission_and_its_second_start_does_nothing(tmp_path, arc_training, monkeypatch):
+needs_packages = pytest.mark.skipif(not generate.vllm_installed(), reason="the packages that the profile locks are not installed")
+
+
+@needs_packages
+def test_real_run_of_the_notebook_leaves_a_scored_submission_and_a_second_start_does_nothing(
+        tmp_path, model_folder, arc_training, monkeypatch):
     """On a machine where vLLM and torch's compiler have no cache yet, as in each Kaggle session."""
-    out, caches = tmp_path / "run", tmp_path / "caches"
+    out, root, caches = tmp_path / "run", tmp_path / "input", tmp_path / "caches"
     for name in ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR"):
         monkeypatch.setenv(name, str(caches / name))
+    datasets.build_code(root, "someone")
+    datasets.build_weights(root, str(model_folder), "someone")
     tasks = ["d037b0a7", "25ff71a9"]  # the second has two test inputs
-    options = {"tasks": challenges(tmp_path / "a_challenges.json", arc_training, tasks),
-               "ttt_steps": 6, "ttt_lr": 1e-3, "views": 2, "lora_rank": 8, "prompt": "compact"}
-    done = solve(out, **options)
-    assert done.returncode == 0, done.stderr
+    challenges(root / "a_challenges.json", arc_training, tasks)
+    before = contents(root)
+    options = {"ttt_steps": 4, "ttt_lr": 2e-3, "views": 2, "lora_rank": 8, "prompt": "compact"}
+    done = dry_run(root, out, "tasks=a_challenges.json", "task_ids=''", "run_kind=scoring", *(f"{k}={v}" for k, v in options.items()))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    assert contents(root) == before
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 6e6, "KiB; the most of any process these tests have waited for"
     assert FILES <= {p.name for p in out.iterdir()}
     left = [p for p in caches.rglob("*") if p.is_file()]
@@ -43,12 +52,17 @@ def test_real_run_leaves_a_scored_submission_and_its_second_start_does_nothing(t
     stages = {e["stage"] for e in events(out, "stage")}
     assert {"read tasks", "import libraries", "load model", "adapt", "probe", "float32 reference", "start engine", "canary",
             "answer", "vote, score"} <= stages
-    assert all(stage in done.stdout for stage in stages) and "report.html" in done.stdout
+    assert all(stage in done.stdout for stage in stages)
+    assert "test outputs solved" in done.stdout and "report.html" in done.stdout
     losses = [x for e in events(out, "loss") if e["task"] == "d037b0a7" for x in e["losses"]]
-    assert len(losses) == 6
+    assert len(losses) == 4
     page = (out / "report.html").read_text()
     assert page.count("data:image/png") > 20 and "<svg" in page and 'src="http' not in page and "<script" not in page
+    cells = json.loads((out / "submission.ipynb").read_text())["cells"]
+    pictures = "".join(str(o) for c in cells for o in c.get("outputs", []))
+    assert "data:image/png" in pictures and "<svg" in pictures and "truth" in pictures
 
+    options |= {"tasks": root / "a_challenges.json", "model": bundle.find_inputs(root, weights=True).model, "profile": "local-cpu"}
     before = digests(out, "adapters", "completions")
     begun = time.perf_counter()
     again = solve(out, **options)
@@ -66,7 +80,7 @@ def test_real_run_leaves_a_scored_submission_and_its_second_start_does_nothing(t
     assert reported.returncode == 0 and reported.stdout.strip().endswith("report.html")
 
 
-@pytest.mark.skipif(not generate.vllm_installed(), reason="no vLLM wheel for this platform")
+@needs_packages
 def test_model_that_overflows_float16_is_rescaled_and_answered_in_float16(tmp_path, model_folder):
     sick = overflowing_model(model_folder, tmp_path / "model")
     out = tmp_path / "run"

@@ -37,7 +37,7 @@ def wait_for_end(pids, seconds=10):
 
 
 def test_killed_run_finishes_when_started_again_and_keeps_what_was_done(tmp_path, fast):
-    out, options = tmp_path / "run", fast | {"tasks": TRAINING, "task_ids": SMALL, "ttt_steps": 40}
+    out, options = tmp_path / "run", fast | {"tasks": TRAINING, "task_ids": SMALL, "ttt_steps": 12}
     process = started(out, **options)
     wait_for(lambda: (out / "adapters").is_dir() and any(p.name[0] != "." for p in (out / "adapters").iterdir()), process)
     assert set(json.loads((out / "submission.json").read_text())) == set(SMALL.split(","))
@@ -56,7 +56,7 @@ def test_killed_run_finishes_when_started_again_and_keeps_what_was_done(tmp_path
 
 def test_worker_that_is_killed_is_replaced(tmp_path, fast):
     out = tmp_path / "run"
-    process = started(out, **fast | {"tasks": TRAINING, "task_ids": SMALL, "ttt_steps": 30})
+    process = started(out, **fast | {"tasks": TRAINING, "task_ids": SMALL, "ttt_steps": 10})
     wait_for(lambda: (out / "events.jsonl").is_file() and events(out, "loss"), process)
     children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "arc_kernel.worker"], capture_output=True, text=True).stdout.split()
     os.kill(int(children[0]), signal.SIGKILL)

@@ -296,7 +296,8 @@ def save_adapter(model, folder: Path, beside: dict[str, dict] | None = None) -> 
         with contextlib.suppress(FileNotFoundError):
             (fresh / "README.md").unlink()  # peft's empty model card
         config = json.loads((fresh / "adapter_config.json").read_text())
-        config["target_modules"] = sorted(config["target_modules"])  # peft writes a set, in another order each time
+        if isinstance(config["target_modules"], list):  # peft's set, in another order each time; a start adapter's may be a pattern
+            config["target_modules"].sort()
         (fresh / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
         for name, facts in (beside or {}).items():
             write_json(fresh / name, facts)

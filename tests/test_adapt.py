@@ -9,10 +9,11 @@ import types
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from arc_kernel import adapt, events, fused_layer
+from arc_kernel import adapt, checkpoint, events, fused_layer
 from arc_kernel.decoder_pass import Decoder
 from arc_kernel.grids import GridEncoder
 from arc_kernel.job import Job
@@ -114,6 +115,15 @@ def test_each_task_continues_from_the_given_adapter(trainer, tiny, builder, arc_
     assert not same(start, one)
     assert same(one, trained(moving, arc_training.tasks["3c9b0459"], tmp_path / "three")[0])
     assert json.loads((tmp_path / "two" / "adapter_config.json").read_text())["lora_dropout"] == 0
+
+
+def test_an_adapter_whose_targets_are_a_pattern_is_saved_with_it(tiny, tmp_path):
+    pattern = r".*self_attn\.(q_proj|v_proj)"  # as unsloth writes it
+    made = get_peft_model(checkpoint.load_model(tiny, "float32", "cpu"), LoraConfig(r=2, target_modules=pattern))
+    adapt.save_adapter(made, tmp_path / "a")
+    again = PeftModel.from_pretrained(checkpoint.load_model(tiny, "float32", "cpu"), tmp_path / "a")
+    assert {name for name, m in again.named_modules() if hasattr(m, "lora_A")} == {
+        name for name, m in made.named_modules() if hasattr(m, "lora_A")}
 
 
 def test_what_an_architecture_names_otherwise_and_so_gets_no_lora_is_told(trainer):

@@ -100,7 +100,7 @@ class TaskTrainer:
         base.config.use_cache = False
         self.left_out = left_out(base) if start is None else []
         plain_head(base, torch.arange(LOOKED_AT, device=device)[None])  # looked at now: the base by itself, outside of any graph or cast
-        self.model = with_lora(base, model, recipe.rank, start)
+        self.model = with_lora(base, model, recipe.rank, start).eval()  # to train, too: dropout would draw on what tasks before left
         if rescale is not None:
             for name, module in self.model.get_base_model().named_modules():
                 if hasattr(module, "lora_A"):
@@ -135,7 +135,6 @@ class TaskTrainer:
         optimizer = torch.optim.AdamW([flat], lr=self.recipe.lr, weight_decay=0.0, fused=True)
         scaler = torch.amp.GradScaler(self.device, init_scale=LOSS_SCALE, enabled=self.dtype == "float16")
         good, step, factor, facts, skips = None, 0, 1.0, {"rollbacks": 0, "skipped": 0}, 0
-        self.model.train()
         begun, steps = time.perf_counter(), self.recipe.steps
         by_time = lambda: steps * min((time.perf_counter() - begun) / seconds, step / fewest_steps(steps))
         while (done := max(step, by_time())) < steps:
@@ -197,7 +196,6 @@ class TaskTrainer:
         kept = self.builder.fit(task.train, task.test[0].input, 1, self.recipe.max_seq_len)
         pairs = tuple(task.train[k] for k in kept or ())
         ids = self.builder.prompt_ids(pairs, task.test[0].input)[: self.recipe.max_seq_len]
-        self.model.eval()
         with (torch.no_grad(), recording(self.model) as peaks, self._flat.cast(getattr(torch, self.dtype)),
               torch.autocast(self.device, getattr(torch, self.dtype), enabled=self.dtype != "float32")):
             self.model(input_ids=torch.tensor([ids], device=self.device), logits_to_keep=1)

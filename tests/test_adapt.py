@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 import time
 import types
 
@@ -65,6 +66,14 @@ def test_adapter_does_not_depend_on_tasks_trained_before(trainer, tiny, builder,
     after, _ = trained(trainer, first, tmp_path / "a") and trained(trainer, second, tmp_path / "b")
     alone, _ = trained(adapt.TaskTrainer(tiny, builder, RECIPE, None, "cpu", "float32"), second, tmp_path / "c")
     assert same(after, alone)
+
+
+def test_nor_where_the_models_config_has_a_dropout(tiny, builder, arc_training, tmp_path):
+    config = json.loads((shutil.copytree(tiny, tmp_path / "tiny") / "config.json").read_text())
+    (tmp_path / "tiny" / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    trainer = adapt.TaskTrainer(tmp_path / "tiny", builder, RECIPE, None, "cpu", "float32")
+    one, other = (trained(trainer, arc_training.tasks["25ff71a9"], tmp_path / name)[0] for name in "ab")
+    assert same(one, other)
 
 
 def test_training_lowers_the_loss_and_moves_every_adapter_matrix(tiny, builder, arc_training, tmp_path):

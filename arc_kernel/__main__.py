@@ -21,6 +21,8 @@ from .settings import Help, Settings
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit status is 0, or 1 after one line on stderr that says what is wrong."""
     options = vars(_parser().parse_args(arguments))
+    if sys.stderr.isatty():
+        print("loading libraries, which takes some seconds", file=sys.stderr)
     try:
         options.pop("command")(**options)
         return 0

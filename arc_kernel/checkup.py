@@ -61,8 +61,9 @@ def check(model: Model, dtype: str, backend: str, out: Path, rescaled: str) -> N
     except rescale.Refused as refused:
         reason = str(refused)
         print(f"float16 cannot hold it: {reason}", flush=True)
-    if rescaled:
-        _write(model, made, reason, Path(rescaled))
+    if rescaled and made:
+        lost = model.write_rescaled(made, Path(rescaled))
+        print(f"{rescaled}: written; float16 changes no label's logits by more than {lost:.2g} through underflow")
     backend = chosen_backend(backend)
     chooser = Chooser(model, dtype, backend, model.max_seq_len, 0, None, lambda event, **facts: None,
                       lambda stage, **facts: print(f"  {stage}: {time.perf_counter() - begun:.0f} s", file=sys.stderr))
@@ -84,6 +85,8 @@ def check(model: Model, dtype: str, backend: str, out: Path, rescaled: str) -> N
     with replacing(out / "report.html") as file:
         file.write(report.page(f"Precision of {model.folder.name}", body))
     print(f"{time.perf_counter() - begun:.0f} s in all\nreport: {out / 'report.html'}")
+    if rescaled and not made:
+        raise ArcKernelError(f"{rescaled}: not written: {reason or 'the model fits float16 as it is'}")
 
 
 def without_bfloat16(made: rescale.Rescale | None, reason: str, headroom: float) -> str:
@@ -95,11 +98,3 @@ def without_bfloat16(made: rescale.Rescale | None, reason: str, headroom: float)
     else:
         what = "float16, weights as they are"
     return f"on a GPU without bfloat16 (T4): {what} (by the probe with {headroom:g} bits of headroom; no engine has answered there)"
-
-
-def _write(model: Model, made: rescale.Rescale | None, reason: str, target: Path) -> None:
-    """Write the rescaled model where a person asked for it."""
-    if made is None:
-        raise ArcKernelError(f"{target}: not written: {reason or 'the model fits float16 as it is'}")
-    lost = model.write_rescaled(made, target)
-    print(f"{target}: written; float16 changes no label's logits by more than {lost:.2g} through underflow")

@@ -190,6 +190,7 @@ def test_model_that_fits_is_left_as_it_is(precision, tiny, tmp_path):
     done = precision(model=tiny, out=tmp_path / "out", rescaled=tmp_path / "model")
     assert "float16, 2 bits of headroom: fits as it is" in done.stdout
     assert done.returncode == 1 and "the model fits float16 as it is" in done.stderr and not (tmp_path / "model").exists()
+    assert "verdict for dtype=auto" in done.stdout and (tmp_path / "out" / "report.html").is_file(), "the check itself goes on"
 
 
 def test_model_that_no_dtype_helps_is_said_so(precision, tiny, tmp_path):

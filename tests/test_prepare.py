@@ -272,6 +272,9 @@ def test_theta_goes_by_the_dimensions_that_are_rotated_and_a_shorter_context_lea
 
 def test_theta_that_is_not_named_is_the_architectures():
     assert context.theta_of({"model_type": "mixtral"}) == 1e6 and context.theta_of({"model_type": "llama"}) == 1e4
+    by_layer = {"sliding_attention": {"rope_theta": 1e4}, "full_attention": {"rope_theta": 2e6}}  # as Gemma 3's
+    assert context.theta_of({"model_type": "gemma3_text", "rope_parameters": by_layer}) == 2e6
+    assert context.theta_of({"model_type": "gemma3_text"}) == 1e6
 
 
 def test_scaling_is_written_in_both_forms():

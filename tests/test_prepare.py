@@ -17,6 +17,7 @@ from arc_kernel import __main__, adapt, checkpoint, generate
 from arc_kernel.engine import EngineSettings, Prompt
 from arc_kernel.errors import ArcKernelError
 from arc_kernel.grids import GridEncoder
+from arc_kernel.kaggle.templates import model_card
 from arc_kernel.prepare import context, vocabulary
 from arc_kernel.prepare.make import prepare
 from arc_kernel.prompts import PromptBuilder
@@ -337,6 +338,15 @@ def test_gguf_becomes_a_clean_folder_with_the_licence_it_states(tmp_path, monkey
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ArcKernelError, match="tiny.gguf: package gguf is not installed: pip install gguf"):
         prepare(str(tmp_path / "tiny.gguf"), str(tmp_path / "no"))
+
+
+def test_what_is_made_of_the_embedded_model_states_its_licence_and_source(copy_of, tmp_path, monkeypatch):
+    converted = copy_of("SmolLM-135M-Instruct")
+    (converted / "README.md").unlink()
+    monkeypatch.setattr(checkpoint, "embedded_model", lambda: converted)
+    prepare("smollm2-135m", str(tmp_path / "out"))
+    card = model_card(tmp_path / "out")
+    assert (card.licence, card.source) == ("apache-2.0", "HuggingFaceTB/SmolLM2-135M-Instruct")
 
 
 def test_prepared_twice_is_left_alone_and_nothing_else_is_overwritten(published, tmp_path, capsys):

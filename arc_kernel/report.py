@@ -30,6 +30,7 @@ from .tasks import Attempts, Challenges, Grid, Task
 # The colours of ARC's own testing interface (github.com/fchollet/ARC-AGI, apps/css/common.css), 0 to 9, then grid lines.
 PALETTE = ("000000", "0074D9", "FF4136", "2ECC40", "FFDC00", "AAAAAA", "F012BE", "FF851B", "7FDBFF", "870C25", "555555")
 CANDIDATES_SHOWN = 8
+NO_GRID = {"unparsable": "text that is no grid", "truncated": "out of tokens before an end", "nan": "not finite"}  # statuses in words
 LEGEND_TRUTH = "Green frame: equal to the solution; red frame: not. "
 LEGEND = "First the attempts; below them all candidates, most votes first."
 PAGE_STYLE = """body{font:14px/1.4 system-ui,sans-serif;margin:2em auto;max-width:1200px;padding:0 1em;color:#222}
@@ -90,6 +91,13 @@ def predictions_html(task: Task, index: int, found: list[Candidate], attempts: A
     more = f"<p>{counted(len(found) - CANDIDATES_SHOWN, 'more candidate')}</p>" if len(found) > CANDIDATES_SHOWN else ""
     none = "" if found else f'<p style="{NOTE}">no view gave a valid grid: fallback answer</p>'
     return f'<div style="{ROW}">{"".join(shown)}</div>{none}<div style="{ROW}">{"".join(rest)}</div>{more}'
+
+
+def no_grids(statuses: dict[str, int]) -> str:
+    """How many of a task's predictions gave no grid, and why; empty where all did."""
+    why = [f"{statuses[status]} {text}" for status, text in NO_GRID.items() if statuses.get(status)]
+    count = sum(statuses.values())
+    return f"{count - statuses.get('ok', 0)} of {counted(count, 'prediction')} gave no grid: {', '.join(why)}" if why else ""
 
 
 def losses_html(curves: dict[str, list[float]]) -> str:
@@ -168,6 +176,7 @@ def write_report(out: Path, settings: Settings, challenges: Challenges, found: d
     for e in events:
         if e.get("task") and (e.get("error") or e.get("text")):
             notes[e["task"]].append(e.get("error") or e["text"])
+    lost = {e["task"]: no_grids(e.get("statuses", {})) for e in events if e["event"] == "answered"}  # of a task answered anew the last
     body = [f"<h2>Score</h2>{metrics_html(metrics)}", f"<h2>Stages</h2><pre>{html.escape(stage_table(stage_rows(events)))}</pre>",
             f"<h2>Precision</h2>{precision_html(read_verdict(out))}", f"<h2>Training loss</h2>{losses_html(losses(events))}"]
     known = any(p.output is not None for t in challenges.tasks.values() for p in t.test)
@@ -178,7 +187,8 @@ def write_report(out: Path, settings: Settings, challenges: Challenges, found: d
         if task is None:
             body.append(f'<p style="{NOTE}">{html.escape(challenges.broken[task_id])}</p>')
             continue
-        body += [f'<p style="{NOTE}">{html.escape(text)}</p>' for text in dict.fromkeys(notes[task_id])]
+        said = [*dict.fromkeys(notes[task_id]), *filter(None, [lost.get(task_id)])]
+        body += [f'<p style="{NOTE}">{html.escape(text)}</p>' for text in said]
         body.append(task_html(task))
         for i in range(count):
             best = found[task_id][i] if task_id in found else []

@@ -196,6 +196,17 @@ def test_report_says_in_words_what_is_right_and_what_the_run_was(tmp_path):
     assert ">attempt 1<" in page and ">1 vote\nlogprob" in page and "Green frame" not in page and "most votes first" in page
 
 
+def test_report_says_how_many_predictions_of_a_task_gave_no_grid_and_why(tmp_path):
+    source = write_tasks(tmp_path / "t.json", {"A": [[[5]]], "B": [[[5]]]})
+    folder = write_run(tmp_path / "r", source, {("A", 0): [[[5]]], ("B", 0): [[[5]]]}, prompt="compact")
+    told = [("A", {"nan": 4}), ("A", {"ok": 1, "truncated": 2, "unparsable": 1}), ("B", {"ok": 4})]  # A was answered anew
+    (folder / "events.jsonl").write_text("".join(json.dumps({"event": "answered", "at": 1.0, "task": task, "statuses": statuses}) + "\n"
+                                                 for task, statuses in told))
+    page = running.write_report_again(folder).read_text()
+    assert ">3 of 4 predictions gave no grid: 1 text that is no grid, 2 out of tokens before an end<" in page
+    assert page.count("gave no grid:") == 1
+
+
 def test_what_a_job_is_told(made, fast, tmp_path, capsys):
     model = shutil.copytree(fast["model"], tmp_path / "model")
     config = json.loads((model / "config.json").read_text())

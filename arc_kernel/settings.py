@@ -83,7 +83,7 @@ class Checked:
 
     def to_json(self) -> str:
         """The text of settings.json."""
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
 
 
 @dataclass(frozen=True)

@@ -207,6 +207,12 @@ def test_report_says_how_many_predictions_of_a_task_gave_no_grid_and_why(tmp_pat
     assert page.count("gave no grid:") == 1
 
 
+def test_report_shows_settings_as_they_were_given(tmp_path):
+    source = write_tasks(tmp_path / "t.json", {"A": [[[5]]]})
+    folder = write_run(tmp_path / "r", source, {("A", 0): [[[5]]]}, prompt="compact", adapter="läufe/adapter")
+    assert running.write_report_again(folder).read_text().count("läufe/adapter") == 3, "title, heading, settings"
+
+
 def test_what_a_job_is_told(made, fast, tmp_path, capsys):
     model = shutil.copytree(fast["model"], tmp_path / "model")
     config = json.loads((model / "config.json").read_text())

@@ -124,6 +124,15 @@ def test_a_run_learns_and_leaves_an_adapter_a_report_and_figures(settings, prepa
     assert max(r["lr"] for r in rows) == pytest.approx(1e-2) and rows[-1]["lr"] < 1e-3
 
 
+def test_a_run_that_was_killed_has_a_report_of_its_steps_up_to_the_last_checkpoint(settings, prepared, killed_at, monkeypatch):
+    monkeypatch.setattr(run, "PAGE_SECONDS", 0.0)
+    killed_at(6)
+    with pytest.raises(KeyboardInterrupt):
+        run.finetune(settings, prepared)
+    text = (settings.out_path / "report.html").read_text()
+    assert "loss at the end" in text and "<svg" in text and f">{sum(r['tokens'] for r in rows_of(settings)[:5]):,}<" in text
+
+
 def test_full_training_leaves_a_model_folder_that_loads_and_differs(settings, prepared, tiny, killed_at, monkeypatch):
     save = Learner.save
     full = dataclasses.replace(settings, lora_rank=0, steps=6, save_every=2, lr=1e-3, gradient_checkpointing=True)
@@ -290,10 +299,14 @@ def test_gradients_that_are_not_finite_change_nothing_and_end_the_run_by_naming_
             next(p for p in self.model.parameters() if p.grad is not None).grad.fill_(float("nan"))
         return loss
 
+    shown = []
+    monkeypatch.setattr(run, "PAGE_SECONDS", 0.0)
+    monkeypatch.setattr(page, "write_report", lambda *_: shown.append(len(rows_of(settings))))
     monkeypatch.setattr(train.StepTrainer, "training_step", broken)
     with pytest.raises(ArcKernelError, match="step 9: gradients are not finite 3 steps in a row in float32.*checkpoint-5"):
         run.finetune(settings, prepared)
     rows = rows_of(settings)
+    assert shown == [5, 8], "the page of a run that gave up has all its steps"
     assert [r["step"] for r in rows if r["skipped"]] == [3, 7, 8] and all(np.isfinite(r["loss"]) for r in rows)
 
 

@@ -30,6 +30,7 @@ from .settings import FinetuneSettings
 from .stream import Stream, check_lengths
 
 HELD_OUT = "held_out.json"
+PAGE_SECONDS = 60.0  # at least, from one page of a run that goes on to the next
 MAIN = int(os.environ.get("RANK", 0)) == 0
 
 
@@ -110,7 +111,7 @@ class Run:
     def __init__(self, settings: FinetuneSettings, prepared: Prepared):
         self.s, self.prepared, self.out = trained_prompt.resolved(settings), prepared, settings.out_path
         self.log = EventLog(self.out, time.perf_counter(), silent=not MAIN)
-        self.tokens, self.seconds = 0, 0.0
+        self.tokens, self.seconds, self._shown = 0, 0.0, time.perf_counter()
         if MAIN:
             self._claim_folder()
         for text in prepared.notes:
@@ -139,6 +140,8 @@ class Run:
                                 self._step, self._callbacks())
             except Diverged as error:
                 self.log.add("diverged", text=str(error))
+                if MAIN:
+                    page.write_report(self.out, s)
                 raise
         if not MAIN:
             return {}
@@ -165,6 +168,9 @@ class Run:
         self.tokens, self.seconds = self.tokens + facts["tokens"], self.seconds + seconds
         self._bar.set_postfix_str(f"{self.tokens / self.seconds:.0f} tok/s, loss {facts['loss']:.4f}", refresh=False)
         self._bar.update(step - self._bar.n)
+        if step % self.s.save_every == 0 and time.perf_counter() - self._shown > PAGE_SECONDS:
+            page.write_report(self.out, self.s)  # as it stands, for who looks before the end
+            self._shown = time.perf_counter()
 
     def _callbacks(self) -> list:
         """TensorBoard's, where it is installed: the same figures, in `out`/tensorboard."""

@@ -219,6 +219,7 @@ def test_differing_names_what_a_session_must_install():
 
 @pytest.mark.parametrize("line, said", [
     ("torch>=2", "'torch>=2' is no pin"), ("torch", "'torch' is no pin"), ("torch==2.*", "is no pin"),
+    ("torch==2; python_version >= '3'", "is no pin"),
     ("-e .", "is no requirement"), ("torch==2\nTorch==3", "torch is pinned twice")])
 def test_a_line_that_is_no_pin_is_named(line, said):
     message = error_of(lock.parse, f"# a lock\n{line}\n", "locks/x.txt")

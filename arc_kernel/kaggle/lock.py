@@ -32,16 +32,16 @@ class Pin:
     def takes(self, version: str) -> bool:
         """Whether this version is the pinned one; a pin without a local version takes any local version (PEP 440)."""
         try:
-            return SpecifierSet(f"=={self.version}").contains(Version(version), prereleases=True)
+            return SpecifierSet(f"=={self.version}").contains(Version(version))
         except InvalidVersion:
             return False
 
 
-def parse(text: str, where: str, environment: Mapping[str, str] | None = None) -> list[Pin]:
-    """The pins of a lock, without the lines whose marker is false in `environment` (by default: the running Python's).
+def parse(text: str, where: str) -> list[Pin]:
+    """The pins of a lock.
 
-    Raises ArcKernelError, with `where` and the line, for anything but name==version with sha256 hashes, and for a name
-    that is pinned twice.
+    Raises ArcKernelError, with `where` and the line, for anything but name==version with sha256 hashes (a marker, too: a lock is
+    one machine's), and for a name that is pinned twice.
     """
     pins: dict[str, Pin] = {}
     for line in text.replace("\\\n", " ").splitlines():
@@ -54,10 +54,8 @@ def parse(text: str, where: str, environment: Mapping[str, str] | None = None) -
         except InvalidRequirement:
             raise ArcKernelError(f"{where}: {content[:60]!r} is no requirement: write name==version {HASH}...") from None
         exact = list(requirement.specifier)
-        if len(exact) != 1 or exact[0].operator != "==" or exact[0].version.endswith(".*"):
+        if len(exact) != 1 or exact[0].operator != "==" or exact[0].version.endswith(".*") or requirement.marker:
             raise ArcKernelError(f"{where}: {wanted.strip()!r} is no pin: write name==version")
-        if requirement.marker and not requirement.marker.evaluate(dict(environment) if environment else None):
-            continue
         pin = Pin(canonicalize_name(requirement.name), exact[0].version, tuple(value.strip() for value in hashes))
         if pin.name in pins:
             raise ArcKernelError(f"{where}: {pin.name} is pinned twice: keep one line")

@@ -15,7 +15,6 @@ from pathlib import Path
 from packaging.utils import canonicalize_name
 
 from ..errors import ArcKernelError
-from . import target
 from .check import wanted
 from .lock import Pin, parse
 from .profiles import Profile, installed
@@ -44,7 +43,7 @@ def _for_another_machine(profile: Profile) -> list[Pin]:
                        "--python-version", profile.python, "--python-platform", profile.platform,
                        *(("--exclude-newer", profile.as_of) if profile.as_of else ()), "--excludes", "skip.txt",
                        "wanted.txt", "-o", "lock.txt"], home)
-        pins = parse((home / "lock.txt").read_text(), f"profile {profile.name}", target.environment(profile))
+        pins = parse((home / "lock.txt").read_text(), f"profile {profile.name}")
     return [pin for pin in pins if pin.name not in there or not Pin(pin.name, there[pin.name]).takes(pin.version)]
 
 

@@ -93,11 +93,12 @@ def voted_grids(completions: list[Completion], encoder: GridEncoder) -> list[Vot
 
 
 def place(grid: Grid, votes: int, total: float) -> tuple:
-    """Candidates are sorted by this: votes, mean of the `total` logprob, then shape and bytes, so that no two are equal.
+    """Candidates are sorted by this: votes, `total` logprob (of as many votes, so as their mean), then shape and bytes, so that no two
+    are equal.
 
     Totals are from `math.fsum`, which does not depend on the order of answers and never grows by a logprob below 0.
     """
-    return -votes, -total / votes, grid.shape, grid.tobytes()
+    return -votes, -total, grid.shape, grid.tobytes()
 
 
 def candidates(completions: list[Completion], encoder: GridEncoder) -> list[Candidate]:

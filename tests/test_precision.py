@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 
 from arc_kernel.precision import verdict
 
@@ -24,8 +25,8 @@ def test_answers_like_the_reference_are_healthy():
 
 def test_a_logprob_that_is_not_finite_is_wrong_in_every_dtype():
     for last in (False, True):
-        for bad in (math.nan, -math.inf):
-            assert verdict.judge(answers((1, 3, 4, bad)), REFERENCE, last).wrong == "logprob is not finite"
+        for prompt, token, bad in ((1, 4, math.nan), (1, 4, -math.inf), (0, 8, math.nan)):
+            assert verdict.judge(answers((prompt, 3, token, bad)), REFERENCE, last).wrong == "logprob is not finite"
 
 
 def test_nan_answers_of_token_0_are_wrong():
@@ -49,8 +50,8 @@ def test_answer_that_ends_where_the_reference_goes_on_is_another_one():
 
 
 def test_what_follows_the_first_difference_does_not_count():
-    judged = verdict.judge(answers((0, 4, 1, -0.1)), REFERENCE, last=False)
-    assert judged.agreement == 0.9
+    judged = verdict.judge(answers((0, 4, 1, -3.0)), REFERENCE, last=False)
+    assert (judged.wrong, judged.agreement) == ("", 0.9)  # one token in ten, however far off, is no fault of a dtype
     later = verdict.judge(answers((0, 1, 1, -0.1), (0, 2, 77, -9.0)), REFERENCE, last=False)
     assert later.agreement == pytest.approx(6 / 7) and later.difference == pytest.approx(0.1 - 0.1)
 
@@ -64,13 +65,16 @@ def test_dtypes_start_with_the_wanted_one_and_end_with_float32(monkeypatch, nati
 
 
 @pytest.mark.parametrize("native, float32_costs, tried", [
-    (True, 1.0, ["bfloat16", "float32"]), (False, 8.0, ["float16", "float32"]), (False, 0.01, ["float32"])])
+    (True, 1.0, ["bfloat16", "float32"]), (False, 8.0, ["float16", "float32"]), (False, 1.1, ["float32"]), (False, 0.01, ["float32"])])
 def test_auto_takes_the_fastest_dtype_of_the_device(monkeypatch, native, float32_costs, tried):
-    """8.0 is a T4's ratio, 0.01 that of a CPU which emulates both 16-bit types."""
+    """8.0 is a T4's ratio, 0.01 that of a CPU which emulates both 16-bit types; 1.1 is not worth float16's range."""
     monkeypatch.setattr(verdict, "native_bfloat16", lambda device: native)
     monkeypatch.setattr(verdict, "product_seconds", lambda dtype, *shape: float32_costs if dtype == "float32" else 1.0)
     verdict.fast_float16.cache_clear()
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     assert verdict.candidates("auto", "cpu") == tried
+    assert threads == ([] if native else [1, torch.get_num_threads()]), "timed on one thread, and the others given back"
     verdict.fast_float16.cache_clear()
 
 

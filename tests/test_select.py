@@ -152,10 +152,10 @@ def test_two_attempts_are_always_two_distinct_grids(found, test_input):
 def test_every_test_input_of_the_file_gets_attempts_the_broken_tasks_too():
     good, late = Task("good", (), (Pair(array([[5]]), None),) * 2), Task("late", (), (Pair(array([[6]]), None),))
     challenges = Challenges("c.json", {"good": good, "late": late}, {"bad": "broken"}, {"good": 2, "bad": 3, "late": 1})
-    result = select.vote(challenges, {"good": [[candidate([[7]])], []]})
+    result = select.vote(challenges, {"good": [[candidate([[7]])], [candidate([[8]])]]})
     assert list(result) == [("good", 0), ("good", 1), ("bad", 0), ("bad", 1), ("bad", 2), ("late", 0)]
     assert [tuple(g.tolist() for g in result[key]) for key in (("good", 0), ("good", 1), ("bad", 2), ("late", 0))] == [
-        ([[7]], [[5]]), ([[5]], [[0]]), ([[0]], [[1]]), ([[6]], [[0]])]
+        ([[7]], [[5]]), ([[8]], [[5]]), ([[0]], [[1]]), ([[6]], [[0]])]
 
 
 @pytest.mark.parametrize("ended, text, status", [

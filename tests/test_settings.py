@@ -80,6 +80,8 @@ def test_differences_name_what_changes_answers_and_leave_out_where_and_on_how_ma
     here, there = Settings(out="a", devices=1, views=4, model="m"), Settings(out="b", devices=2, views=8, model="n")
     assert here.differences(there) == ["model: 'm' vs 'n'", "views: 4 vs 8"]
     assert here.differences(Settings(out="c", devices=7, views=4, model="m")) == []
+    assert {f.name for f in dataclasses.fields(Settings) if not f.metadata["resume"]} == {
+        "tasks", "solutions", "out", "scratch", "devices", "early_stop", "time_budget"}
 
 
 def test_every_setting_has_a_help_line():

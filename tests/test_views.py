@@ -70,8 +70,9 @@ def test_an_unknown_test_output_stays_unknown_under_a_view():
 
 
 def test_a_view_for_another_number_of_pairs_is_refused():
-    with pytest.raises(ValueError, match="2 train pairs on task made with 1"):
-        View(0, tuple(range(10)), (0, 1)).apply(task_of((CORNERS, CORNERS), test=CORNERS))
+    for order in ((0, 1), ()):
+        with pytest.raises(ValueError, match=f"{len(order)} train pairs on task made with 1"):
+            View(0, tuple(range(10)), order).apply(task_of((CORNERS, CORNERS), test=CORNERS))
 
 
 @given(view=st.integers(0, 12).flatmap(views))

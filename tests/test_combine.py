@@ -53,11 +53,11 @@ def test_fill_replaces_what_is_no_grid_and_keeps_the_rest(tmp_path, nothing):
 
 
 def test_kaggles_placeholder_is_empty_only_where_both_attempts_are_it(tmp_path):
-    a = submission(tmp_path / "a.json", t=[(SAMPLE, SAMPLE), (SAMPLE, [[1]]), ([[0]], [[0]]), (SAMPLE, SAMPLE)])
-    b = submission(tmp_path / "b.json", t=[([[5]], [[6]])] * 3)
+    a = submission(tmp_path / "a.json", t=[(SAMPLE, SAMPLE), (SAMPLE, [[1]]), ([[0]], [[0]]), (SAMPLE, None), (SAMPLE, SAMPLE)])
+    b = submission(tmp_path / "b.json", t=[([[5]], [[6]])] * 4)
     rows, line = combined(tmp_path, "fill", a, b)
-    assert [rows["t", k] for k in range(3)] == [[[[5]], [[6]]], [SAMPLE, [[1]]], [[[5]], [[6]]]]
-    assert rows["t", 3][0] == SAMPLE and "1 still empty" in line
+    assert [rows["t", k] for k in range(4)] == [[[[5]], [[6]]], [SAMPLE, [[1]]], [[[5]], [[6]]], [SAMPLE, [[5]]]]
+    assert rows["t", 4][0] == SAMPLE and "1 still empty" in line
 
 
 def test_other_tasks_and_other_numbers_of_test_inputs_are_put_together(tmp_path):
@@ -89,7 +89,7 @@ def runs(tmp_path):
     """Two runs with encoders of their own. t 1: 7 leads in x, 5 over both. t 2: x unanswered, y answers. u: neither. w: in y alone."""
     tasks = write_tasks(tmp_path / "x_tasks.json", {"t": [None, None], "u": [None]})
     more = write_tasks(tmp_path / "y_tasks.json", {"t": [None, None], "u": [None], "w": [None]})
-    x = {("t", 0): [[[7]], [[7]], [[5]], [[6]]], ("t", 1): ["none"], ("u", 0): ["none"]}
+    x = {("t", 0): [[[7]], [[7]], [[7]], [[5]], [[5]], [[6]]], ("t", 1): ["none"], ("u", 0): ["none"]}
     y = {("t", 0): [[[5, 5]], [[5]], [[5]], "none"], ("t", 1): [[[3]]], ("w", 0): [[[4]], [[4]]]}
     return write_run(tmp_path / "x", tasks, x), write_run(tmp_path / "y", more, y, encoder="shape+rows+spaced")
 
@@ -98,7 +98,7 @@ def test_votes_are_counted_over_the_completions_of_all_runs_each_read_in_its_own
     rows, line = combined(tmp_path, "vote", *runs)
     assert rows["t", 0] == [[[5]], [[7]]] and rows["t", 1][0] == [[3]] and rows["w", 0][0] == [[4]]
     assert rows["u", 0][0] == [[0, 0]]  # the test input, as solve itself falls back to
-    assert f"predictions: 6 of {runs[0]}, 7 of {runs[1]}; 1 without an answer" in line
+    assert f"predictions: 8 of {runs[0]}, 7 of {runs[1]}; 1 without an answer" in line
 
 
 def test_of_a_runs_folder_it_is_known_which_attempts_are_no_answers(tmp_path, runs):
@@ -152,6 +152,7 @@ def test_each_fault_is_one_line(tmp_path, runs, capsys):
     assert "rule vote counts completions: give the output folders" in refused(runs[0], good, rule="vote")
     assert "settings.json: no such file" in refused(runs[0], tmp_path, rule="vote")
     assert "cannot be written" in refused(good, good, out=good / "below" / "out.json")
-    (tmp_path / "z.json").write_text((tmp_path / "x_tasks.json").read_text().replace("[[1]]", "[[4]]"))
-    other = write_run(tmp_path / "z", tmp_path / "z.json", {("t", 0): [np.array([[5]])]})
-    assert all("z: task t is another than in" in refused(runs[0], other, rule=rule) for rule in ("first", "fill", "vote"))
+    for name, grid in (("train", "[[1]]"), ("test", "[[0, 0]]")):
+        (tmp_path / f"{name}.json").write_text((tmp_path / "x_tasks.json").read_text().replace(grid, "[[4]]"))
+        other = write_run(tmp_path / name, tmp_path / f"{name}.json", {("t", 0): [np.array([[5]])]})
+        assert all(f"{name}: task t is another than in" in refused(runs[0], other, rule=rule) for rule in ("first", "fill", "vote"))

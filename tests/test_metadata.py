@@ -223,9 +223,11 @@ def test_folders_that_are_none(tmp_path):
 
 
 @pytest.mark.parametrize("name, words", [
-    ("kaggle.json", "Kaggle API key"), ("access_token", "Kaggle access token"), ("credentials.json", "OAuth"),
-    (".env", "environment file"), (".env.local", "environment file"), ("server.pem", "private key"),
-    ("id_ed25519", "SSH key"), ("id_rsa.pub", "SSH key"), (".netrc", "password")])
+    ("kaggle.json", "Kaggle API key"), ("Kaggle.JSON", "Kaggle API key"), ("access_token", "Kaggle access token"),
+    ("access_token.txt", "Kaggle access token"), ("credentials.json", "OAuth"), ("prod.env", "environment file"),
+    (".env", "environment file"), (".env.local", "environment file"), ("server.pem", "private key"), ("server.key", "private key"),
+    ("id_ed25519", "SSH key"), ("id_rsa.pub", "SSH key"), (".netrc", "password"),
+    (".git-credentials", "password"), (".pypirc", "password")])
 def test_files_with_credentials_are_refused(kernel, name, words):
     (kernel / "deep").mkdir()
     (kernel / "deep" / name).write_text("x")
@@ -249,14 +251,14 @@ def test_text_that_looks_like_a_credential_is_refused(kernel, name, text, words)
         (kernel / name).write_text(f"# mine\n{text}\n")
     else:
         notebook = json.loads((kernel / name).read_text())
-        next(c for c in notebook["cells"] if c["cell_type"] == "markdown")["source"] += ["\n", f"{text}\n"]
+        next(c for c in notebook["cells"] if c["cell_type"] == "markdown")["source"].append(f"\n\n{text}\n")
         (kernel / name).write_text(json.dumps(notebook))
     assert f"{name}: holds what looks like {words}" in only_fault(kernel)
     assert HEX not in only_fault(kernel)
 
 
 @pytest.mark.parametrize("text", [f'"sha256": "{HEX}{HEX}"', f"image@sha256:{HEX}{HEX}", f'"key": "{HEX}{HEX}"',
-                                  f'commit = "{HEX}01234567"', "KAGGLE_KEY=$KAGGLE_KEY", 'key = "value"'])
+                                  f'commit = "{HEX}01234567"', f'"cache_key": "{HEX}"', "KAGGLE_KEY=$KAGGLE_KEY", 'key = "value"'])
 def test_text_that_is_no_credential_is_left_alone(kernel, text):
     (kernel / "notes.py").write_text(text)
     assert metadata.faults(kernel) == []

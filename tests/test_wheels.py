@@ -177,6 +177,8 @@ def test_markers_are_those_of_the_target(bare, tmp_path):
     arm = dataclasses.replace(bare, platform="aarch64-manylinux_2_35")
     assert wheels.faults(here, arm) == ["engine 1.0 wants arm: there is none"]
     assert wheels.faults(here, dataclasses.replace(bare, python="3.99")) == ["engine 1.0 wants future: there is none"]
+    linux = ['cuda; platform_system == "Linux" and sys_platform == "linux" and platform_python_implementation == "CPython"']  # as torch's
+    assert wheels.faults([make_wheel(tmp_path / "linux", "engine", requires=linux)], bare) == ["engine 1.0 wants cuda: there is none"]
 
 
 def test_extras_count_where_somebody_asks_for_them(bare, tmp_path):
@@ -188,7 +190,8 @@ def test_extras_count_where_somebody_asks_for_them(bare, tmp_path):
 
 @pytest.mark.parametrize("tag, fits", [
     ("cp312-cp312-manylinux_2_35_x86_64", True), ("cp38-abi3-manylinux_2_31_x86_64", True), ("cp312-cp312-manylinux2014_x86_64", True),
-    ("py3-none-manylinux1_x86_64", True), ("cp311-cp311-manylinux_2_17_x86_64", False), ("cp312-cp312-manylinux_2_36_x86_64", False),
+    ("py3-none-manylinux1_x86_64", True), ("py3-none-manylinux2010_x86_64", True), ("cp312-cp312-linux_x86_64", True),
+    ("cp311-cp311-manylinux_2_17_x86_64", False), ("cp312-cp312-manylinux_2_36_x86_64", False),
     ("cp312-cp312-manylinux_2_17_aarch64", False), ("cp313-abi3-manylinux_2_17_x86_64", False), ("cp312-cp312-macosx_11_0_arm64", False)])
 def test_tags_that_do_not_fit_the_target_are_a_fault(bare, tmp_path, tag, fits):
     wheel = make_wheel(tmp_path, "native", tag=tag)

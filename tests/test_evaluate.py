@@ -117,10 +117,11 @@ def test_a_paired_difference_is_far_surer_than_the_runs_themselves(tmp_path):
 def test_a_difference_whose_interval_does_not_contain_0_is_marked(tmp_path):
     tasks = write_tasks(tmp_path / "tasks.json", {f"t{n}": [[[5]]] for n in range(40)})
     right = lambda count: {(f"t{n}", 0): [[[5]]] if n < count else [[[6]]] for n in range(40)}
-    runs = [read_run(write_run(tmp_path / name, tasks, right(n), views=1)) for name, n in (("none", 0), ("some", 20), ("alike", 20))]
-    shown = table(evaluate(runs[1:], 200, 0))
+    runs = [read_run(write_run(tmp_path / name, tasks, right(n), views=1))
+            for name, n in (("some", 20), ("alike", 20), ("none", 0), ("all", 40))]
+    shown = table(evaluate(runs[:2], 200, 0))
     assert "* : the interval of the difference does not contain 0" in shown and "] *" not in shown
-    marked = table(evaluate(runs, 200, 0))
+    marked = table(evaluate([runs[0], *runs[2:]], 200, 0))
     assert next(line for line in marked.splitlines() if line.startswith("accuracy")).count("] *") == 2
     assert "* :" not in table(evaluate(runs[:1], 200, 0)), "one run has no differences"
 
@@ -156,23 +157,29 @@ def test_plots_of_runs_that_solve_nothing_begin_at_0_and_say_their_units(tmp_pat
 
 
 def test_runs_on_other_tasks_are_compared_on_those_they_share(tmp_path):
-    first = write_tasks(tmp_path / "1.json", {"a": [[[1]]], "b": [[[2]]], "c": [[[3]]], "d": [None]})
-    second = write_tasks(tmp_path / "2.json", {"b": [[[2]]], "c": [[[9]]], "e": [[[5]]]})
+    first = write_tasks(tmp_path / "1.json", {"a": [[[1]]], "b": [[[2]]], "c": [[[3]]], "d": [None], "f": [[[4]]]})
+    second = write_tasks(tmp_path / "2.json", {"b": [[[2]]], "c": [[[9]]], "e": [[[5]]], "f": [[[4]]]})
+    others = json.loads(second.read_text())
+    others["f"]["train"][0]["input"] = [[3]]  # the same answer to another question
+    second.write_text(json.dumps(others))
     runs = [write_run(tmp_path / "x", first, {(i, 0): [[[2]]] for i in "abc"}, views=1),
-            write_run(tmp_path / "y", second, {("b", 0): [[[1]]]}, views=1)]
+            write_run(tmp_path / "y", second, {("e", 0): [[[5]]]}, views=1)]
     result = evaluate(list(map(read_run, runs)), 100, 0)
     assert (result["tasks"], result["outputs"]) == (1, 1)
     assert of(result, "per_task")["accuracy"] == 1 and of(result, "per_task", 1)["accuracy"] == 0
-    assert (any(n.startswith("x: 1 of its 4 tasks are compared") for n in result["notes"])
-            and any(n.startswith("y: 1 of its 3") for n in result["notes"]))
+    assert [n.partition(":")[2][:30] for n in result["notes"][:3]] == [
+        " 1 of its 5 tasks are compared", " 1 of its 4 tasks are compared", " 1 of 1 tasks have no completi"]
 
 
 def test_predictions_that_were_not_made_and_tasks_without_answers_are_told(tmp_path, tasks):
-    folder = write_run(tmp_path / "short", tasks, {("A", 0): [[[5]]] * 3, ("A", 1): [[[7]]] * 4}, views=4)
-    result = evaluate([read_run(folder)], 100, 0)
-    assert any("1 of 3 outputs have fewer than 4 predictions (early_stop" in n for n in result["notes"])
+    answers = {("A", 0): [[[5]]] * 3, ("A", 1): [[[7]]] * 4}
+    folders = [write_run(tmp_path / name, tasks, answers, views=4, early_stop=name == "early") for name in ("early", "cut")]
+    result = evaluate(list(map(read_run, folders)), 100, 0)
+    assert [n.partition(" (early_stop")[1] for n in result["notes"] if "1 of 3 outputs have fewer than 4 predictions" in n] == [
+        " (early_stop", ""]
     assert any("1 of 2 tasks have no completions: counted as unanswered" in n for n in result["notes"])
     assert of(result, "per_output")["unanswered"] == pytest.approx(1 / 3, abs=1e-6)
+    assert [row["predictions"] for row in result["runs"][0]["by_predictions"]] == [1, 2, 4]
     assert result["runs"][0]["by_predictions"][-1]["per_output"]["vote_1"]["value"] == pytest.approx(2 / 3, abs=1e-6)
 
 

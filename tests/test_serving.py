@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from arc_kernel import events, select, serving, work
-from arc_kernel.engine import Answer
+from arc_kernel.engine import Answer, Prompt
 from arc_kernel.grids import GridEncoder
 from arc_kernel.job import Job
 from arc_kernel.prompts import PromptBuilder
@@ -276,6 +276,22 @@ def test_predictions_that_do_not_fit_into_the_time_are_left_out_of_every_task_al
     assert 0.9 * budget < sum(made) <= budget and min(made) >= 1 and np.median(made) == 4 and sum(n in (3, 4, 5) for n in made) > 40
     assert {e["task"]: 8 - e["cut"] for e in of(told, "answered")} == by_task
     assert not (tmp_path / "completions" / f"{tasks[-1].id}.jsonl").exists(), "what was cut short is answered anew by a next start"
+
+
+def test_time_that_is_over_leaves_two_predictions_a_test_input_and_some_under_way(task_of_two):
+    asked = [Prompt((task_of_two.id, ((k % 2, str(k)),)), [1]) for k in range(5)] + [Prompt((task_of_two.id, ((0, "5"), (1, "5"))), [1])]
+    late, answered = (work.Work(task_of_two, list(asked), ends=0.0) for _ in range(2))
+    late.take(late.send(), [SimpleNamespace(status="nan")])  # which is no prediction
+    left = []
+    for _ in range(4):
+        late.send()
+        late.cut_short()
+        left.append(len(late.waiting))
+    assert left == [4, 3, 2, 0] and late.cut == 2
+    for _ in range(4):
+        answered.take(answered.send(), [SimpleNamespace(status="ok")])
+        answered.cut_short()
+    assert len(answered.waiting) == 2, "with none under way no answer would come that ends the task"
 
 
 def test_finite_answers_outlive_an_engine_that_takes_the_process_with_it(tmp_path, builder, task):

@@ -57,7 +57,7 @@ def _left_out(config: dict, ranks: dict[str, int], base: dict[str, list[int]]) -
     """Modules of the base that are targets by name, of which the adapter has no matrices."""
     targets = config.get("target_modules")
     named = tuple(f".{t}.weight" for t in targets) if isinstance(targets, list) else ()
-    return [w.removesuffix(".weight") for w in base if f".{w}".endswith(named or (" ",)) and w.removesuffix(".weight") not in ranks]
+    return [w.removesuffix(".weight") for w in base if f".{w}".endswith(named) and w.removesuffix(".weight") not in ranks]
 
 
 def _read_config(adapter: Path) -> dict:

@@ -191,7 +191,8 @@ def first_layer_only(tensors):
 
 @pytest.mark.parametrize("change, config, modules", [
     (lambda t: None, {"r": 8, "rank_pattern": dict.fromkeys(adapt.TARGET_MODULES, 4)}, 14),
-    (first_layer_only, {"layers_to_transform": [0]}, 7)], ids=["several ranks", "some layers"])
+    (first_layer_only, {"layers_to_transform": [0]}, 7), (first_layer_only, {"exclude_modules": ".*layers.1.*"}, 7)],
+    ids=["several ranks", "some layers", "all but some"])
 def test_adapter_of_several_ranks_or_of_some_layers_fits(bases, adapter, tmp_path, change, config, modules):
     ranks, others = check_fit(changed_adapter(adapter, tmp_path / "a", change, **config), bases[True])
     assert set(ranks.values()) == {4} and len(ranks) == modules and not others
@@ -200,6 +201,13 @@ def test_adapter_of_several_ranks_or_of_some_layers_fits(bases, adapter, tmp_pat
 @pytest.mark.parametrize("config, rank", [({}, 4), ({"r": 8}, 8), ({"r": 2, "rank_pattern": {"down_proj": 4, "up_proj": 3}}, 4)])
 def test_engine_is_asked_for_the_largest_rank_of_an_adapter(adapter, tmp_path, config, rank):
     assert adapter_rank(changed_adapter(adapter, tmp_path / "a", lambda t: None, **config)) == rank
+
+
+def test_adapter_whose_config_is_damaged_is_one_line(adapter, tmp_path):
+    folder = changed_adapter(adapter, tmp_path / "a")
+    (folder / CONFIG).write_text("{")
+    with pytest.raises(ArcKernelError, match=f"{CONFIG}: not JSON"):
+        adapter_rank(folder)
 
 
 def test_a_run_refuses_an_adapter_for_another_base_before_it_trains(bases, adapter, tmp_path, capsys):

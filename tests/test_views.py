@@ -181,6 +181,9 @@ def test_test_inputs_share_views_that_are_distinct_for_each(arc_training, builde
         assert all(found[i] == found[0] for i in tests)
         for i in tests:
             assert len({tuple(builder.prompt(v, task, i)) for v in found[i]}) == 16
+    black = SQUARE * 0
+    uneven = Task("made", (Pair(black, black),), (Pair(CORNERS, None), Pair(black, None)))
+    assert {i: len(found) for i, found in shared_views(uneven, (0, 1), 2, 0).items()} == {0: 2, 1: 1}
 
 
 @given(task=small_tasks(side=2, colours=3), other=grids(2, 3), n=st.integers(1, 60), background=st.booleans())

@@ -58,6 +58,8 @@ def test_kaggles_placeholder_is_empty_only_where_both_attempts_are_it(tmp_path):
     rows, line = combined(tmp_path, "fill", a, b)
     assert [rows["t", k] for k in range(4)] == [[[[5]], [[6]]], [SAMPLE, [[1]]], [[[5]], [[6]]], [SAMPLE, [[5]]]]
     assert rows["t", 4][0] == SAMPLE and "1 still empty" in line
+    (tmp_path / "a.json").write_text('{"t": [null, 3]}')
+    assert combined(tmp_path, "fill", a, b)[0]["t", 1] == [[[5]], [[6]]]
 
 
 def test_other_tasks_and_other_numbers_of_test_inputs_are_put_together(tmp_path):

@@ -62,6 +62,18 @@ def test_where_nothing_can_change_it_says_so():
     assert compose.compose([Pair(same, same)] * 2, np.random.default_rng(0))[1] is None
 
 
+def test_every_composition_there_is_may_be_drawn_and_none_that_changes_nothing():
+    rng = np.random.default_rng(0)
+    drawn = {str(compose.draw(rng, ["input"])) for _ in range(3000)}
+    wanted = {"symmetry": SYMMETRIES[1:], "mirror": ["right", "down", "both"],
+              "padding": [f"{thick} of colour {colour}" for thick in (1, 2, 3) for colour in range(10)],
+              "upscale": [f"{down}x{right}" for down in (1, 2, 3) for right in (1, 2, 3) if (down, right) != (1, 1)]}
+    assert drawn == {f"input {kind} {numbers}" for kind, of in wanted.items() for numbers in of}
+    symmetric, other = np.array([[1]], np.int8), np.array([[1, 2]], np.int8)
+    turned = compose.Composition("input", "symmetry", (2,)).apply([Pair(symmetric, other), Pair(other, other)])
+    assert turned[1].input.tolist() == [[2, 1]], "one pair that changes is enough"
+
+
 @pytest.mark.parametrize("side", compose.SIDES)
 def test_sides_can_be_chosen(side):
     grid = np.array([[1, 2, 3]], np.int8)

@@ -226,6 +226,9 @@ def test_batch_is_full_and_holds_no_more_adapters_or_prompts_of_one_task_than_it
     assert max(max(Counter(p.adapter for p in batch).values(), default=0) for batch in engine.batches) == 16
     assert all(len(batch) == 32 for batch in engine.batches[:11 * 32])
     assert len(engine.sent) == 12 * 32
+    engine = Engine(builder, lambda i, view: ONE)
+    served(tmp_path, builder, tasks, engine, views=4)
+    assert max(len({p.adapter for p in batch}) for batch in engine.batches) == engine.adapters
 
 
 def test_tasks_without_adapters_fill_the_batch_however_few_predictions_each_has(tmp_path, builder, task):

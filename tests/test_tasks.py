@@ -139,7 +139,7 @@ def test_a_broken_task_is_named_by_file_task_pair_and_row_and_costs_the_others_n
     assert said in message_of(write(tmp_path / "alone.json", {"bad": changed(place, value)}))
 
 
-@pytest.mark.parametrize("bad", [None, [], 3, "task", {}, {"train": GOOD["train"]}, {"test": GOOD["test"]}])
+@pytest.mark.parametrize("bad", [None, [], 3, "task", {}, {"train": GOOD["train"]}, {"test": GOOD["test"]}, {"train": [], "test": []}])
 def test_a_task_that_is_none_is_broken_and_gets_one_answer_at_least(tmp_path, bad):
     read = load_challenges(write(tmp_path / "c.json", {"bad": bad, "good": GOOD}))
     assert list(read.broken) == ["bad"] and read.outputs["bad"] >= 1 and "good" in read.tasks

@@ -79,7 +79,7 @@ class TaskTrainer:
     """A base model and one LoRA that is reset for each task. `start` names a trained LoRA to start each task from.
 
     Where `model` holds weights rescaled by `rescale`, each layer's LoRA is scaled like its weight, so that A and B, their
-    gradients, and what is saved are those of the original weights. `left_out` names what gets no LoRA (see the function). On a
+    gradients, and what is saved are those of the original weights. `left_out` says what gets no LoRA (see the function). On a
     GPU passes are CUDA graphs where they can be (`decoder_pass`), unless `graphs` is False.
     """
 
@@ -98,7 +98,7 @@ class TaskTrainer:
         except UnknownLayout as error:
             raise ArcKernelError(f"{error}: set ttt_steps=0") from None
         base.config.use_cache = False
-        self.left_out = left_out(base) if start is None else []
+        self.left_out = left_out(base) if start is None else ""
         plain_head(base, torch.arange(LOOKED_AT, device=device)[None])  # looked at now: the base by itself, outside of any graph or cast
         self.model = with_lora(base, model, recipe.rank, start).eval()  # to train, too: dropout would draw on what tasks before left
         if rescale is not None:
@@ -247,18 +247,20 @@ class TaskTrainer:
 
 def nothing_to_adapt(model: Path | str) -> ArcKernelError:
     """The error for a model without any of TARGET_MODULES."""
-    return ArcKernelError(f"{model}: none of {', '.join(TARGET_MODULES)} in this architecture: set ttt_steps=0")
+    return ArcKernelError(f"{model}: none of {', '.join(TARGET_MODULES)} in this architecture: no LoRA can be trained on it (solve answers "
+                          "without one where ttt_steps=0)")
 
 
-def left_out(base) -> list[str]:
-    """Names of a model's linear modules, its head aside, that are none of TARGET_MODULES: where an architecture names its layers
-    otherwise, as Phi-3 its qkv_proj, a fresh LoRA leaves them as they are."""
+def left_out(base) -> str:
+    """What to say of a model's linear modules, its head aside, that are none of TARGET_MODULES; empty where there are none. Where an
+    architecture names its layers otherwise, as Phi-3 its qkv_proj, a fresh LoRA leaves them as they are."""
     import torch
 
     head = base.get_output_embeddings()
     linear = {name.rpartition(".")[2] for name, module in base.named_modules()
               if isinstance(module, torch.nn.Linear) and module is not head}
-    return sorted(linear - set(TARGET_MODULES))
+    others = sorted(linear - set(TARGET_MODULES))
+    return f"no LoRA on {', '.join(others)}: {', '.join(TARGET_MODULES)} alone are adapted" if others else ""
 
 
 def with_lora(base, folder: Path, rank: int, start: Path | None):

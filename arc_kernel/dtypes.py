@@ -136,6 +136,8 @@ class Model:
 
     @functools.cached_property
     def _unscaled(self) -> Rescale:
+        if self.adapter:  # training would start from it on the rescaled weights, answering would convert what comes of it
+            rescale.require_plain_lora(self.adapter)
         return rescale.unscaled(self.folder)
 
     @functools.cached_property

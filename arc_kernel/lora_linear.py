@@ -115,14 +115,14 @@ def install(model: torch.nn.Module) -> list[Group]:
 
 
 def plain(module) -> bool:
-    """Is it a peft LoRA linear layer with one adapter, a frozen base, and neither dropout nor DoRA?"""
+    """Is it a peft LoRA linear layer with one adapter, a base that is frozen whole, and neither dropout nor DoRA?"""
     from peft.tuners.lora import Linear
 
     if type(module) is not Linear or len(module.active_adapters) != 1:
         return False
     name, base = module.active_adapters[0], module.get_base_layer()
     return (isinstance(module.lora_dropout[name], torch.nn.Identity) and not module.use_dora[name] and type(base) is torch.nn.Linear
-            and not base.weight.requires_grad and module.lora_B[name].bias is None)
+            and not any(p.requires_grad for p in base.parameters()) and module.lora_B[name].bias is None)
 
 
 def _forward(group: Group):

@@ -99,8 +99,8 @@ class Worker:
         self._dtypes = verdict.candidates(self.job.ttt_dtype, self.device)
         if not self._load_trainer(self._dtypes):
             raise ArcKernelError(f"{self.job.model}: no dtype is left to train in: set ttt_steps=0")
-        if unknown := self._trainer.left_out:
-            self.tell("note", text=f"no LoRA on {', '.join(unknown)}: test-time training adapts {', '.join(adapt.TARGET_MODULES)} alone")
+        if self._trainer.left_out:
+            self.tell("note", text=self._trainer.left_out)
         self.lap("load model")
         tokens = 0
         while asked is not None:

@@ -29,12 +29,12 @@ MODELS = {
 FUSED = {"gemma": 0}  # layers exchanged, where not all are; that a window is a mask, each call sees
 
 
-def network(name: str, dtype=torch.float32, targets=adapt.TARGET_MODULES):
+def network(name: str, dtype=torch.float32, targets=adapt.TARGET_MODULES, bias="none"):
     torch.manual_seed(1)
     base = MODELS[name]()
     for norm in (p for n, p in base.named_parameters() if "norm" in n or n.endswith("bias")):
         torch.nn.init.normal_(norm, 1.0, 0.3)
-    made = get_peft_model(base.to(dtype), LoraConfig(r=4, lora_alpha=6, target_modules=list(targets)))
+    made = get_peft_model(base.to(dtype), LoraConfig(r=4, lora_alpha=6, target_modules=list(targets), bias=bias))
     # B starts at zero, which would hide half of the gradients
     for number, weight in enumerate(p for p in made.parameters() if p.requires_grad):
         weight.data = torch.empty(weight.shape).normal_(0, 0.1, generator=torch.Generator().manual_seed(number))
@@ -192,8 +192,10 @@ def test_weights_are_not_held_twice_and_keep_their_names():
     assert sum(kept.values()) == sum(w.numel() * w.element_size() for w in model.parameters())
 
 
-def test_layers_that_are_adapted_in_part_are_left_to_their_linear_layers():
-    model = network("llama", targets=("q_proj", "v_proj"))
+@pytest.mark.parametrize("name, how", [("llama", {"targets": ("q_proj", "v_proj")}), ("qwen2", {"bias": "all"}),
+                                       ("qwen2", {"bias": "lora_only"})])
+def test_layers_that_are_adapted_in_part_or_with_their_biases_are_left_to_their_linear_layers(name, how):
+    model = network(name, **how)
     loss, wanted = gradients(model)
     assert not fused_layer.install(model).layers
     mine, found = gradients(model)

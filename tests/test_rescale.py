@@ -183,6 +183,21 @@ def test_adapter_with_other_weights_is_refused(tmp_path):
         rescale.convert_adapter(tmp_path / "dora", tmp_path / "converted", made_for(folder))
 
 
+def test_model_whose_tasks_start_from_an_adapter_with_other_weights_is_not_rescaled(tmp_path, tokenizer, arc_training):
+    """DoRA trained on the rescaled weights learnt from another loss: a norm of base and LoRA together is no power of two's multiple."""
+    folder = random_model(tmp_path / "model", "llama", vocab_size=len(tokenizer))
+    starts = [tmp_path / "plain", tmp_path / "dora"]
+    for start in starts:
+        made = get_peft_model(load(folder), LoraConfig(r=4, target_modules=["q_proj"], use_dora=start.name == "dora"))
+        made.save_pretrained(start, save_embedding_layers=False)
+    builder, big = PromptBuilder(tokenizer, GridEncoder.from_name("digits"), "compact"), {"final norm in": [1e5]}
+    plain, dora = (dtypes.Model(folder, s, builder, [arc_training.tasks["d037b0a7"]], "cpu", 1024, 2.0) for s in starts)
+    assert plain.plan([big]).residual > 0
+    with pytest.raises(Refused, match="final norm in .*cannot be rescaled: .*lora_magnitude_vector.*only plain LoRA"):
+        dora.plan([big])
+    assert dora.plan() is None
+
+
 @pytest.mark.parametrize("kind, more, reason", [
     ("gemma", {"head_dim": 8}, "1 \\+ weight"), ("gemma2", {"head_dim": 8}, "1 \\+ weight"),
     ("granite", {"residual_multiplier": 0.22}, "residual_multiplier, a factor"), ("phi", {}, "LayerNorm, not RMSNorm"),

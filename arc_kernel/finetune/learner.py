@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .. import decoder_pass, fused_layer
-from ..adapt import save_adapter, with_lora
+from ..adapt import left_out, save_adapter, with_lora
 from ..adapter_fit import check_fit
 from ..answer_loss import LOOKED_AT, answer_losses, plain_head
 from ..checkpoint import TRAINED_PROMPT, copy_texts, load_model, read_config
@@ -32,7 +32,8 @@ class Learner(torch.nn.Module):
     With a LoRA of `rank` above 0 (or the one in `start`) the base is frozen in `dtype`; with rank 0 all weights are float32.
     A LoRA's passes are CUDA graphs (`decoder_pass`) where they can be: on a GPU, in one process (the hooks by which DDP sums gradients
     see nothing of a graph's), and where activations are kept.
-    It is made on the CPU; `device` is where it will be trained. Raises ArcKernelError where `start` was made for another model.
+    `left_out` says what gets none (see `adapt`). It is made on the CPU; `device` is where it will be trained. Raises ArcKernelError
+    where `start` was made for another model.
     """
 
     def __init__(self, folder: Path, rank: int, start: Path | None, dtype: str, gradient_checkpointing: bool = False, device: str = "cpu"):
@@ -44,6 +45,7 @@ class Learner(torch.nn.Module):
         base = load_model(folder, dtype if rank else "float32", "cpu")
         base.config.use_cache = False
         plain_head(base, torch.arange(LOOKED_AT)[None])  # looked at now, as in `adapt`, and by no watched step
+        self.left_out = left_out(base) if rank and start is None else ""
         self.network = with_lora(base, folder, rank, start) if rank else base
         if gradient_checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

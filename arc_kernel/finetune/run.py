@@ -130,6 +130,8 @@ class Run:
         dtype = training_dtype(s.dtype, device)
         torch.manual_seed(s.seed)
         learner = Learner(folder, s.lora_rank, Path(s.adapter) if s.adapter else None, dtype, s.gradient_checkpointing, device)
+        if learner.left_out:
+            self.log.say("data", text=learner.left_out)
         trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
         self.peak = ceilings.gemm(dtype, device, repeats=3)
         self.log.say("start", text=f"{trained / 1e6:.1f}M weights trained in {dtype} on {device_model(device)}, "

@@ -14,6 +14,8 @@ import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from safetensors import safe_open
+
 from ..checkpoint import WEIGHTS, copy_texts, load_model, read_config, weight_shapes, weight_tensors
 from ..errors import ArcKernelError
 from ..files import whole_folder, write_json
@@ -251,6 +253,17 @@ def underflow(source: Path, target: Path, made: list[Example], device: str) -> d
     return {"logit_change": change, "flushed": weights["flushed"], "subnormal": weights["subnormal"]}
 
 
+PLAIN_LORA = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")  # peft's names
+
+
+def require_plain_lora(adapter: Path) -> None:
+    """Raises Refused for an adapter folder with anything but plain LoRA weights, which no power of two makes fit for rescaled weights."""
+    with safe_open(adapter / "adapter_model.safetensors", framework="np") as weights:
+        others = [name for name in weights.keys() if not PLAIN_LORA.fullmatch(name)]
+    if others:
+        raise Refused(f"{adapter}: {others[0]}: only plain LoRA weights are rescaled")
+
+
 def convert_adapter(source: Path, target: Path, rescale: Rescale) -> None:
     """Write the LoRA in folder `source`, made for the original weights, for the rescaled ones as `target`.
 
@@ -259,11 +272,10 @@ def convert_adapter(source: Path, target: Path, rescale: Rescale) -> None:
     """
     from safetensors.torch import load_file, save_file
 
+    require_plain_lora(source)
     tensors = {}
     for name, tensor in load_file(source / "adapter_model.safetensors").items():
-        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
-        if not match:
-            raise Refused(f"{source}: {name}: only plain LoRA weights are rescaled")
+        match = PLAIN_LORA.fullmatch(name)
         exponent = rescale.exponent(f"{match[1]}.weight")
         half = exponent // 2 if match[2] == "A" else exponent - exponent // 2
         tensors[name] = shift(tensor, half, name)

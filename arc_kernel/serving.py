@@ -103,7 +103,8 @@ class Serving:
         job, notes = self.job, []
         like: dict[tuple[int, ...], list[int]] = {}  # train pairs kept -> test inputs
         for i in range(len(task.test)):
-            kept = self.builder.fit(task.train, task.test[i].input, self.max_new_tokens, job.max_seq_len)
+            answer = min(self.max_new_tokens, self.builder.likely_answer(task, i))
+            kept = self.builder.fit(task.train, task.test[i].input, answer, job.max_seq_len)
             if kept is None:
                 notes.append(f"task {task.id}, test input {i + 1}: longer than max_seq_len {job.max_seq_len} even with one pair: "
                              "fallback answer")

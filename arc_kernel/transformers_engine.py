@@ -45,8 +45,8 @@ class TransformersEngine:
         width = max(len(p.token_ids) for p in prompts)
         ids = torch.tensor([[self._end] * (width - len(p.token_ids)) + list(p.token_ids) for p in prompts])
         mask = torch.tensor([[0] * (width - len(p.token_ids)) + [1] * len(p.token_ids) for p in prompts])
-        scores, stopped = [], torch.zeros(len(prompts), dtype=torch.bool)
-        ends = [0] * len(prompts)  # tokens at which an answer was cut
+        scores, stopped = [], [False] * len(prompts)
+        ends = [min(max_new_tokens, self._max_seq_len - len(p.token_ids)) for p in prompts]  # tokens at which answers are cut
 
         def record(_, logits):  # greedy decoding takes the largest logit; its logprob is kept, not the logits
             best = logits.float().max(-1).values - logits.float().logsumexp(-1)
@@ -60,20 +60,20 @@ class TransformersEngine:
                 generated = sequences[i, width:].tolist()
                 if not bad and length % CHECK_EVERY == 0 and self._end not in generated:
                     bad = failed(generated, 0.0, self._special) or bool(viable and not viable(generated))
-                if bad and not stopped[i]:
+                if bad and not stopped[i] and length <= ends[i]:
                     stopped[i], ends[i] = True, length
-            return stopped.to(sequences.device)
+            return torch.tensor([length >= end for end in ends], device=sequences.device)
 
         with torch.no_grad():
             out = self._model.generate(
                 input_ids=ids.to(self._device), attention_mask=mask.to(self._device), do_sample=False, num_beams=1,
-                max_new_tokens=min(max_new_tokens, self._max_seq_len - width), eos_token_id=self._end, pad_token_id=self._end,
+                max_new_tokens=max(ends), eos_token_id=self._end, pad_token_id=self._end,
                 temperature=None, top_p=None, top_k=None, repetition_penalty=None,
                 logits_processor=LogitsProcessorList([record]), stopping_criteria=StoppingCriteriaList([hopeless]))
         for i, prompt in enumerate(prompts):
-            generated = out[i, width:].tolist()
+            generated = out[i, width:width + ends[i]].tolist()  # what stands behind is padding, which looks like the closing token
             closed = self._end in generated
-            length = generated.index(self._end) + 1 if closed else ends[i] or len(generated)
+            length = generated.index(self._end) + 1 if closed else len(generated)
             logprobs = tuple(float(step[i]) for step in scores[:length])
             answer, logprob = generated[:length - 1] if closed else generated[:length], sum(logprobs)
             bad = failed(answer, logprob, self._special)

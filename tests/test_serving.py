@@ -159,6 +159,14 @@ def test_prompt_without_a_finite_answer_is_outstanding_until_it_has_one_or_its_v
     assert Counter(c.status for c in completions(tmp_path / "early", task)) == {"nan": 1, "ok": 7}
 
 
+def test_room_is_left_for_an_answer_like_the_tasks_own_outputs_not_for_the_largest_grid_there_is(tmp_path, builder, task):
+    """In a context of 256 tokens, where a 30x30 answer of 930 would leave no room for any pair."""
+    engine = Engine(builder, lambda i, view: ONE)
+    told = served(tmp_path, builder, [task], engine, max_new_tokens=0, max_seq_len=256)
+    assert len(engine.sent) == 8 and not of(told, "note")
+    assert {len(p.token_ids) for p in engine.sent} == {len(builder.prompt(View.identity(len(task.train)), task, 0))}
+
+
 def test_test_inputs_of_a_task_share_views_and_come_one_after_the_other(tmp_path, builder, task_of_two):
     engine = Engine(builder, lambda i, view: [[i]])
     served(tmp_path, builder, [task_of_two], engine)
@@ -432,7 +440,7 @@ def test_prompts_leave_room_for_the_answer_and_background_is_permuted_where_aske
             asked.append(max_new_tokens)
             return super().answer(prompts, max_new_tokens, *more)
 
-    engine, room = Asked(builder, lambda i, view: ONE), len(builder.prompt_ids(task.train, task.test[0].input)) + 50
+    engine, room = Asked(builder, lambda i, view: ONE), len(builder.prompt_ids(task.train, task.test[0].input)) + 5
     served(tmp_path, builder, [task], engine, max_seq_len=room, permute_background=True)
-    assert asked == [100] and max(len(p.token_ids) for p in engine.sent) + 100 <= room
+    assert asked == [100] and max(len(p.token_ids) for p in engine.sent) + builder.likely_answer(task, 0) <= room
     assert len({View.parse(p.key[1][0][1]).colours[0] for p in engine.sent}) > 1

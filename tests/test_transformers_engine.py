@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from arc_kernel import checkpoint, engine
-from arc_kernel.engine import EngineSettings, Prompt
+from arc_kernel.engine import CHECK_EVERY, EngineSettings, Prompt
 from arc_kernel.transformers_engine import TransformersEngine
 from models import nan_model, tiny_model
 
@@ -96,6 +96,18 @@ def test_answer_ends_at_the_closing_token_and_stays_inside_the_context(tiny):
     place = free.index(free[4])
     assert (closed.token_ids, closed.status, len(closed.logprobs)) == (free[:place], "ok", place + 1)
     assert len(long) == SEEN - 60
+
+
+def test_answers_of_a_batch_end_each_by_itself_where_the_context_ends_or_it_is_not_viable(tiny):
+    engine, short, long = started(tiny, "float32"), PROMPTS[1], PROMPTS[0] + PROMPTS[2][:20]
+    alone = [answers(engine, [(ids, None)], max_new_tokens=24)[0] for ids in (short, long)]
+    together = answers(engine, [(short, None), (long, None)], max_new_tokens=24)
+    assert [(len(a.token_ids), a.status) for a in together] == [(24, "truncated"), (SEEN - 60, "truncated")]
+    assert [a.token_ids for a in together] == [a.token_ids for a in alone]
+    cut, whole = answers(engine, [(short, None), (PROMPTS[2], None)], max_new_tokens=24,
+                         viable=lambda ids: ids != alone[0].token_ids[:CHECK_EVERY])
+    engine.close()
+    assert [(len(a.token_ids), a.status) for a in (cut, whole)] == [(CHECK_EVERY, "stopped"), (24, "truncated")]
 
 
 def test_prompt_that_is_not_wanted_when_its_batch_comes_is_not_answered(tiny):

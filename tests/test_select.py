@@ -113,6 +113,18 @@ def test_decided_is_what_no_outstanding_answer_can_change(known, outstanding, ex
     assert select.decided(known, outstanding, DIGITS) is expected
 
 
+def test_an_answer_is_read_once_however_often_its_vote_is_counted(monkeypatch):
+    select._seen_back.cache_clear()
+    read, decode = [], GridEncoder.decode
+    monkeypatch.setattr(GridEncoder, "decode", lambda encoder, text: read.append(text) or decode(encoder, text))
+    answers = [completion(DIGITS.encode(np.full((3, 7), n, np.int8))) for n in range(10)] + [completion("1\n2", view=SWAPPED)]
+    for count in range(len(answers)):
+        select.decided(answers[:count], len(answers) - count, DIGITS)
+    assert len(select.candidates(answers, DIGITS)) == len(answers) == len(read)
+    with pytest.raises(ValueError, match="read-only"):
+        select.candidates(answers, DIGITS)[0].grid[0, 0] = 1
+
+
 @given(grid=grids(), seen_as=st.lists(views(), min_size=1, max_size=8), name=st.sampled_from(ENCODERS))
 def test_views_that_agree_are_votes_for_one_grid(grid, seen_as, name):
     encoder = GridEncoder.from_name(name)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Iterable, Iterator
 
 from .checkpoint import load_model
-from .engine import CHECK_EVERY, Answer, EngineSettings, Prompt, ServedAdapters, Viable, Wanted, failed
+from .engine import Answer, EngineSettings, Prompt, ServedAdapters, Viable, Wanted, due, failed
 from .memory import free_memory
 
 BATCH = 8  # prompts decoded together, all with the same adapter
@@ -58,7 +58,7 @@ class TransformersEngine:
             for i in range(len(prompts)):
                 bad = not bool(torch.isfinite(scores[-1][i]))
                 generated = sequences[i, width:].tolist()
-                if not bad and length % CHECK_EVERY == 0 and self._end not in generated:
+                if not bad and due(length) and self._end not in generated:
                     bad = failed(generated, 0.0, self._special) or bool(viable and not viable(generated))
                 if bad and not stopped[i] and length <= ends[i]:
                     stopped[i], ends[i] = True, length

@@ -17,7 +17,7 @@ from typing import Callable, Iterable, Iterator
 from . import cpu_lora, loopback
 from .checkpoint import read_config
 from .device import cores, wide_sums
-from .engine import CHECK_EVERY, Answer, EngineSettings, Prompt, ServedAdapters, Viable, Wanted, failed
+from .engine import Answer, EngineSettings, Prompt, ServedAdapters, Viable, Wanted, due, failed
 from .errors import ArcKernelError
 from .kaggle import profiles
 from .memory import free_memory, importing, keep_memory, mend_generators
@@ -120,7 +120,7 @@ class VllmEngine:
         """The answer where it is finished, NaN or no longer viable; None where it goes on."""
         result = output.outputs[0]
         logprob = math.nan if result.cumulative_logprob is None else result.cumulative_logprob
-        look = output.finished or len(result.token_ids) % CHECK_EVERY == 0
+        look = output.finished or due(len(result.token_ids))
         if not look and math.isfinite(logprob):
             return None
         ids, status = list(result.token_ids), ""

@@ -110,6 +110,13 @@ def test_answers_of_a_batch_end_each_by_itself_where_the_context_ends_or_it_is_n
     assert [(len(a.token_ids), a.status) for a in (cut, whole)] == [(CHECK_EVERY, "stopped"), (24, "truncated")]
 
 
+def test_looks_at_a_long_answer_are_further_apart_but_never_more_than_an_eighth_of_it():
+    """A 30x30 grid is about 1,000 tokens, and each look reads all there are."""
+    looks = [length for length in range(1, 1017) if engine.due(length)]
+    assert looks[:8] == list(range(8, 65, 8)) and all(b - a <= max(8, a / 8) for a, b in zip(looks, looks[1:]))
+    assert sum(looks) < sum(range(8, 1017, 8)) / 4
+
+
 def test_prompt_that_is_not_wanted_when_its_batch_comes_is_not_answered(tiny):
     engine, done = started(tiny, "float32"), []
     prompts = [Prompt((number,), PROMPTS[number % 3], None) for number in range(20)]

@@ -143,7 +143,7 @@ def _together(votes: list[Voted]) -> list[Voted]:
 
 def _from_votes(path: Path, runs: list[RunFolder], votes: dict[tuple[str, int], list[Voted]]) -> Source:
     """The best two candidates as answers, and the attempts `solve` gives where there are none as spare."""
-    task = lambda i: next((run.challenges.tasks[i] for run in runs if i in run.challenges.tasks), None)
-    test_input = lambda i, k: None if (t := task(i)) is None or k >= len(t.test) else t.test[k].input
+    having = lambda i, k: (t for run in runs if (t := run.challenges.tasks.get(i)) and k < len(t.test))  # a run may have fewer of them
+    test_input = lambda i, k: next((t.test[k].input for t in having(i, k)), None)
     return Source(path, {where: [c.grid for c in ranked(of)[:2]] for where, of in votes.items()},
                   {where: list(attempts([], test_input(*where))) for where in votes})

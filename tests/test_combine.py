@@ -136,6 +136,11 @@ def test_what_no_run_answers_gets_the_fallback_of_the_run_that_has_the_task(tmp_
     assert combined(tmp_path, rule, *made)[0]["w", 0] == [[[0, 0]], [[1, 1]]]
 
 
+def test_the_fallback_is_the_test_input_where_a_run_before_has_fewer_of_them(tmp_path):
+    sources = [write_run(tmp_path / str(n), write_tasks(tmp_path / f"{n}.json", {"A": [None] * n}), {("A", 0): [[[5]]]}) for n in (1, 2)]
+    assert combined(tmp_path, "vote", *sources)[0]["A", 1] == [[[0, 0]], [[1, 1]]]
+
+
 def test_each_fault_is_one_line(tmp_path, runs, capsys):
     good = submission(tmp_path / "good.json", t=[([[1]], [[2]])])
 

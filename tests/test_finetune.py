@@ -7,13 +7,14 @@ import resource
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM, get_scheduler
+from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM, get_scheduler
 from transformers.integrations import sdpa_attention
 
 from arc_kernel import __main__ as command_line
@@ -26,7 +27,7 @@ from arc_kernel.finetune.learner import Learner
 from arc_kernel.finetune.settings import FinetuneSettings
 from arc_kernel.prepare import vocabulary
 from arc_kernel.prepare.make import prepare
-from models import tiny_model
+from models import save, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +267,13 @@ def test_training_goes_on_from_a_given_adapter(settings, prepared, tmp_path):
     second = dataclasses.replace(settings, steps=2, adapter=str(first["result"]), out=str(tmp_path / "second"))
     run.finetune(second, prepared)
     assert losses_of(second)[0][1] < losses_of(settings)[0][1] - 0.2
+
+
+def test_layers_that_get_no_lora_are_named(settings, prepared, tmp_path):
+    config = Phi3Config(vocab_size=49152, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0)
+    phi3 = save(Phi3ForCausalLM(config), Path(settings.model), tmp_path / "phi3")
+    run.finetune(dataclasses.replace(settings, steps=1, model=str(phi3)), dataclasses.replace(prepared, folder=phi3))
+    assert "no LoRA on gate_up_proj, qkv_proj: q_proj, " in (tmp_path / "run" / "events.jsonl").read_text()
 
 
 def test_a_disk_that_is_full_while_saving_leaves_the_last_good_checkpoint(settings, prepared, monkeypatch):

@@ -16,7 +16,7 @@ import build_kernel
 import clone
 from arc_kernel import bundle
 from arc_kernel.checkpoint import load_model
-from arc_kernel.kaggle import metadata
+from arc_kernel.kaggle import datasets, metadata
 from models import tiny_model
 
 COMMANDS = ("all", "code", "weights", "adapter", "wheels", "notebook", "check", "push")
@@ -133,10 +133,11 @@ def test_what_editors_leave_in_the_package_is_not_part_of_it(kernel, repository,
 
 
 def test_an_adapter_becomes_a_dataset_that_the_notebook_names(kernel, tmp_path):
-    adapter, out = clone.small_adapter(tmp_path / "Trained_1", "---\nbase_model: /home/me/model\n---\n"), tmp_path / "out"
+    adapter, out = clone.small_adapter(tmp_path / "Trained_1" / "adapter", "---\nbase_model: /home/me/model\n---\n"), tmp_path / "out"
     code, _, errors = kernel("--username", "someone", "--out", out, "--adapter", adapter)
     assert (code, errors) == (0, [])
-    name = "arc-kernel-adapter-trained-1"
+    name = "arc-kernel-adapter-trained-1"  # after the run: `finetune` calls each adapter "adapter"
+    assert name == datasets.trained_name("adapter", "Trained_1")
     assert kernel_metadata(out)["dataset_sources"] == [f"someone/{n}" for n in (WHEELS, WEIGHTS, name, CODE)]
     files = bundle.find_bundles(out)["adapter"].manifest["files"]
     assert set(files) == {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}

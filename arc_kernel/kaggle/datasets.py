@@ -82,7 +82,7 @@ def build_adapter(out: Path, folder: Path, username: str = templates.USERNAME, s
 
 def trained_name(kind: str, folder: str | Path) -> str:
     """The dataset name of a `weights` or `adapter` bundle, after its `folder`; ArcKernelError for one Kaggle would not take."""
-    label = os.path.basename(os.path.abspath(folder))
+    label = _label(folder)
     before = "arc-kernel-" if kind == "weights" else f"arc-kernel-{kind}-"
     name = before + templates.slug(label)
     taken = kind == "weights" and re.match(r"arc-kernel-(?:(?:code|notebook)$|adapter-|wheels-)", name)
@@ -90,6 +90,12 @@ def trained_name(kind: str, folder: str | Path) -> str:
         most = 50 - len(before)
         raise ArcKernelError(f"{folder}: its name makes no Kaggle dataset id ({name}): rename the folder, at most {most} letters")
     return name
+
+
+def _label(folder: str | Path) -> str:
+    """What a model or adapter is called: its folder's name, or that of the run which `finetune` left it in as "adapter" or "model"."""
+    path = Path(os.path.abspath(folder))
+    return path.parent.name if path.name in ("adapter", "model") else path.name
 
 
 def build(folder: Path, kind: str, extra: dict, sources: dict[str, Path], username: str, say: Callable[[str], None],
@@ -124,8 +130,7 @@ def _build_trained(out: Path, kind: str, inside: str, folder: Path, patterns: tu
     sources = {f"{inside}/{f.name}": f for pattern in patterns for f in folder.glob(pattern) if f.is_file()}
     if origin.licence.lower() == "apache-2.0" and not list(folder.glob("LICENSE*")):
         sources["LICENSE"] = templates.APACHE
-    label = os.path.basename(os.path.abspath(folder))
-    return build(Path(out) / trained_name(kind, folder), kind, {inside: label}, sources, username, say, origin)
+    return build(Path(out) / trained_name(kind, folder), kind, {inside: _label(folder)}, sources, username, say, origin)
 
 
 def _is_built(bundle: Bundle, texts: dict[str, str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Iterable
 
 from tqdm import tqdm
 
@@ -13,7 +14,8 @@ def bar(total: int, name: str, unit: str) -> tqdm:
                 dynamic_ncols=True, smoothing=0.05)
 
 
-def move(shown: tqdm, done: int, tokens: int, tasks: str) -> None:
-    """Bring a bar to `done` units, with tokens/s and tasks done behind it."""
-    shown.set_postfix_str(f"{tokens / max(1e-9, shown.format_dict['elapsed']):.0f} tok/s, {tasks}", refresh=False)
+def move(shown: tqdm, done: int, tokens: int, tasks: str, stages: Iterable[str] = ()) -> None:
+    """Bring a bar to `done` units, with tokens/s and tasks done behind it; before the first unit with the `stages` that are over."""
+    rate, before = f"{tokens / max(1e-9, shown.format_dict['elapsed']):.0f} tok/s", ", ".join(stages)
+    shown.set_postfix_str(f"{tasks}; over: {before}" if before and not done else f"{rate}, {tasks}", refresh=False)
     shown.update(done - shown.n)

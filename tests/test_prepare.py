@@ -340,12 +340,8 @@ def test_gguf_becomes_a_clean_folder_with_the_licence_it_states(tmp_path, monkey
         prepare(str(tmp_path / "tiny.gguf"), str(tmp_path / "no"))
 
 
-def test_what_is_made_of_the_embedded_model_states_its_licence_and_source(copy_of, tmp_path, monkeypatch):
-    converted = copy_of("SmolLM-135M-Instruct")
-    (converted / "README.md").unlink()
-    monkeypatch.setattr(checkpoint, "embedded_model", lambda: converted)
-    prepare("smollm2-135m", str(tmp_path / "out"))
-    card = model_card(tmp_path / "out")
+def test_the_embedded_model_states_its_licence_and_source_for_all_that_is_made_of_it(model_folder):
+    card = model_card(model_folder)
     assert (card.licence, card.source) == ("apache-2.0", "HuggingFaceTB/SmolLM2-135M-Instruct")
 
 

@@ -31,8 +31,7 @@ class Draft:
 
     `config`, `generation`, `tokenizer` become config.json, generation_config.json and tokenizer_config.json; `backend` (a
     tokenizers.Tokenizer) becomes tokenizer.json, `template` chat_template.jinja (None: there is none). `stages` turn the stream
-    of weights into another, in their order. `report` has a line for each thing changed. `card` is the header of README.md where
-    `source` has none.
+    of weights into another, in their order. `report` has a line for each thing changed.
     """
 
     source: Path
@@ -44,10 +43,9 @@ class Draft:
     template: str | None
     stages: list[Callable[[Weights], Weights]] = field(default_factory=list)
     report: list[str] = field(default_factory=list)
-    card: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, source: Path, folder: Path, card: dict[str, str]) -> "Draft":
+    def open(cls, source: Path, folder: Path) -> "Draft":
         """The draft of what is in `source`.
 
         Raises ArcKernelError naming what is missing or not opened, with the mend.
@@ -63,7 +61,7 @@ class Draft:
         tokenizer |= roles | ({"additional_special_tokens": special} if special else {})
         named = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in config}
         generation = _generation(source / "generation_config.json") or named
-        draft = cls(source, folder, config, generation, backend, tokenizer, template, card=card)
+        draft = cls(source, folder, config, generation, backend, tokenizer, template)
         if config.pop("auto_map", None):
             draft.report.append("auto_map: left out, no code of a checkpoint is run")
         if says_tied_by_mistake(source, draft.config):
@@ -102,9 +100,6 @@ class Draft:
         self.load_tokenizer()
         write_json(self.folder / "generation_config.json", self.generation)
         copy_texts(self.source, self.folder, CARD)
-        if self.card and not (self.folder / "README.md").exists():
-            lines = "".join(f"{name}: {value}\n" for name, value in self.card.items())
-            (self.folder / "README.md").write_text(f"---\n{lines}---\n", encoding="utf-8")
         needed, tensors, unused = needed_shapes(self.folder), {}, []
         with bar(len(weight_shapes(self.source)), "weights", "tensor") as shown:
             weights = _counted(weight_tensors(self.source), shown)

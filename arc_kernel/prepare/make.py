@@ -45,8 +45,8 @@ def prepare(model: str, out: str, chat_template: str = "", context: int = 0, rop
     if target.exists() and (not target.is_dir() or target.resolve() == Path(model).resolve() or other()):
         raise _taken(target)
     try:
-        with _opened(model) as (source, card), whole_folder(target) as fresh:
-            draft = Draft.open(source, fresh, card)
+        with _opened(model) as source, whole_folder(target) as fresh:
+            draft = Draft.open(source, fresh)
             _change(draft, chat_template, context, rope_theta, vocabulary)
             draft.write()
             checkpoint.check_model(fresh)
@@ -84,24 +84,23 @@ def summary(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def _opened(model: str) -> Iterator[tuple[Path, dict[str, str]]]:
-    """The folder of a model's weights, and its card where a GGUF states a licence; its weights are dequantized into a temporary folder."""
+def _opened(model: str) -> Iterator[Path]:
+    """The folder of a model's weights; those of a GGUF are dequantized into a temporary one."""
     if model == checkpoint.EMBEDDED:
-        yield checkpoint.embedded_model(), {"license": checkpoint.EMBEDDED_LICENCE, "base_model": checkpoint.EMBEDDED_SOURCE}
+        yield checkpoint.embedded_model()
         return
     path = Path(model)
     if not (path.is_file() if path.suffix == ".gguf" else path.is_dir()):
         raise ArcKernelError(f"{path}: no such model: give a folder with safetensors, a .gguf file, or {checkpoint.EMBEDDED}")
     if path.suffix != ".gguf":
-        yield path, {}
+        yield path
         return
-    with checkpoint.parsed_once(path) as gguf, tempfile.TemporaryDirectory(prefix="arc-kernel-") as scratch:
+    with checkpoint.parsed_once(path), tempfile.TemporaryDirectory(prefix="arc-kernel-") as scratch:
         try:
-            stated = gguf.GGUFReader(str(path)).fields.get("general.license")
             checkpoint.import_gguf(path, Path(scratch), None)
         except (ValueError, KeyError, IndexError, OSError) as error:
             raise ArcKernelError(f"{path}: not imported: {' '.join(str(error).split())[:200]}: take the model as safetensors") from None
-        yield Path(scratch), {"license": str(stated.contents())} if stated else {}
+        yield Path(scratch)
 
 
 def _check_source(draft: Draft) -> None:

@@ -64,7 +64,7 @@ def _facts(name: str, sample: list[Task], encoder: str) -> dict:
             "tied": not any(n.endswith(ROWS[1]) for n in shapes), "chat_template": _template(tokenizer.chat_template),
             "digits": [len(builder.ids_of(d)) for d in "0123456789"] == [1] * 10 and len(builder.ids_of("0123456789")) == 10,
             "task_tokens": int(median(lengths)) if lengths else None, "float16_headroom": _headroom(folder),
-            "licence": _licence(folder) or (checkpoint.EMBEDDED_LICENCE if name == checkpoint.EMBEDDED else "")}
+            "licence": _licence(folder)}
 
 
 def _sample(tasks: list[Task]) -> list[Task]:

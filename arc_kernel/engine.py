@@ -71,7 +71,7 @@ Wanted = Callable[[Prompt], bool]
 
 def due(length: int) -> bool:
     """Whether an answer of so many tokens is looked at. Of a long one an eighth to a sixteenth comes between two looks, since each reads
-    it from its beginning: all looks at a 30x30 grid then take a fifth of the time, with 128 answers under way a GPU's."""
+    it from its beginning: all looks at a 30x30 grid then take a fifth of the CPU time, for which a GPU waits."""
     return length % max(CHECK_EVERY, 1 << length.bit_length() >> 4) == 0
 
 

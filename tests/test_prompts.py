@@ -165,7 +165,8 @@ def test_the_kept_pairs_of_real_tasks_fit_under_every_view(build, arc_training, 
 @pytest.mark.parametrize("kind, name", KINDS_AND_ENCODERS)
 def test_a_likely_answer_is_as_long_as_the_longest_output_or_the_test_input_under_every_view(build, kind, name):
     builder = build(kind, name)
-    likely = lambda output, test_input: builder.likely_answer(Task("t", (Pair(grid(9, 9), grid(*output)),), (Pair(grid(*test_input), None),)), 0)
+    task = lambda output, test_input: Task("t", (Pair(grid(9, 9), grid(*output)),), (Pair(grid(*test_input), None),))
+    likely = lambda *shapes: builder.likely_answer(task(*shapes), 0)
     longest = max(len(builder.answer_ids(grid(*shape))) for shape in ((2, 8), (8, 2)))
     assert likely((2, 8), (3, 3)) == likely((8, 2), (3, 3)) == likely((3, 3), (2, 8)) == longest
 

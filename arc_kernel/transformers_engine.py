@@ -55,10 +55,9 @@ class TransformersEngine:
 
         def hopeless(sequences, _):
             length = sequences.shape[1] - width
-            for i in range(len(prompts)):
-                bad = not bool(torch.isfinite(scores[-1][i]))
-                generated = sequences[i, width:].tolist()
-                if not bad and due(length) and self._end not in generated:
+            for i, finite in enumerate(torch.isfinite(scores[-1]).tolist()):
+                bad = not finite
+                if finite and due(length) and self._end not in (generated := sequences[i, width:].tolist()):
                     bad = failed(generated, 0.0, self._special) or bool(viable and not viable(generated))
                 if bad and not stopped[i] and length <= ends[i]:
                     stopped[i], ends[i] = True, length

@@ -1,101 +1,128 @@
-"""The gradient of causal attention on a CPU as batched matrix products, for dtypes whose products outrun torch's attention kernel.
+"""Causal attention on a CPU as batched matrix products, for dtypes whose products outrun torch's attention kernel.
 
-torch's kernel works in small blocks of its own. In bfloat16 on CPUs that have instructions for it, its forward is quick, but its
-backward takes five times as long, half of a training step at 2,048 tokens (benchmarks/LOG.md), while products of whole blocks of
-rows go to the fast library. So in the backward the rows of all query heads that share a key head are one product, and what lies
-above the diagonal is left out but for the diagonal's blocks. Probabilities are computed again, so that memory grows with the
-tokens, not with their square (Dao et al. 2022, "FlashAttention"). Whether it is faster is measured where it would be used.
+torch's kernel works in small blocks of its own. In bfloat16 on CPUs that have instructions for it, it takes more than half of a
+training step at 2,048 tokens (benchmarks/LOG.md), while products of whole blocks of rows go to the fast library. So the rows of all
+query heads that share a key head are one product, and what lies above the diagonal is left out but for the diagonal's blocks. A
+layer keeps what its softmax gave for its backward up to KEPT bytes; what is beyond is computed again, so that memory grows with the
+tokens, not with their square (Dao et al. 2022, "FlashAttention"). Which way is fastest is measured where it would be used: with AMX
+the kernel's forward is as good as the products'.
 """
 
 from __future__ import annotations
 
 import functools
 import time
-from typing import Sequence
+from typing import Callable, Sequence
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-ROWS = 128  # query positions of a block: its scores of nine heads and 1,024 keys are 2.4 MB in 16 bits
-TRIED, TURNS = 256, 3  # tokens and turns of the trial; the fastest turn counts
-FASTER = 1.2  # how many times the products must outdo the kernel: not by a hair, or two processes would differ in rounding
+ROWS = 256  # query positions of a block: its scores of nine heads and 1,024 keys are 4.7 MB in 16 bits
+KEPT = 48 << 20  # bytes a layer: all probabilities of nine heads at 2,048 tokens
+TRIED, TURNS = 512, 3  # tokens and turns of the trial; the fastest turn counts
+FASTER = 1.2  # how many times a way must outdo the one before: not by a hair, or two processes would differ in rounding
 
 
-class _Products(torch.autograd.Function):
+class _Attention(torch.autograd.Function):
+    """Its gradient by products; its forward too, if `whole`, or by torch's kernel."""
+
     @staticmethod
-    def forward(ctx, q, k, v, scaling):
-        ctx.scaling = scaling
-        ctx.save_for_backward(q, k, v)
-        return kernel(q, k, v, scaling)
+    def forward(ctx, q, k, v, scaling, whole):
+        rows, keys, values = _rows(q, k.shape[1]).mul_(scaling), k.flatten(0, 1), v.flatten(0, 1)
+        ctx.save_for_backward(rows, keys, values)
+        ctx.shape, ctx.scaling, ctx.kept = q.shape, scaling, []
+        if not whole:
+            return kernel(q, k, v, scaling)
+        out, room = torch.empty_like(rows), KEPT
+        for at, size, seen in _blocks(rows, keys):
+            p = _probabilities(rows[:, at], keys[:, seen], size)
+            out[:, at] = p @ values[:, seen]
+            room -= p.nbytes
+            if room >= 0:
+                ctx.kept.append(p)
+        return _heads(out, q.shape)
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v = ctx.saved_tensors
-        q, (k, v) = q * ctx.scaling, (t.flatten(0, 1) for t in (k, v))
-        of_q, (of_k, of_v) = torch.empty_like(q), (torch.zeros_like(t, dtype=torch.float32) for t in (k, v))
-        for block in _blocks(q.shape[2]):
-            rows, of_rows = _rows(q, block, len(k)), _rows(grad, block, len(k))
-            seen, p = slice(0, block.stop), _probabilities(rows, k, block)
-            of_v[:, seen].add_(p.mT @ of_rows)
-            of_scores = torch._softmax_backward_data(of_rows @ v[:, seen].mT, p, -1, p.dtype)
-            of_k[:, seen].add_(of_scores.mT @ rows)
-            _put(of_q, block, of_scores @ k[:, seen])
-        return of_q.mul_(ctx.scaling), *(t.to(q.dtype).unflatten(0, (len(q), -1)) for t in (of_k, of_v)), None
+        rows, keys, values = ctx.saved_tensors
+        grad, of_rows = _rows(grad, len(keys) // len(grad)), torch.empty_like(rows)
+        of_keys, of_values = (torch.zeros_like(t, dtype=torch.float32) for t in (keys, values))
+        for number, (at, size, seen) in enumerate(_blocks(rows, keys)):
+            p = ctx.kept[number] if number < len(ctx.kept) else _probabilities(rows[:, at], keys[:, seen], size)
+            of_values[:, seen].add_(p.mT @ grad[:, at])
+            of_scores = torch._softmax_backward_data(grad[:, at] @ values[:, seen].mT, p, -1, p.dtype)
+            of_keys[:, seen].add_(of_scores.mT @ rows[:, at])
+            of_rows[:, at] = of_scores @ keys[:, seen]
+        shared = (t.to(rows.dtype).unflatten(0, (ctx.shape[0], -1)) for t in (of_keys, of_values))
+        return _heads(of_rows.mul_(ctx.scaling), ctx.shape), *shared, None, None
 
 
-def _blocks(tokens: int) -> list[slice]:
-    return [slice(start, min(start + ROWS, tokens)) for start in range(0, tokens, ROWS)]
+def _rows(x, keys: int):
+    """Heads [B, n, T, width] in new memory, those of a position that share one of `keys` key heads one after the other:
+    [B * keys, T * n / keys, width]."""
+    grouped = x.unflatten(1, (keys, -1)).transpose(2, 3)
+    return torch.empty(grouped.shape, dtype=x.dtype).copy_(grouped).flatten(0, 1).flatten(1, 2)
 
 
-def _rows(x, block: slice, groups: int):
-    """The rows of a block of x [B, n, T, width], those of heads that share a key one after the other: [groups, n / m * rows, width]."""
-    return x[:, :, block].reshape(groups, -1, x.shape[-1])
+def _heads(rows, shape):
+    """What `_rows` read, as [B, n, T, width] of this shape; in memory it is [B, T, n, width]."""
+    batch, heads, tokens, width = shape
+    return rows.view(batch, len(rows) // batch, tokens, -1, width).transpose(1, 2).reshape(batch, tokens, heads, width).transpose(1, 2)
 
 
-def _put(x, block: slice, rows) -> None:
-    """Write what `_rows` reads."""
-    x[:, :, block] = rows.view(*x.shape[:2], -1, x.shape[-1])
+def _blocks(rows, keys) -> list[tuple[slice, int, slice]]:
+    """Of each block its part of `rows`, how many positions that are, and the part of `keys` they see."""
+    tokens = keys.shape[1]
+    each, bounds = rows.shape[1] // tokens, [(start, min(start + ROWS, tokens)) for start in range(0, tokens, ROWS)]
+    return [(slice(start * each, stop * each), stop - start, slice(0, stop)) for start, stop in bounds]
 
 
-def _probabilities(rows, k, block: slice):
-    """Softmax of a block's scores [groups, rows, keys up to the block's last]."""
-    scores = rows @ k[:, :block.stop].mT
-    size = block.stop - block.start
-    above = torch.full((size, size), -torch.inf, dtype=rows.dtype).triu_(1)
-    scores.unflatten(1, (-1, size))[..., block].add_(above)
+def _probabilities(rows, keys, size: int):
+    """Softmax of the scores of a block, `size` positions, of which the last sees all `keys`: [groups, rows, keys]."""
+    scores = rows @ keys.mT
+    above = torch.full((size, 1, size), -torch.inf, dtype=rows.dtype).transpose(0, 1).triu_(1).transpose(0, 1)
+    scores.unflatten(1, (size, -1))[..., -size:].add_(above)
     return scores.softmax(-1)
 
 
-def products(q, k, v, scaling: float):
-    """Causal attention of q [B, n, T, width] over k and v [B, m, T, width], n a multiple of m: [B, n, T, width]. Its gradient is made of
-    products."""
-    return _Products.apply(q, k, v, scaling)
-
-
 def kernel(q, k, v, scaling: float):
-    """The same by torch."""
+    """Causal attention of q [B, n, T, width] over k and v [B, m, T, width], n a multiple of m: [B, n, T, width]; by torch."""
     return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
 
 
+def half(q, k, v, scaling: float):
+    """The same by torch, its gradient by products."""
+    return _Attention.apply(q, k, v, scaling, False)
+
+
+def products(q, k, v, scaling: float):
+    """The same by products, and its gradient."""
+    return _Attention.apply(q, k, v, scaling, True)
+
+
 def attend(q, k, v, scaling: float):
-    """The same by what is faster here in this dtype. In float32 that is the kernel: benchmarks/attention.py, benchmarks/LOG.md."""
-    fast = q.dtype != torch.float32 and products_are_faster(q.dtype, q.shape[1], k.shape[1], q.shape[3])
-    return (products if fast else kernel)(q, k, v, scaling)
+    """The same by what is fastest here in this dtype. In float32 that is the kernel: benchmarks/attention.py, benchmarks/LOG.md."""
+    return (kernel if q.dtype == torch.float32 else fastest(q.dtype, q.shape[1], k.shape[1], q.shape[3]))(q, k, v, scaling)
 
 
 def settle(weight: torch.Tensor, heads: Sequence[int], width: int) -> None:
-    """Find out now which is faster for heads of queries and keys made by this weight: a trial inside a layer that is computed again for
+    """Find out now which is fastest for heads of queries and keys made by this weight: a trial inside a layer that is computed again for
     its backward (gradient checkpointing) would be taken for a part of it."""
     if weight.device.type == "cpu" and weight.dtype != torch.float32:
-        products_are_faster(weight.dtype, *heads, width)
+        fastest(weight.dtype, *heads, width)
 
 
 @functools.cache
-def products_are_faster(dtype: torch.dtype, heads: int, keys: int, width: int) -> bool:
-    """Are they, forward and backward, on this machine? Tried once in a process, in turns, on TRIED tokens."""
-    turns = [[seconds(way, dtype, heads, keys, width, TRIED) for way in (kernel, products)] for _ in range(TURNS)]
-    of_kernel, of_products = (min(times) for times in zip(*turns))
-    return of_kernel > FASTER * of_products
+def fastest(dtype: torch.dtype, heads: int, keys: int, width: int) -> Callable:
+    """`kernel`, `half` or `products`, by forward and backward on this machine: tried once in a process, in turns, on TRIED tokens."""
+    ways = (kernel, half, products)
+    turns = [[seconds(way, dtype, heads, keys, width, TRIED) for way in ways] for _ in range(TURNS)]
+    times = dict(zip(ways, map(min, zip(*turns))))
+    best = kernel
+    for way in ways[1:]:
+        if times[best] > FASTER * times[way]:
+            best = way
+    return best
 
 
 def seconds(way, dtype: torch.dtype, heads: int, keys: int, width: int, tokens: int) -> float:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from arc_kernel import cpu_attention, fused_layer
-from arc_kernel.cpu_attention import kernel, products
+from arc_kernel.cpu_attention import half, kernel, products
 
 SHAPES = {"three blocks, shared keys": (1, 9, 3, 300, 64), "a batch": (2, 6, 2, 140, 8), "as many keys, odd width": (1, 4, 4, 257, 80),
           "one key head": (2, 4, 1, 128, 16), "one token": (1, 4, 2, 1, 16)}
@@ -24,9 +24,13 @@ def results(way, shape, dtype=torch.float32):
     return [out, *torch.autograd.grad(out, inputs, grad)]
 
 
+@pytest.mark.parametrize("kept", (0, 150_000, 1 << 30), ids=("nothing kept", "some kept", "all kept"))
+@pytest.mark.parametrize("way", (half, products))
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_values_and_gradients_are_those_of_the_kernel(shape):
-    for mine, wanted in zip(results(products, shape), results(kernel, shape)):
+def test_values_and_gradients_are_those_of_the_kernel(shape, way, kept, monkeypatch):
+    monkeypatch.setattr(cpu_attention, "ROWS", 100)
+    monkeypatch.setattr(cpu_attention, "KEPT", kept)
+    for mine, wanted in zip(results(way, shape), results(kernel, shape)):
         assert mine.shape == wanted.shape and torch.allclose(mine, wanted, rtol=1e-4, atol=1e-6 + 1e-5 * wanted.abs().max().item())
 
 
@@ -37,7 +41,26 @@ def test_sixteen_bits_are_about_as_near_to_float32_as_the_kernel_is():
     assert all(a < 3 * b for a, b in zip(away(mine), away(theirs)))
 
 
-def test_no_token_sees_what_follows():
+def test_what_was_given_is_left_as_it_was():
+    for shape in SHAPES.values():
+        given, grad = heads(shape)
+        before = [t.detach().clone() for t in (*given, grad)]
+        torch.autograd.grad(products(*given, 0.3), given, grad)
+        assert all(map(torch.equal, (*given, grad), before))
+
+
+def test_memory_grows_with_the_tokens_beyond_what_is_kept(monkeypatch):
+    held = []
+    monkeypatch.setattr(cpu_attention, "KEPT", 1 << 20)
+    for tokens in (512, 1024, 2048):
+        (q, k, v), _ = heads((1, 6, 2, tokens, 8))
+        node = products(q, k, v, 0.3).grad_fn
+        held.append(sum(p.nbytes for p in node.kept))
+    assert max(held) <= 1 << 20
+
+
+def test_no_token_sees_what_follows(monkeypatch):
+    monkeypatch.setattr(cpu_attention, "ROWS", 128)
     (q, k, v), _ = heads(SHAPES["three blocks, shared keys"])
     before = products(q, k, v, 0.3)
     with torch.no_grad():
@@ -53,26 +76,27 @@ def test_a_large_score_is_no_overflow():
     assert all(t.isfinite().all() for t in (out, *torch.autograd.grad(out, (q, k, v), grad)))
 
 
-@pytest.mark.parametrize("faster", (True, False))
-def test_training_takes_what_is_faster_in_sixteen_bits_and_the_kernel_in_float32(monkeypatch, faster):
+@pytest.mark.parametrize("way", (kernel, half, products))
+def test_training_takes_what_is_fastest_in_sixteen_bits_and_the_kernel_in_float32(monkeypatch, way):
     shape, called = SHAPES["three blocks, shared keys"], []
-    monkeypatch.setattr(cpu_attention, "products_are_faster", lambda *what: called.append(what) or faster)
-    ways = {dtype: results(fused_layer._attend, shape, dtype) for dtype in (torch.bfloat16, torch.float32)}
+    monkeypatch.setattr(cpu_attention, "fastest", lambda *what: called.append(what) or way)
+    found = {dtype: results(fused_layer._attend, shape, dtype) for dtype in (torch.bfloat16, torch.float32)}
     assert called == [(torch.bfloat16, 9, 3, 64)]
-    assert all(map(torch.equal, ways[torch.bfloat16], results(products if faster else kernel, shape, torch.bfloat16)))
-    assert all(map(torch.equal, ways[torch.float32], results(kernel, shape)))
+    assert all(map(torch.equal, found[torch.bfloat16], results(way, shape, torch.bfloat16)))
+    assert all(map(torch.equal, found[torch.float32], results(kernel, shape)))
 
 
-def test_the_trial_finds_the_faster_one(monkeypatch):
+def test_the_trial_finds_the_fastest(monkeypatch):
     """Without the clock, which other processes share: with seconds as they were said to be."""
-    for of_kernel, of_products, wanted in ((0.3, 0.1, True), (0.3, 0.29, False), (0.1, 0.3, False)):
-        monkeypatch.setattr(cpu_attention, "seconds",
-                            lambda way, *what: of_products if way == products else of_kernel)
-        cpu_attention.products_are_faster.cache_clear()
-        assert cpu_attention.products_are_faster(torch.bfloat16, 9, 3, 64) is wanted
+    for times, wanted in (((0.3, 0.2, 0.1), products), ((0.3, 0.1, 0.1), half), ((0.3, 0.29, 0.28), kernel), ((0.3, 0.29, 0.2), products),
+                          ((0.3, 0.2, 0.19), half), ((0.1, 0.2, 0.3), kernel)):
+        said = dict(zip((kernel, half, products), times))
+        monkeypatch.setattr(cpu_attention, "seconds", lambda way, *what: said[way])
+        cpu_attention.fastest.cache_clear()
+        assert cpu_attention.fastest(torch.bfloat16, 9, 3, 64) is wanted
     monkeypatch.undo()
-    cpu_attention.products_are_faster.cache_clear()
+    cpu_attention.fastest.cache_clear()
     state = torch.random.get_rng_state()
     with torch.no_grad():
-        assert cpu_attention.products_are_faster(torch.bfloat16, 4, 2, 16) in (True, False)
+        assert cpu_attention.fastest(torch.bfloat16, 4, 2, 16) in (kernel, half, products)
     assert torch.equal(state, torch.random.get_rng_state())

@@ -165,7 +165,7 @@ def test_fully_trained_model_is_written_as_the_base_was_with_its_prompt(tiny, tm
 
 def test_checkpointed_layers_train_in_16_bits_whatever_attention_is_taken(settings, prepared, monkeypatch):
     monkeypatch.setattr(cpu_attention, "TRIED", 32)
-    cpu_attention.products_are_faster.cache_clear()  # as in a process of its own, where the trial comes with the first step
+    cpu_attention.fastest.cache_clear()  # as in a process of its own, where the trial comes with the first step
     run.finetune(dataclasses.replace(settings, dtype="bfloat16", steps=3, gradient_checkpointing=True), prepared)
     assert len(losses_of(settings)) == 3
 

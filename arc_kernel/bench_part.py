@@ -41,7 +41,7 @@ NEW_TOKENS = 17  # a first token and 16 decoding steps
 TOO_LONG = 40.0  # seconds: what matrix products alone would take longer for is left out
 SOLVED = dict(task_ids="25ff71a9", ttt_steps=2, views=2, max_new_tokens=64)  # the whole path: a task of 3x3 grids
 WHOLE = "whole path: {task_ids}, {ttt_steps} steps, {views} views".format(**SOLVED)
-ADAPTERS = 3  # new ones whose loading is timed
+ADAPTERS = 3  # new ones whose loading is timed; batches are answered with these and the one before, in turn
 
 
 class Part:
@@ -187,6 +187,7 @@ class Part:
             begun = time.time()
             for batch in batches:
                 tokens, speed = PROMPT[batch], self.gemm()
+                of = f", {count} adapters" if (count := min(batch, len(made))) > 1 else ""
                 flop = ceilings.prefill_flop(self.shape, batch, tokens, measure.RANK)
                 if flop / speed > TOO_LONG:
                     if not number:
@@ -194,17 +195,17 @@ class Part:
                     continue
                 fresh = batch not in kept or batch * tokens <= READ_AGAIN
                 if fresh:
-                    kept[batch] = measure.prompts(self.model, batch, tokens, next(series), made[0])
+                    kept[batch] = measure.prompts(self.model, batch, tokens, next(series), *made)
                     seconds, _ = measure.answer_seconds(engine, kept[batch], 1)
                     bound = {"flop": flop, "bound": flop / speed, "by": "GEMM"}
-                    self.say(f"prefill {batch} x {tokens} tokens", seconds, tokens=batch * tokens, **bound)
+                    self.say(f"prefill {batch} x {tokens} tokens{of}", seconds, tokens=batch * tokens, **bound)
                 seconds = measure.decode_seconds(engine, kept[batch], NEW_TOKENS)
                 if seconds is None:
                     self.note(f"a round without decoding at batch {batch}: answers closed early, or the machine was too busy to say")
                     continue
-                flop, size = ceilings.decode_work(self.shape, batch, tokens, measure.RANK, self.dtype)
+                flop, size = ceilings.decode_work(self.shape, batch, tokens, measure.RANK, self.dtype, count)
                 compute, memory = flop / speed, size / self.asked["bandwidth"]
-                self.say(f"decode step, batch {batch} after {tokens}", seconds, tokens=batch, flop=flop, bytes=size,
+                self.say(f"decode step, batch {batch} after {tokens}{of}", seconds, tokens=batch, flop=flop, bytes=size,
                          bound=max(compute, memory), by="GEMM" if compute > memory else "memory")
             if number + 1 >= ROUNDS and 2 * time.time() - begun > self.until:
                 break

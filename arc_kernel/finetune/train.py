@@ -8,10 +8,12 @@ draw all of them, so that the number of GPUs changes nothing but the order of su
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import shutil
 import time
+import zipfile
 from pathlib import Path
 from typing import Callable
 
@@ -233,6 +235,8 @@ def train(learner: Learner, stream: Stream, settings: FinetuneSettings, lengths:
     if last and int(last.name.rpartition("-")[2]) >= settings.steps:
         learner.load(last)
         return settings.steps
+    if last:
+        check_whole(last)
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         return trainer.state.global_step
@@ -243,6 +247,18 @@ def train(learner: Learner, stream: Stream, settings: FinetuneSettings, lengths:
 def found_checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints in a folder, oldest first."""
     return sorted(folder.glob("checkpoint-*"), key=lambda f: int(f.name.rpartition("-")[2]))
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Raise ArcKernelError where a file of the Trainer's broke off, as where a copy was not finished; `Learner.load` looks at the weights."""
+    for file in sorted(checkpoint.glob("*.pt*")):  # torch's archives, whose table of contents comes last
+        if not zipfile.is_zipfile(file):
+            raise ArcKernelError(f"{file}: broken off: delete {checkpoint} to go on from the one before it")
+    file = checkpoint / "trainer_state.json"
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArcKernelError(f"{file}: cannot be read ({first_line(error)}): delete {checkpoint} to go on from the one before it") from None
 
 
 def _only(rows: list) -> dict:

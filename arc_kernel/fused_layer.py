@@ -142,7 +142,7 @@ def install(model: torch.nn.Module) -> Fused:
     for layer in found:
         layers.append(_Parts(layer, masks))
         layer.forward = _forward(layers[-1], layer.forward)
-        cpu_attention.settle(layers[-1].qkv.weight, layers[-1].heads[:2], layers[-1].width)
+        cpu_attention.settle(layers[-1].qkv.weight)
     return Fused(layers, groups + [g for p in layers for g in (p.qkv, p.o, p.gate_up, p.down)])
 
 

@@ -43,7 +43,7 @@ def main() -> None:
             line += f"{best[number]:13.4f}{statistics.median(ratios):17.2f}{f'{min(ratios):.2f} to {max(ratios):.2f}':>14}"
         speed = 3.5 * 2.0 * tokens**2 * heads * width / min(best)
         print(f"{line}{speed / 1e9:9.0f}{speed / ceilings.gemm(name, 'cpu'):6.0%}", flush=True)
-    taken = cpu_attention.kernel if name == "float32" else cpu_attention.fastest(dtype, heads, keys, width)
+    taken = cpu_attention.kernel if name == "float32" else cpu_attention.fastest(dtype)
     print(f"training takes {taken.__name__}")
 
 

@@ -79,7 +79,7 @@ def prefill_flop(shape: Shape, prompts: int, tokens: int, rank: int) -> float:
     return prompts * (each + 2.0 * shape.vocabulary * shape.hidden)
 
 
-def decode_work(shape: Shape, batch: int, context: int, rank: int, dtype: str, adapters: int = 1) -> tuple[float, float]:
+def decode_work(shape: Shape, batch: int, context: int, rank: int, dtype: str, adapters: int) -> tuple[float, float]:
     """(FLOP, bytes) of a decoding step of `batch` answers after `context` tokens each, of so many adapters: all weights, the LoRA of each
     adapter and every answer's keys and values are read once."""
     weights, lora = shape.weights + shape.vocabulary * shape.hidden, shape.lora(rank)

@@ -5,7 +5,7 @@ training step at 2,048 tokens (benchmarks/LOG.md), while products of whole block
 query heads that share a key head are one product, and what lies above the diagonal is left out but for the diagonal's blocks. A
 layer keeps what its softmax gave for its backward up to KEPT bytes; what is beyond is computed again, so that memory grows with the
 tokens, not with their square (Dao et al. 2022, "FlashAttention"). Which way is fastest is measured where it would be used: with AMX
-the kernel's forward is as good as the products'. It is measured on one shape for all models, where the ways are far apart: two processes
+the kernel's forward was as good as the products'. It is measured on one shape for all models, where the ways are far apart: two processes
 that chose differently would differ in rounding.
 """
 

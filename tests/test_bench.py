@@ -60,7 +60,7 @@ def test_training_flop_are_those_counted_by_hand():
 
 def test_prefill_and_decoding_are_those_counted_by_hand():
     assert ceilings.prefill_flop(SMALL, prompts=3, tokens=8, rank=2) == 3 * (2 * (42 + 20) * 8 + 2 * 64 * 4 + 2 * 60)
-    flop, size = ceilings.decode_work(SMALL, batch=5, context=7, rank=2, dtype="bfloat16")
+    flop, size = ceilings.decode_work(SMALL, batch=5, context=7, rank=2, dtype="bfloat16", adapters=1)
     assert flop == 5 * (2 * (42 + 20 + 60) + 4 * 7 * 4)
     assert size == 2 * (42 + 20 + 60 + 2 * 5 * 7 * 2)  # keys and values of width 2 for 5 answers after 7 tokens
     more = ceilings.decode_work(SMALL, batch=5, context=7, rank=2, dtype="bfloat16", adapters=3)

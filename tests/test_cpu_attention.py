@@ -51,12 +51,12 @@ def test_what_was_given_is_left_as_it_was():
 
 def test_memory_grows_with_the_tokens_beyond_what_is_kept(monkeypatch):
     held = []
-    monkeypatch.setattr(cpu_attention, "KEPT", 1 << 20)
+    monkeypatch.setattr(cpu_attention, "KEPT", 4 << 20)
     for tokens in (512, 1024, 2048):
         (q, k, v), _ = heads((1, 6, 2, tokens, 8))
         node = products(q, k, v, 0.3).grad_fn
         held.append(sum(p.nbytes for p in node.kept))
-    assert max(held) <= 1 << 20
+    assert 0 < held[0] <= held[-1] <= 4 << 20  # of 54 MB
 
 
 def test_no_token_sees_what_follows(monkeypatch):

@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     precision.set_defaults(command=_precision, slow_start=True)
     bench = commands.add_parser("bench", help="seconds of training, answering and a whole run here, each beside what the device allows",
                                 formatter_class=Help)
-    for name in ("model", "dtype", "backend"):
+    for name in ("model", "vocabulary", "dtype", "backend"):
         _setting(bench, name, types)
     bench.add_argument("--out", type=Path, default=None, help="JSON file to write; default: runs/bench/<model>-<dtype>-<date>.json")
     bench.add_argument("--against", type=Path, default=None, help="JSON of an earlier bench: print ratios to it")

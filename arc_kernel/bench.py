@@ -20,12 +20,15 @@ from typing import Iterator
 
 from tqdm import tqdm
 
+from . import trained_prompt
 from .checkpoint import open_model
 from .device import cores, device_model, device_name
 from .errors import ArcKernelError
 from .files import check_writable, write_json
 from .generate import chosen_backend
 from .precision import verdict
+from .prepare.trimmed import trimmed
+from .settings import AUTO
 
 FORMAT = 1  # of the JSON file
 BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}{postfix}]"
@@ -67,7 +70,7 @@ class Figure:
         return statistics.median(shares) if shares else None
 
 
-def bench(model: str, dtype: str, backend: str, out: Path | None, against: Path | None, quick: bool) -> Path:
+def bench(model: str, vocabulary: str, dtype: str, backend: str, out: Path | None, against: Path | None, quick: bool) -> Path:
     """Measure, print the table and write the JSON; its path. Raises ArcKernelError before anything is measured."""
     folder, earlier, begun = open_model(model), read(against) if against else None, time.perf_counter()
     backend = chosen_backend(backend)
@@ -75,11 +78,13 @@ def bench(model: str, dtype: str, backend: str, out: Path | None, against: Path 
     dtype = verdict.candidates(dtype, device)[0]
     out = out or Path("runs/bench") / f"{folder.name}-{dtype}-{time.strftime('%Y%m%d-%H%M%S')}.json"
     check_writable(out)
+    prompt, grid_encoder = trained_prompt.choose(AUTO, AUTO, model, "")
+    opened = trimmed(folder, vocabulary, prompt, grid_encoder, "", lambda text: print(f"note: {text}", file=sys.stderr, flush=True))
     facts = {"format": FORMAT, "date": time.strftime("%Y-%m-%d %H:%M:%S"), "device": device_model(device), "cores": len(cores()),
              "load": os.getloadavg()[0], "model": folder.name, "versions": verdict.versions()}
-    asked = {"dtype": dtype, "backend": backend, "quick": quick}
+    asked = {"vocabulary": vocabulary, "dtype": dtype, "backend": backend, "quick": quick}
     facts |= asked
-    lines = list(_all_parts(QUICK if quick else FULL, asked | {"model": model}))
+    lines = list(_all_parts(QUICK if quick else FULL, asked | {"model": str(opened)}))
     figures, notes = collect(lines), [f"{line['part']}: {line['note']}" for line in lines if "note" in line]
     print(table(figures, earlier and earlier["figures"]))
     for note in notes + (differences(facts, earlier) if earlier else []):
@@ -161,8 +166,8 @@ def read(path: Path) -> dict:
 
 def differences(facts: dict, earlier: dict) -> list[str]:
     """What makes two runs hard to compare, a line each."""
-    return [f"{name} was {earlier.get(name)} in the earlier run" for name in ("device", "cores", "model", "dtype", "backend", "versions")
-            if earlier.get(name) != facts[name]]
+    names = ("device", "cores", "model", "vocabulary", "dtype", "backend", "versions")
+    return [f"{name} was {earlier.get(name)} in the earlier run" for name in names if earlier.get(name) != facts[name]]
 
 
 def _plain(f: Figure) -> dict:

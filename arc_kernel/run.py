@@ -29,6 +29,7 @@ from .kaggle import profiles
 from .pool import Pool
 from .precision import probe
 from .precision.verdict import Precision
+from .prepare.trimmed import trimmed
 from .run_folder import completions_file, stored_settings, tasks_digest
 from .settings import Settings
 from .tasks import Attempts, cells, load_challenges, task_to_json, write_submission
@@ -300,6 +301,7 @@ class Run:
                 self.log.say("note", text=f"{name} is {getattr(s, name)}, but {s.adapter or s.model} was fine-tuned with {trained}")
         if s.adapter:
             adapter_fit.check_fit(Path(s.adapter), model)
+        model = trimmed(model, s.vocabulary, s.prompt, s.grid_encoder, s.adapter, lambda text: self.log.say("note", text=text))
         if s.profile != "auto":
             profiles.load(s.profile)
         gpus = gpu_count()

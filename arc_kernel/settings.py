@@ -20,6 +20,7 @@ PROMPTS = ("chat", "compact")
 AUTO = "auto"
 BACKGROUNDS = ("kept", "permuted")
 LOSSES = ("last", "all")
+VOCABULARIES = ("arc", "full")
 # Help that settings of solve and of fine-tuning share.
 BACKGROUND = "in permutations of colours; kept: black (0) stays black; permuted: it is recoloured as well"
 GRID_TEXT = ("[fenced+][shape+][rows+](digits|spaced): fenced puts it between lines of ```, shape puts its size before it, rows a number "
@@ -97,6 +98,8 @@ class Settings(Checked):
     limit: int = setting(0, "only the first N tasks; 0: all", low=0)
     model: str = setting("smollm2-135m", "model folder, or smollm2-135m (embedded)", needed=True)
     adapter: str = setting("", "folder of a trained LoRA from which each task starts; empty: fresh")
+    vocabulary: str = setting("arc", "the model's tokens; arc: those of this run's prompts, in a copy that is kept; full: all",
+                              choices=VOCABULARIES)
     out: str = setting("runs/latest", "output folder; a killed run started again on it continues", resume=False, needed=True)
     seed: int = setting(0, "seed of views and training", low=0)
     scratch: str = setting("", "folder for the adapters, which are not part of the result; empty: inside out", resume=False)

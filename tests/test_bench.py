@@ -211,20 +211,20 @@ def test_command_measures_in_processes_writes_figures_and_compares(tiny, tmp_pat
 
     monkeypatch.setattr(bench, "QUICK", (("ceilings", 1, 5.0),))
     monkeypatch.setattr(bench, "_part", recorded)
-    first = bench.bench(str(tiny), "float32", "transformers", tmp_path / "first.json", None, True)
+    first = bench.bench(str(tiny), "full", "float32", "transformers", tmp_path / "first.json", None, True)
     stored = json.loads(first.read_text())
     names = [f["name"] for f in stored["figures"]]
     assert {"memory copy", "memory read", "float32 product 2048x2048x2048", "float32 all linear layers, 512 rows"} <= set(names)
     assert stored["model"] == "tiny" and stored["dtype"] == "float32" and str(tmp_path) not in first.read_text()
     monkeypatch.setattr(bench, "_part", lambda asked: iter(lines))
-    bench.bench(str(tiny), "float32", "transformers", tmp_path / "second.json", first, True)
+    bench.bench(str(tiny), "full", "float32", "transformers", tmp_path / "second.json", first, True)
     assert "x earlier" in capsys.readouterr().out
 
 
 def test_part_that_ends_badly_is_said_and_stops_only_where_nothing_can_be_measured(tiny, monkeypatch):
     monkeypatch.setattr(bench, "QUICK", (("nonsense", 1, 1.0),))
     with pytest.raises(ArcKernelError, match="bench: the device's speeds could not be measured .*KeyError"):
-        bench.bench(str(tiny), "float32", "transformers", None, None, True)
+        bench.bench(str(tiny), "full", "float32", "transformers", None, None, True)
 
 
 @pytest.mark.parametrize("options, said", [(["--model", "nowhere"], "nowhere: no such model folder"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from arc_kernel import __main__, adapt, checkpoint, generate
+from arc_kernel import __main__, adapt, checkpoint, generate, trained_prompt
 from arc_kernel.engine import EngineSettings, Prompt
 from arc_kernel.errors import ArcKernelError
 from arc_kernel.grids import GridEncoder
@@ -338,6 +338,13 @@ def test_gguf_becomes_a_clean_folder_with_the_licence_it_states(tmp_path, monkey
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ArcKernelError, match="tiny.gguf: package gguf is not installed: pip install gguf"):
         prepare(str(tmp_path / "tiny.gguf"), str(tmp_path / "no"))
+
+
+def test_prompt_a_model_was_fine_tuned_with_goes_with_it(copy_of, tmp_path):
+    source = copy_of("SmolLM-135M-Instruct")
+    (source / "trained_prompt.json").write_text('{"prompt": "compact", "grid_encoder": "digits"}')
+    prepare(str(source), str(tmp_path / "arc"), vocabulary="arc")
+    assert trained_prompt.choose("auto", "auto", str(tmp_path / "arc"), "") == ("compact", "digits")
 
 
 def test_the_embedded_model_states_its_licence_and_source_for_all_that_is_made_of_it(model_folder):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from ..settings import Help
+from ..settings import VOCABULARIES, Help
 
 
 def add_commands(commands) -> None:
@@ -17,7 +17,7 @@ def add_commands(commands) -> None:
                          help="chatml, llama3 or a Jinja file: with its special tokens, their rows, the end token; empty: the model's own")
     prepare.add_argument("--context", type=int, default=0, help="tokens of context, through rope theta; 0: the model's own")
     prepare.add_argument("--rope-theta", type=float, default=0.0, help="rope theta for that context; 0: by the NTK-aware rule")
-    prepare.add_argument("--vocabulary", default="full", choices=("full", "arc"), help="arc: only the tokens of ARC prompts")
+    prepare.add_argument("--vocabulary", default="full", choices=VOCABULARIES, help="arc: only the tokens of ARC prompts")
     prepare.set_defaults(command=_prepare, slow_start=True)
     inspect = commands.add_parser("inspect", help="what a person choosing a model wants to know, a row a model",
                                   formatter_class=Help)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Iterator
 
-from ..checkpoint import (CARD, PICKLED, WEIGHTS, check_safetensors, copy_texts, load_tokenizer, portable_config, read_config,
-                          says_tied_by_mistake, weight_shapes, weight_tensors)
+from ..checkpoint import (CARD, PICKLED, TRAINED_PROMPT, WEIGHTS, check_safetensors, copy_texts, load_tokenizer, portable_config,
+                          read_config, says_tied_by_mistake, weight_shapes, weight_tensors)
 from ..errors import ArcKernelError
 from ..files import write_json
 from ..progress import bar
@@ -99,7 +99,7 @@ class Draft:
 
         self.load_tokenizer()
         write_json(self.folder / "generation_config.json", self.generation)
-        copy_texts(self.source, self.folder, CARD)
+        copy_texts(self.source, self.folder, (*CARD, TRAINED_PROMPT))
         needed, tensors, unused = needed_shapes(self.folder), {}, []
         with bar(len(weight_shapes(self.source)), "weights", "tensor") as shown:
             weights = _counted(weight_tensors(self.source), shown)

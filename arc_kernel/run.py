@@ -184,6 +184,10 @@ class Run:
                 if not size:
                     raise adapt.nothing_to_adapt(self.job.model)
                 self.log.say("disk", text=disk.forecast(len(todo["adapt"]), size, self.adapters))
+        begun, s = time.perf_counter(), self.settings
+        model = trimmed(Path(self.job.model), s.vocabulary, s.prompt, s.grid_encoder, s.adapter, lambda text: self.log.say("note", text=text))
+        self.job = dataclasses.replace(self.job, model=str(model))
+        self._stage("leave out tokens", time.perf_counter() - begun)
         tasks = {i: task_to_json(self.challenges.tasks[i]) for i in todo["answer"]}
         self._pool = Pool(self.devices, dataclasses.asdict(self.job), tasks, todo, self.out, self._share)
 
@@ -301,7 +305,6 @@ class Run:
                 self.log.say("note", text=f"{name} is {getattr(s, name)}, but {s.adapter or s.model} was fine-tuned with {trained}")
         if s.adapter:
             adapter_fit.check_fit(Path(s.adapter), model)
-        model = trimmed(model, s.vocabulary, s.prompt, s.grid_encoder, s.adapter, lambda text: self.log.say("note", text=text))
         if s.profile != "auto":
             profiles.load(s.profile)
         gpus = gpu_count()

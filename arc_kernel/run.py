@@ -184,8 +184,8 @@ class Run:
                 if not size:
                     raise adapt.nothing_to_adapt(self.job.model)
                 self.log.say("disk", text=disk.forecast(len(todo["adapt"]), size, self.adapters))
-        begun, s = time.perf_counter(), self.settings
-        model = trimmed(Path(self.job.model), s.vocabulary, s.prompt, s.grid_encoder, s.adapter, lambda text: self.log.say("note", text=text))
+        begun, s, say = time.perf_counter(), self.settings, lambda text: self.log.say("note", text=text)
+        model = trimmed(Path(self.job.model), s.vocabulary, s.prompt, s.grid_encoder, s.adapter, say)
         self.job = dataclasses.replace(self.job, model=str(model))
         self._stage("leave out tokens", time.perf_counter() - begun)
         tasks = {i: task_to_json(self.challenges.tasks[i]) for i in todo["answer"]}

@@ -37,7 +37,7 @@ def shrink(draft: Draft, only: tuple[str, str] | None = None) -> None:
     vocabulary, and where any prompt of real tasks has other token ids than the renumbered ones of before.
     """
     tokenizer, source = draft.load_tokenizer(), draft.source
-    state = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {"model": {"type": "without tokenizer.json"}}
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
     check_kind(state, source)
     builders = list(_builders(tokenizer, *([name] for name in only or ())))
     kept = _kept(state, _asked(tokenizer, builders) | _named_ids(draft))

@@ -165,7 +165,7 @@ class Part:
             self.say(f"start Python, import {self.asked['backend']}", time.perf_counter() - begun)
         batches = BATCHES[self.quick] + ON_GPU * (self.device == "cuda" and not self.quick)
         settings = EngineSettings(self.variant.folder, self.dtype, SEQUENCE, self.model.builder.end_token, measure.RANK,
-                                  self.variant.rescale, in_flight=max(batches))
+                                  self.variant.rescale, in_flight=max(batches), drafts=False)
         begun = time.perf_counter()
         engine = start_engine(self.asked["backend"], settings, self.device)
         self.say(f"import {self.asked['backend']}, start engine", time.perf_counter() - begun, **self.reading(self.stored))

@@ -93,7 +93,8 @@ def infer(model: Model, dtype: str, backend: str, flops: float) -> dict:
     """tokens/s of prefill and of decoding in a batch, through the engine a run would use; of one prompt where `flops` are few."""
     variant, shape = measure.fitting(model, dtype), ceilings.shape_of(model.folder)
     count = PROMPTS if 3 * ceilings.prefill_flop(shape, PROMPTS, PROMPT_TOKENS, 0) / flops < SECONDS else 1
-    engine = start_engine(backend, EngineSettings(variant.folder, dtype, 2048, model.builder.end_token, 0, variant.rescale), model.device)
+    engine = start_engine(backend, EngineSettings(variant.folder, dtype, 2048, model.builder.end_token, 0, variant.rescale,
+                                                   drafts=False), model.device)
     try:
         measure.answer_seconds(engine, measure.prompts(model, 1, PROMPT_TOKENS, 0, None), 2)
         asked = measure.prompts(model, count, PROMPT_TOKENS, 1, None)

@@ -51,7 +51,8 @@ class EngineSettings:
 
     `rescale`: the model's weights are rescaled so; adapters are converted as they are loaded. `special`: ids of the
     tokenizer's special tokens, for the guard. `profile`: whose engine arguments vLLM is started with; auto: by the device.
-    `in_flight`: prompts decoded together; 0: what suits the device.
+    `in_flight`: prompts decoded together; 0: what suits the device. `drafts`: tokens are guessed from the prompt and checked together,
+    where that was found faster (vLLM on a CPU); without, as a bench times it, each answer gains a token a step.
     """
 
     model: Path
@@ -63,16 +64,18 @@ class EngineSettings:
     special: frozenset[int] = frozenset()
     profile: str = "auto"
     in_flight: int = 0
+    drafts: bool = True
 
 
 Viable = Callable[[list[int]], bool]
 Wanted = Callable[[Prompt], bool]
 
 
-def due(length: int) -> bool:
-    """Whether an answer of so many tokens is looked at. Of a long one an eighth to a sixteenth comes between two looks, since each reads
-    it from its beginning: all looks at a 30x30 grid then take a fifth of the CPU time, for which a GPU waits."""
-    return length % max(CHECK_EVERY, 1 << length.bit_length() >> 4) == 0
+def due(length: int, gained: int = 1) -> bool:
+    """Whether an answer of so many tokens is looked at, which has `gained` some of them since it was last asked. Of a long one an eighth to a
+    sixteenth comes between two looks, since each reads it from its beginning: all looks at a 30x30 grid then take a fifth of the CPU
+    time, for which a GPU waits."""
+    return length % max(CHECK_EVERY, 1 << length.bit_length() >> 4) < gained
 
 
 def failed(token_ids: list[int], logprob: float, special: frozenset[int]) -> bool:

@@ -24,6 +24,9 @@ from .memory import free_memory, importing, keep_memory, mend_generators
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, MaxLoRARanks
 CPU_BLOCK = 32  # tokens; a prompt is found in the prefix cache by whole blocks, of which vLLM's CPU build has 128 tokens unasked
+# Tokens that followed the same 2 to 6 tokens before, in prompt or answer, are checked together in one step (prompt lookup,
+# github.com/apoorvumang/prompt-lookup-decoding): answers copy much of their prompt, and a step of few tokens waits for the weights.
+CPU_DRAFTS = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 6}
 CPU_KV_BYTES = 3 << 29  # 1.5 GiB; vLLM's CPU build would size it by NUMA node, a fraction or a multiple of what is free
 
 
@@ -55,6 +58,9 @@ class VllmEngine:
                       file=sys.stderr, flush=True)
             keep_memory()
             args.update(kv_cache_memory_bytes=CPU_KV_BYTES, block_size=CPU_BLOCK)
+            if settings.drafts:
+                args.update(speculative_config=CPU_DRAFTS)
+            _hide_llvmlite()
         else:
             wide_sums()
             args.update(gpu_memory_utilization=_share(asked["gpu_memory_utilization"], *_gpu_memory()))
@@ -85,7 +91,7 @@ class VllmEngine:
         """
         from vllm import SamplingParams
 
-        engine, source, running = self._llm.llm_engine, iter(prompts), {}
+        engine, source, running, lengths = self._llm.llm_engine, iter(prompts), {}, {}
         params = SamplingParams(temperature=0.0, max_tokens=max_new_tokens, logprobs=0, stop_token_ids=[self._end],
                                 detokenize=False, skip_special_tokens=False)
         exhausted = False
@@ -104,23 +110,27 @@ class VllmEngine:
                     number = str(next(self._numbers))
                     engine.add_request(number, {"prompt_token_ids": list(prompt.token_ids)}, params,
                                        lora_request=self._lora(prompt.adapter, {p.adapter for p in running.values()}))
-                    running[number] = prompt
+                    running[number], lengths[number] = prompt, 0
             if not running:
                 time.sleep(0 if exhausted else 0.05)
                 continue
             for output in engine.step():
-                answer = self._look(running[output.request_id], output, viable) if output.request_id in running else None
+                number = output.request_id
+                if number not in running:
+                    continue
+                before, lengths[number] = lengths[number], len(output.outputs[0].token_ids)
+                answer = self._look(running[number], output, before, viable)
                 if answer is not None:
-                    del running[output.request_id]
+                    del running[number]
                     if not output.finished:
-                        engine.abort_request([output.request_id])
+                        engine.abort_request([number])
                     yield answer
 
-    def _look(self, prompt: Prompt, output, viable: Viable | None) -> Answer | None:
-        """The answer where it is finished, NaN or no longer viable; None where it goes on."""
+    def _look(self, prompt: Prompt, output, before: int, viable: Viable | None) -> Answer | None:
+        """The answer, which had `before` tokens a step ago, where it is finished, NaN or no longer viable; None where it goes on."""
         result = output.outputs[0]
         logprob = math.nan if result.cumulative_logprob is None else result.cumulative_logprob
-        look = output.finished or due(len(result.token_ids))
+        look = output.finished or due(len(result.token_ids), len(result.token_ids) - before)
         if not look and math.isfinite(logprob):
             return None
         ids, status = list(result.token_ids), ""
@@ -180,6 +190,14 @@ def _load_class(model: Path) -> None:
         for architecture in read_config(model)["architectures"]:
             listed = ModelRegistry.models[architecture]
             ModelRegistry.register_model(architecture, listed.load_model_cls())
+
+
+def _hide_llvmlite() -> None:
+    """Let another engine start in this process after one with drafts, which numba finds and llvmlite compiles: vLLM looks for kernels
+    in the `__dict__` of everything in every module, and llvmlite's library gives a function for whatever name it is asked for."""
+    known = getattr(getattr(sys.modules.get("llvmlite.binding.ffi"), "lib", None), "_fntab", None)
+    if isinstance(known, dict):
+        known["__dict__"] = {}
 
 
 def _started(make: Callable[[], object], eager: bool) -> tuple[object | None, str]:

@@ -72,9 +72,9 @@ Wanted = Callable[[Prompt], bool]
 
 
 def due(length: int, gained: int = 1) -> bool:
-    """Whether an answer of so many tokens is looked at, which has `gained` some of them since it was last asked. Of a long one an eighth to a
-    sixteenth comes between two looks, since each reads it from its beginning: all looks at a 30x30 grid then take a fifth of the CPU
-    time, for which a GPU waits."""
+    """Whether an answer of so many tokens is looked at, the last `gained` of them new. Of a long one an eighth to a sixteenth comes
+    between two looks, since each reads it from its beginning: all looks at a 30x30 grid then take a fifth of the CPU time, for which a
+    GPU waits."""
     return length % max(CHECK_EVERY, 1 << length.bit_length() >> 4) < gained
 
 

@@ -117,6 +117,11 @@ def test_looks_at_a_long_answer_are_further_apart_but_never_more_than_an_eighth_
     assert sum(looks) < sum(range(8, 1017, 8)) / 4
 
 
+def test_answer_that_gains_several_tokens_at_once_is_looked_at_where_it_passed_a_look():
+    passed = [length for length in range(5, 65, 5) if engine.due(length, 5)]
+    assert passed == [10, 20, 25, 35, 40, 50, 60]
+
+
 def test_prompt_that_is_not_wanted_when_its_batch_comes_is_not_answered(tiny):
     engine, done = started(tiny, "float32"), []
     prompts = [Prompt((number,), PROMPTS[number % 3], None) for number in range(20)]

@@ -17,7 +17,7 @@ from arc_kernel.run import Run
 from arc_kernel.settings import Settings
 from arc_kernel.tasks import read_submission
 
-JOB = Job(**dict.fromkeys(f.name for f in dataclasses.fields(Job)) | {"ttt_steps": 1, "views": 2, "adapt_until": math.inf})
+JOB = Job(**dict.fromkeys(f.name for f in dataclasses.fields(Job)) | {"model": "none", "ttt_steps": 1, "views": 2, "adapt_until": math.inf})
 
 
 @pytest.fixture
@@ -31,7 +31,8 @@ def made(tmp_path):
     runs = []
 
     def start(**options):
-        runs.append(Run(Settings(tasks=str(source), out=str(tmp_path / "run"), prompt="compact", grid_encoder="digits", **options)))
+        fixed = {"prompt": "compact", "grid_encoder": "digits", "vocabulary": "full"}
+        runs.append(Run(Settings(tasks=str(source), out=str(tmp_path / "run"), **fixed, **options)))
         return runs[-1]
 
     yield start

@@ -82,8 +82,8 @@ def bench(model: str, vocabulary: str, dtype: str, backend: str, out: Path | Non
     opened = trimmed(folder, vocabulary, prompt, grid_encoder, "", lambda text: print(f"note: {text}", file=sys.stderr, flush=True))
     facts = {"format": FORMAT, "date": time.strftime("%Y-%m-%d %H:%M:%S"), "device": device_model(device), "cores": len(cores()),
              "load": os.getloadavg()[0], "model": folder.name, "versions": verdict.versions()}
-    asked = {"vocabulary": vocabulary, "dtype": dtype, "backend": backend, "quick": quick}
-    facts |= asked
+    asked = {"dtype": dtype, "backend": backend, "quick": quick}
+    facts |= asked | {"vocabulary": vocabulary}
     lines = list(_all_parts(QUICK if quick else FULL, asked | {"model": str(opened)}))
     figures, notes = collect(lines), [f"{line['part']}: {line['note']}" for line in lines if "note" in line]
     print(table(figures, earlier and earlier["figures"]))

@@ -25,7 +25,7 @@ from .memory import free_memory, importing, keep_memory, mend_generators
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, MaxLoRARanks
 CPU_BLOCK = 32  # tokens; a prompt is found in the prefix cache by whole blocks, of which vLLM's CPU build has 128 tokens unasked
 # Tokens that followed the same 2 to 6 tokens before, in prompt or answer, are checked together in one step (prompt lookup,
-# github.com/apoorvumang/prompt-lookup-decoding): answers copy much of their prompt, and a step of few tokens waits for the weights.
+# github.com/apoorvumang/prompt-lookup-decoding): answers copy much of their prompt. Faster with 4 to 32 of them (benchmarks/LOG.md).
 CPU_DRAFTS = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 6}
 CPU_KV_BYTES = 3 << 29  # 1.5 GiB; vLLM's CPU build would size it by NUMA node, a fraction or a multiple of what is free
 

@@ -26,6 +26,14 @@ def tiny(fast):
     return Path(fast["model"])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory, fresh_cache):
+    """No other test has made a copy here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ARC_KERNEL_CACHE", str(tmp_path_factory.mktemp("trimmed")))
+        yield
+
+
 def opened(folder, vocabulary="arc", prompt=PROMPT, adapter=""):
     """The folder a run would open, and what it would say."""
     said = []

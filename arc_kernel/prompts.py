@@ -22,7 +22,7 @@ SYSTEM = "You are a helpful assistant."
 QUESTION = "Find the rule that turns each input grid into its output grid and apply it to the test input."
 SIDES = {"inputs": "Input", "outputs": "Output"}  # prompts that show one side of the pairs only and ask for one more
 ONE_MORE = "Find what these {}s have in common and write one more."
-_ANCHORS = ("\n", "0", ":")  # a text is tokenized behind one of these where a tokenizer begins each text with a space
+ANCHORS = ("\n", "0", ":")  # a text is tokenized behind one of these where a tokenizer begins each text with a space
 _MARK = "\u2402arc\u2402"  # stands in a rendered chat template where the grids go
 
 
@@ -72,7 +72,7 @@ class PromptBuilder:
         """
         if not self._begins_with_space:
             return self._whole(text)
-        for anchor in _ANCHORS:
+        for anchor in ANCHORS:
             ahead, ids = self._whole(anchor), self._whole(anchor + text)
             if ids[: len(ahead)] == ahead:
                 return ids[len(ahead):]

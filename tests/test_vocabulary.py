@@ -25,6 +25,7 @@ from arc_kernel.prepare.make import prepare
 from arc_kernel.prompts import QUESTION, SIDES, PromptBuilder
 from arc_kernel.settings import PROMPTS
 from models import tiny_model
+from standins import standin
 
 CHATML = ("{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are Qwen, created by Alibaba Cloud.<|im_end|>\n{% endif %}"
           "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -121,6 +122,30 @@ def qwen(request, one_task, tmp_path_factory):
     return full, folder / "arc"
 
 
+SPACE = {"String": " "}
+PIECES = {
+    "a space put in front by the normalizer": {},
+    "a space put in front by the pre-tokenizer": {
+        "normalizer": None, "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}},
+    "no space in front, as Gemma": {
+        "normalizer": {"type": "Replace", "pattern": SPACE, "content": "\u2581"},
+        "pre_tokenizer": {"type": "Split", "pattern": SPACE, "behavior": "MergedWithPrevious", "invert": False},
+        "decoder": {"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+                                                     {"type": "ByteFallback"}, {"type": "Fuse"}]}},
+}
+
+
+@pytest.fixture(scope="module", params=PIECES.values(), ids=PIECES)
+def pieces(request, one_task, tmp_path_factory):
+    """TinyMistral's stand-in with a chat template, its tokenizer in one of the layouts of such, and the same with the tokens of ARC prompts."""
+    folder = tmp_path_factory.mktemp("pieces")
+    published = standin("TinyMistral-248M-Instruct", folder / "published") / "tokenizer.json"
+    published.write_text(json.dumps(json.loads(published.read_text()) | request.param))
+    prepare(str(published.parent), str(folder / "full"), chat_template="chatml")
+    shrink(folder / "full", folder / "arc")
+    return folder / "full", folder / "arc"
+
+
 load_tokenizer = functools.cache(checkpoint.load_tokenizer)
 
 
@@ -179,6 +204,17 @@ def test_qwen_layout_is_renumbered_densely_with_added_tokens_outside_the_vocabul
     assert (arc / "LICENSE").read_text() == "Apache License" and not (arc / "vocab.json").exists()
 
 
+def test_pieces_of_llama_and_gemma_are_renumbered_and_bytes_kept(pieces, arc_training):
+    full, arc = pieces
+    check_prompts(full, arc, [arc_training.tasks[i] for i in ("007bbfb7", "d037b0a7")])
+    before, after = map(load_tokenizer, pieces)
+    assert 300 < len(after) < len(before)
+    for text in ("0\n1\n", " Input 12:\n9x17", "\u4f60 na\u00efve\t\r\n  x", "<0x0A><s>"):
+        assert after.decode(after(text).input_ids) == before.decode(before(text).input_ids)
+    assert numbering(full, arc)[after("\nInput 12:\n").input_ids].tolist() == before("\nInput 12:\n").input_ids
+    assert {f"<0x{byte:02X}>" for byte in range(256)} <= after.get_vocab().keys()
+
+
 def test_configs_name_the_same_tokens_by_their_new_ids(qwen):
     full, arc = qwen
     old_of = numbering(full, arc)
@@ -218,8 +254,8 @@ def test_logits_of_kept_tokens_are_those_of_the_embedded_model(model_folder, arc
     assert torch.equal(logits(model_folder, ids(model_folder, task))[:, numbering(model_folder, arc)], logits(arc, ids(arc, task)))
 
 
-def test_logits_of_kept_tokens_are_those_of_a_model_with_its_own_head(untied, qwen, arc_training):
-    for full, arc in (untied, qwen):
+def test_logits_of_kept_tokens_are_those_of_a_model_with_its_own_head(untied, qwen, pieces, arc_training):
+    for full, arc in (untied, qwen, pieces):
         task = arc_training.tasks["d037b0a7"]
         assert torch.equal(logits(full, ids(full, task))[:, numbering(full, arc)], logits(arc, ids(arc, task)))
 
@@ -265,7 +301,7 @@ def test_other_tokenizers_are_refused_in_one_line(untied, tmp_path, model, decod
     if decoder:
         backend.decoder = decoder
     backend.save(str(folder / "tokenizer.json"))
-    with pytest.raises(ArcKernelError, match=f"tokenizer is {kind}.*, not a byte-level BPE: use --vocabulary full$"):
+    with pytest.raises(ArcKernelError, match=f"tokenizer is {kind}.*, no BPE that spells all bytes: use --vocabulary full$"):
         shrink(folder, tmp_path / "arc")
 
 

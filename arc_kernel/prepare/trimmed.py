@@ -19,7 +19,7 @@ from ..errors import ArcKernelError, named_line
 from ..precision.verdict import digest
 from .draft import ROWS
 from .make import prepare
-from .vocabulary import USE_FULL, check_kind
+from .vocabulary import USE_FULL, byte_tokens
 
 CODE = ("*.py", "../prompts.py", "../grids.py")  # what a copy is made by, from this folder: another one is made where it changes
 DATED = b"strftime_now"  # the function by which a chat template tells the day, in tokens another day may not have
@@ -53,7 +53,7 @@ def _check_tokenizer(folder: Path) -> None:
     """Raise ArcKernelError at once where `prepare` would after seconds, in every run, once its libraries are loaded."""
     state = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")) if (folder / "tokenizer.json").is_file() else {}
     if "type" in state.get("model", ()):  # old files leave it out
-        check_kind(state, folder)
+        byte_tokens(state, folder)
 
 
 def _check_adapter(adapter: str) -> None:

@@ -1,8 +1,9 @@
 """A model that knows only the tokens of ARC prompts: embedding and head lose the rows nothing here ever asks for.
 
 What is kept computes what it did: the rows are copied, so a kept token's logit is the full model's, and adapters fit both.
-Only softmax has fewer terms to sum over. The tokenizer stays a byte-level BPE that takes any text the full one takes;
-what no prompt holds is spelt in smaller pieces. Knows nothing of training or engines.
+Only softmax has fewer terms to sum over. The tokenizer stays a BPE that takes any text the full one takes: it keeps all bytes,
+as GPT-2's characters or as Llama-2's `<0x00>` to `<0xFF>`, and what no prompt holds is spelt in smaller pieces. Knows nothing
+of training or engines.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tokenizers import Tokenizer
 from ..checkpoint import parameter_count
 from ..errors import ArcKernelError
 from ..grids import ENCODERS, GridEncoder
-from ..prompts import QUESTION, SIDES, PromptBuilder
+from ..prompts import ANCHORS, QUESTION, SIDES, PromptBuilder
 from ..settings import PROMPTS
 from ..tasks import COLOURS, MAX_SIDE, Pair, Task, cells, load_challenges
 from ..views import random_view, task_rng
@@ -33,14 +34,14 @@ def shrink(draft: Draft, only: tuple[str, str] | None = None) -> None:
     """Leave the tokens of ARC prompts only in a draft (of all, or of `only` one prompt kind and grid encoder): tokenizer, ids in its
     configs, rows of embedding and head.
 
-    Raises ArcKernelError where the tokenizer is no byte-level BPE, where weights beside embedding and head go by the
-    vocabulary, and where any prompt of real tasks has other token ids than the renumbered ones of before.
+    Raises ArcKernelError where the tokenizer is no BPE that can spell any byte, where weights beside embedding and head go by
+    the vocabulary, and where any prompt of real tasks has other token ids than the renumbered ones of before.
     """
     tokenizer, source = draft.load_tokenizer(), draft.source
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    check_kind(state, source)
+    spelling = byte_tokens(state, source)
     builders = list(_builders(tokenizer, *([name] for name in only or ())))
-    kept = _kept(state, _asked(tokenizer, builders) | _named_ids(draft))
+    kept = _kept(state, _asked(tokenizer, builders) | _named_ids(draft), spelling)
     number = {old: new for new, old in enumerate(kept)}
     draft.backend = Tokenizer.from_str(json.dumps(_renumbered(state, number, source)))
     vocab_size = draft.config.get("vocab_size")
@@ -52,12 +53,21 @@ def shrink(draft: Draft, only: tuple[str, str] | None = None) -> None:
     draft.report.append(f"vocabulary: {len(tokenizer)} -> {len(kept)} tokens, those of ARC prompts")
 
 
-def check_kind(state: dict, source: Path) -> None:
-    """Raise ArcKernelError where tokenizer.json's content tells of any kind but a byte-level BPE."""
+def byte_tokens(state: dict, source: Path) -> set[str]:
+    """The tokens in which the BPE in tokenizer.json's content spells what has no other: GPT-2's characters for bytes, or Llama-2's
+    `<0x00>` to `<0xFF>`.
+
+    Raises ArcKernelError where it is no such BPE, so that a text without the tokens left out would be lost.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+
     model, decoder = state["model"], (state.get("decoder") or {}).get("type")
-    plain = not (model.get("byte_fallback") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"))
-    if model["type"] != "BPE" or decoder != "ByteLevel" or not plain:
-        raise ArcKernelError(f"{source}: tokenizer is {model['type']} with decoder {decoder}, not a byte-level BPE: {USE_FULL}")
+    if model["type"] == "BPE" and not (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")):
+        if decoder == "ByteLevel" and not model.get("byte_fallback"):
+            return set(ByteLevel.alphabet()) & model["vocab"].keys()
+        if model.get("byte_fallback") and (fallback := {f"<0x{byte:02X}>" for byte in range(256)}) <= model["vocab"].keys():
+            return fallback
+    raise ArcKernelError(f"{source}: tokenizer is {model['type']} with decoder {decoder}, no BPE that spells all bytes: {USE_FULL}")
 
 
 def _builders(tokenizer, asked: Sequence[str] = PROMPTS, encoders: Sequence[str] = ENCODERS) -> Iterator[PromptBuilder]:
@@ -76,7 +86,7 @@ def _builders(tokenizer, asked: Sequence[str] = PROMPTS, encoders: Sequence[str]
 
 def _asked(tokenizer, builders: list[PromptBuilder]) -> set[int]:
     """The ids of everything the builders can put into a prompt or take as an answer: grids of each shape with each colour,
-    the words around up to PAIRS pairs; the chat template with its own system message, too."""
+    the words around up to PAIRS pairs, what texts are tokenized behind; the chat template with its own system message, too."""
     sides = range(1, MAX_SIDE + 1)
     grids = [np.resize(np.arange(COLOURS, dtype=np.int8), (rows, columns)) for rows in sides for columns in sides]
     small, ids = Pair(grids[0], grids[0]), set()
@@ -90,6 +100,8 @@ def _asked(tokenizer, builders: list[PromptBuilder]) -> set[int]:
     if any(b.kind == "chat" for b in builders):
         asked = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], tokenize=False, add_generation_prompt=True)
         ids.update(tokenizer(asked, add_special_tokens=False).input_ids)
+    for anchor in ANCHORS:
+        ids.update(tokenizer(anchor, add_special_tokens=False).input_ids)
     return ids | set(tokenizer.all_special_ids)
 
 
@@ -99,19 +111,17 @@ def _named_ids(draft: Draft) -> set[int]:
     return {i for v in named for i in (v if isinstance(v, list) else [v])}
 
 
-def _kept(state: dict, asked: set[int]) -> list[int]:
-    """The old ids to keep, in their order: those asked for with the parts they are merged from, bytes, added tokens.
+def _kept(state: dict, asked: set[int], spelling: set[str]) -> list[int]:
+    """The old ids to keep, in their order: those asked for with the parts they are merged from, those of `spelling`, added tokens.
 
     Merging is deterministic, so inside a token it goes as it goes in the token alone, whatever stands around it: with the
     parts of every kept token kept, text that the full tokenizer turns into kept tokens is merged step by step alike.
     """
-    from tokenizers.pre_tokenizers import ByteLevel
-
     vocab, added = state["model"]["vocab"], {t["id"] for t in state["added_tokens"]}
     token = {i: t for t, i in vocab.items()}
     rank = {tuple(merge): place for place, merge in enumerate(state["model"]["merges"])}
-    strings = {part for i in asked - added if i in token for part in _parts(token[i], rank)}
-    strings |= {t for t in (*ByteLevel.alphabet(), state["model"].get("unk_token")) if t}
+    merged = {token[i] for i in asked - added if i in token} - spelling
+    strings = spelling | {part for t in merged for part in _parts(t, rank)} | {state["model"].get("unk_token")}
     return sorted(added | (asked & token.keys()) | {vocab[s] for s in strings if s in vocab})
 
 

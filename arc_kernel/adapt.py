@@ -252,14 +252,16 @@ def nothing_to_adapt(model: Path | str) -> ArcKernelError:
 
 
 def left_out(base) -> str:
-    """What to say of a model's linear modules, its head aside, that are none of TARGET_MODULES; empty where there are none. Where an
-    architecture names its layers otherwise, as Phi-3 its qkv_proj, a fresh LoRA leaves them as they are."""
+    """What to say of a model's linear modules, its head aside, that are none of TARGET_MODULES, and of weights that are several
+    matrices at once, as experts'; empty where there are none. Where an architecture names its layers otherwise, as Phi-3 its
+    qkv_proj, a fresh LoRA leaves them as they are."""
     import torch
 
     head = base.get_output_embeddings()
     linear = {name.rpartition(".")[2] for name, module in base.named_modules()
               if isinstance(module, torch.nn.Linear) and module is not head}
-    others = sorted(linear - set(TARGET_MODULES))
+    stacked = {name.rpartition(".")[2] for name, weight in base.named_parameters() if weight.ndim == 3 and not name.endswith(".weight")}
+    others = [*sorted(linear - set(TARGET_MODULES)), *(f"experts' {name}" for name in sorted(stacked))]
     return f"no LoRA on {', '.join(others)}: {', '.join(TARGET_MODULES)} alone are adapted" if others else ""
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import shutil
 import time
 import types
@@ -12,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file
-from transformers import Phi3Config, Phi3ForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from arc_kernel import adapt, checkpoint, events, fused_layer
 from arc_kernel.decoder_pass import Decoder
@@ -139,6 +140,10 @@ def test_what_an_architecture_names_otherwise_and_so_gets_no_lora_is_told(traine
     small = Phi3Config(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0)
     assert adapt.left_out(Phi3ForCausalLM(small)).startswith("no LoRA on gate_up_proj, qkv_proj: q_proj, ")
     assert trainer.left_out == ""
+    experts = MixtralConfig(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                            num_key_value_heads=1, num_local_experts=2)
+    assert re.match("no LoRA on (experts' down_proj, experts' gate_up_proj|gate, w1, w2, w3): q_proj, ",  # transformers 5, and 4.57
+                    adapt.left_out(MixtralForCausalLM(experts)))
 
 
 def test_every_pair_becomes_the_target_once_in_each_round_after_each_other_one_in_any_order_and_colours(tokenizer):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -84,6 +85,17 @@ def test_template_that_tells_the_day_has_a_copy_for_each_day(tiny, tmp_path, mon
     monkeypatch.setattr(module.time, "strftime", lambda *_: "2020-02-02")
     other_day = opened(dated)[0], opened(tiny)[0]
     assert other_day[0] not in (today[0], dated) and other_day[1] == today[1]
+
+
+def test_copies_no_run_opened_for_days_go_where_another_is_made(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("ARC_KERNEL_CACHE", str(tmp_path))
+    copies = [opened(tiny, prompt=("compact", encoder))[0] for encoder in ("digits", "shape+digits")]
+    for copy in copies:
+        os.utime(copy.parent, (0, 0))
+    assert opened(tiny, prompt=("compact", "digits")) == (copies[0], []), "opened again, so not forgotten"
+    said = opened(tiny)[1]
+    assert [copy.is_dir() for copy in copies] == [True, False]
+    assert said[-1] == f"1 such copy that no run opened for 3 days removed from {tmp_path / 'arc'}"
 
 
 def test_model_of_another_tokenizer_kind_keeps_all_tokens_and_says_why(tmp_path):

@@ -1,14 +1,17 @@
 """The model as a run opens it: without the tokens its prompts do not hold, made once and kept in the cache.
 
-Knows on what such a copy depends, and when a model is left as it is; how a copy is made stands in `make`. What is kept computes
-what it did, and embedding and head, more than a quarter of a small model's weights, all but go.
+Knows on what such a copy depends, when one goes again, and when a model is left as it is; how a copy is made stands in `make`. What
+is kept computes what it did, and embedding and head, more than a quarter of a small model's weights, all but go.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
+import os
+import shutil
 import time
 import traceback
 from pathlib import Path
@@ -22,6 +25,7 @@ from .make import prepare
 from .vocabulary import USE_FULL, byte_tokens
 
 CODE = ("*.py", "../prompts.py", "../grids.py")  # what a copy is made by, from this folder: another one is made where it changes
+FORGOTTEN = 3 * 86400  # seconds without use after which a copy is removed where another is made; a run lasts half a day
 DATED = b"strftime_now"  # the function by which a chat template tells the day, in tokens another day may not have
 
 
@@ -39,7 +43,10 @@ def trimmed(folder: Path, vocabulary: str, prompt: str, grid_encoder: str, adapt
             _check_tokenizer(folder)
             say(f"{folder.name}: a copy is made without the tokens that no prompt here holds, once; it is kept in {target.parent.parent}")
             say(prepare(str(folder), str(target), vocabulary="arc", only=(prompt, grid_encoder))[-1])
+            _forget(target.parent.parent, say)
         checkpoint.check_model(target)
+        with contextlib.suppress(OSError):  # a cache that cannot be written to
+            os.utime(target.parent)
         return target
     except ArcKernelError as error:
         say(f"all tokens are kept: {error}")
@@ -47,6 +54,15 @@ def trimmed(folder: Path, vocabulary: str, prompt: str, grid_encoder: str, adapt
         traceback.print_exc()
         say(f"all tokens are kept: {folder}: {named_line(error)}")
     return folder
+
+
+def _forget(copies: Path, say: Callable[[str], None]) -> None:
+    """Remove the copies that no run has opened for FORGOTTEN seconds: other models' and prompts', and those of other code."""
+    old = [folder for folder in copies.iterdir() if time.time() - folder.stat().st_mtime > FORGOTTEN]
+    for folder in old:
+        shutil.rmtree(folder, ignore_errors=True)
+    if old:
+        say(f"{len(old)} such {'copy' if len(old) == 1 else 'copies'} that no run opened for {FORGOTTEN // 86400} days removed from {copies}")
 
 
 def _check_tokenizer(folder: Path) -> None:

@@ -20,7 +20,7 @@ from .flat_weights import FlatWeights
 from .fused_layer import Fused
 from .memory import exhausted, free_memory, mend_generators
 
-DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model")  # embedding, layers, norm; nothing between them
+DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")  # embedding, layers, norm; nothing between them
 PARTS = 16  # sizes in an octave of tokens: padding is 3% on average
 SMALLEST = 64  # tokens by which sizes differ at least: what is shorter leaves a GPU idle anyway, and capturing a size takes 0.2 s
 PLAIN = 1  # passes of a size before it is captured
@@ -99,7 +99,7 @@ class Decoder:
         first = fused.layers[0]
         if flat.tensor.is_cuda:
             self._not_compiled(elementwise.compile_on_gpu(self._dtype, str(flat.tensor.device), first.norms[0][0].numel(), first.inner,
-                                                          first.heads[0], first.heads[1], first.width))
+                                                          first.heads[0], first.heads[1], first.width, bool(first.head_norm)))
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, T', d] of ids int64 [B, T], T' not less than T; what is above T is padding. One pass is under way

@@ -42,7 +42,8 @@ def _piece(plain):
 
 @_piece
 def norm(x, weight, eps):
-    """x [T, d] over its root mean square, in x's dtype; one over that root, float32 [T, 1]; and the first times `weight`."""
+    """x [T, d] over its root mean square, in x's dtype; one over that root, float32 [T, 1]; and the first times `weight`. Of heads
+    each by itself: x [B, T, n, width], weight [n, width]."""
     wide = x.float()
     size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     inverse = torch.addcmul(eps, size, size, value=1 / x.shape[-1]).rsqrt_()
@@ -102,8 +103,10 @@ def swiglu_back(grad, both):
 
 
 @functools.cache
-def compile_on_gpu(dtype: torch.dtype, device: str, hidden: int, inner: int, heads: int, keys: int, width: int) -> str:
-    """Compile all pieces for a model of these sizes and use them from now on if they compute what the plain ones do.
+def compile_on_gpu(dtype: torch.dtype, device: str, hidden: int, inner: int, heads: int, keys: int, width: int,
+                   head_norm: bool) -> str:
+    """Compile all pieces for a model of these sizes, whose heads have a norm or not, and use them from now on if they compute what
+    the plain ones do.
 
     Empty, or in one line why they are left as they are: no compiler on this machine, a GPU it does not know, wrong numbers.
     """
@@ -114,12 +117,17 @@ def compile_on_gpu(dtype: torch.dtype, device: str, hidden: int, inner: int, hea
     try:
         for batch, tokens in TRIED:
             rows, turn = batch * tokens, (some(1, tokens, 1, width), some(1, tokens, 1, width))
+            both = some(batch, tokens, heads + 2 * keys, width)[:, :, :-keys]
             asked = ((norm, some(rows, hidden), some(hidden), torch.tensor(1e-5, device=device)),
                      (norm_back, some(rows, hidden), some(rows, hidden), some(rows, 1).float(), some(hidden)),
                      (norm_back, some(rows, hidden), some(rows, hidden), some(rows, 1).float(), some(hidden), some(rows, hidden)),
-                     (rotate, some(batch, tokens, heads + 2 * keys, width)[:, :, :-keys], *turn),
+                     (rotate, both.contiguous() if head_norm else both, *turn),
                      (rotate_back, *(some(batch, tokens, n, width) for n in (heads, keys, keys)), *turn),
                      (swiglu, some(rows, 2 * inner)), (swiglu_back, some(rows, inner), some(rows, 2 * inner)))
+            if head_norm:
+                weight = some(heads + keys, width)
+                asked += ((norm, both, weight, torch.tensor(1e-6, device=device)),
+                          (norm_back, both, some(*both.shape), some(*both.shape[:3], 1).float(), weight))
             for piece, *given in asked:
                 for tensor in (g for g in given if g.dim() > 1):  # batch and tokens are variables of a kernel, a model's own sizes are not
                     torch._dynamo.maybe_mark_dynamic(tensor, (0, 1) if tensor.dim() > 2 else 0)

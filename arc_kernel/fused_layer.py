@@ -18,8 +18,9 @@ from . import cpu_attention, elementwise, lora_linear
 from .device import shares_keys
 from .lora_linear import Group, plain
 
-LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")  # the same arithmetic
-NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm")
+# the same arithmetic; Qwen3, as which OpenELM is opened, has a norm of each query and key head before the rotary, too
+LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 
 
 class _Masks:
@@ -51,6 +52,10 @@ class _Parts:
                       for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
         self.width, self.scaling = attention.head_dim, attention.scaling
         self.heads = [size // self.width for size in self.qkv.sizes]
+        self.head_norm = None  # weight [query and key heads, width] and eps
+        if norms := _head_norms(attention):
+            weight = torch.cat([norm.weight.data.expand(count, -1) for norm, count in zip(norms, self.heads)])
+            self.head_norm = weight, torch.tensor(norms[0].variance_epsilon, device=weight.device)
         self.inner = mlp.gate_proj.out_features
         self.modules = list(layer.modules())
 
@@ -76,15 +81,21 @@ class _Queries(torch.autograd.Function):
         out, ctx.kept = parts.qkv.forward(read, masters)
         heads = out.view(*hidden.shape[:2], -1, parts.width)
         cos, sin = cos[:, :, None], sin[:, :, None]
-        turned = elementwise.rotate(heads[:, :, :-parts.heads[2]], cos, sin)
+        both, of_heads = heads[:, :, :-parts.heads[2]], ()
+        if parts.head_norm:
+            *of_heads, both = elementwise.norm(both, *parts.head_norm)
+        turned = elementwise.rotate(both, cos, sin)
         ctx.parts = parts
-        ctx.save_for_backward(normed, inverse, cos, sin)
+        ctx.save_for_backward(normed, inverse, cos, sin, *of_heads)
         return *(t.transpose(1, 2) for t in turned.split(parts.heads[:2], 2)), heads[:, :, -parts.heads[2]:].transpose(1, 2)
 
     @staticmethod
     def backward(ctx, *grads):
-        parts, (normed, inverse, cos, sin) = ctx.parts, ctx.saved_tensors
+        parts, (normed, inverse, cos, sin, *of_heads) = ctx.parts, ctx.saved_tensors
         turned = elementwise.rotate_back(*(g.transpose(1, 2) for g in grads), cos, sin)
+        if of_heads:
+            both = turned[:, :, :-parts.heads[2]]
+            both.copy_(elementwise.norm_back(both, *of_heads, parts.head_norm[0]))
         weight = parts.norms[0][0]
         grad, of_masters = parts.qkv.backward(turned.flatten(2).flatten(0, 1), normed, ctx.kept, weight, ctx.needs_input_grad[0])
         if grad is not None:
@@ -146,13 +157,18 @@ def install(model: torch.nn.Module) -> Fused:
     return Fused(layers, groups + [g for p in layers for g in (p.qkv, p.o, p.gate_up, p.down)])
 
 
+def _head_norms(attention) -> list:
+    return [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
+
+
 def _fits(layer) -> bool:
-    attention, mlp = layer.self_attn, layer.mlp
+    attention, mlp, of_heads = layer.self_attn, layer.mlp, _head_norms(layer.self_attn)
     linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms = [layer.input_layernorm, layer.post_attention_layernorm, *of_heads]
     return (all(map(plain, linears)) and all(type(n).__name__ in NORMS and not n.weight.requires_grad for n in norms)
             and (len({m.get_base_layer().bias is None for m in linears[:3]})
                  == len({m.get_base_layer().bias is None for m in linears[4:6]}) == 1)
+            and len({n.variance_epsilon for n in of_heads}) < 2
             and attention.config._attn_implementation == "sdpa" and not attention.attention_dropout
             and attention.config.hidden_act == "silu")
 

@@ -26,7 +26,7 @@ def test_sizes_hold_the_tokens_and_little_more_and_are_few():
     assert size_of(8192) == 8192 and len(set(sizes)) < 100 and [size_of(s) for s in sorted(set(sizes))] == sorted(set(sizes))
 
 
-@pytest.mark.parametrize("name, may", [("llama", True), ("qwen2", True), ("llama, biases", True), ("mistral", True),
+@pytest.mark.parametrize("name, may", [("llama", True), ("qwen2", True), ("llama, biases", True), ("mistral", True), ("qwen3", True),
                                        ("mistral, window", False), ("gemma", False)])
 def test_only_models_that_are_causal_fused_layers_and_no_more(name, may):
     model = network(name)
@@ -44,7 +44,7 @@ def test_a_model_that_trains_more_than_its_layers_does_not_fit():
     assert not fits(model.get_base_model(), fused_layer.install(model))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
 def test_losses_and_gradients_of_every_pass_are_the_model_s_own(name):
     """The second pass of a size is the first from a graph, where graphs can be made; weights change between passes. The loss of
     the pass before is still alive, and with it autograd's node of the weights, on the stream of that pass."""
@@ -83,13 +83,14 @@ def test_a_compiled_piece_that_fails_is_done_plainly_and_told(monkeypatch):
     assert not elementwise.compiled and not elementwise.trouble and "compiled" in decoder.trouble and "no such layout" in decoder.trouble
 
 
+@pytest.mark.parametrize("head_norm", [False, True])
 @pytest.mark.parametrize("compiler, said", [(lambda plain: plain, ""),
                                             (lambda plain: lambda *given: changed(plain(*given)), "norm compiled"),
                                             (lambda plain: lambda *given: missing(), "RuntimeError: no gcc")])
-def test_pieces_are_compiled_only_where_they_compute_the_same(compiler, said, monkeypatch):
+def test_pieces_are_compiled_only_where_they_compute_the_same(compiler, said, head_norm, monkeypatch):
     monkeypatch.setattr(elementwise, "compiled", {})
     monkeypatch.setattr(torch, "compile", lambda plain, **options: compiler(plain))
-    found = elementwise.compile_on_gpu.__wrapped__(torch.bfloat16, DEVICE, 48, 80, 6, 2, 8)
+    found = elementwise.compile_on_gpu.__wrapped__(torch.bfloat16, DEVICE, 48, 80, 6, 2, 8, head_norm)
     assert found.startswith(said) and bool(found) is bool(said) and len(elementwise.compiled) == (0 if said else 6)
 
 

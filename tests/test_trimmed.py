@@ -95,7 +95,7 @@ def test_copies_no_run_opened_for_days_go_where_another_is_made(tiny, tmp_path, 
     assert opened(tiny, prompt=("compact", "digits")) == (copies[0], []), "opened again, so not forgotten"
     said = opened(tiny)[1]
     assert [copy.is_dir() for copy in copies] == [True, False]
-    assert said[-1] == f"1 such copy that no run opened for 3 days removed from {tmp_path / 'arc'}"
+    assert said[-1] == f"removed from {tmp_path / 'arc'}, since no run opened them for 7 days: 1 folder"
 
 
 def test_model_of_another_tokenizer_kind_keeps_all_tokens_and_says_why(tmp_path):

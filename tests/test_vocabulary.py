@@ -137,7 +137,7 @@ PIECES = {
 
 @pytest.fixture(scope="module", params=PIECES.values(), ids=PIECES)
 def pieces(request, one_task, tmp_path_factory):
-    """TinyMistral's stand-in with a chat template, its tokenizer in one of the layouts of such, and the same with the tokens of ARC prompts."""
+    """TinyMistral's stand-in with a chat template, its tokenizer in one of the layouts, and the same with the tokens of ARC prompts."""
     folder = tmp_path_factory.mktemp("pieces")
     published = standin("TinyMistral-248M-Instruct", folder / "published") / "tokenizer.json"
     published.write_text(json.dumps(json.loads(published.read_text()) | request.param))

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Callable
 
 from .. import checkpoint
-from ..errors import ArcKernelError, named_line
+from ..errors import ArcKernelError, counted, named_line
 from ..precision.verdict import digest
 from .draft import ROWS
 from .make import prepare
 from .vocabulary import USE_FULL, byte_tokens
 
 CODE = ("*.py", "../prompts.py", "../grids.py")  # what a copy is made by, from this folder: another one is made where it changes
-FORGOTTEN = 3 * 86400  # seconds without use after which a copy is removed where another is made; a run lasts half a day
+FORGOTTEN = 7  # days without use after which a copy is removed where another is made; a run lasts half a day, on a CPU some
 DATED = b"strftime_now"  # the function by which a chat template tells the day, in tokens another day may not have
 
 
@@ -57,12 +57,15 @@ def trimmed(folder: Path, vocabulary: str, prompt: str, grid_encoder: str, adapt
 
 
 def _forget(copies: Path, say: Callable[[str], None]) -> None:
-    """Remove the copies that no run has opened for FORGOTTEN seconds: other models' and prompts', and those of other code."""
-    old = [folder for folder in copies.iterdir() if time.time() - folder.stat().st_mtime > FORGOTTEN]
-    for folder in old:
-        shutil.rmtree(folder, ignore_errors=True)
+    """Remove the copies that no run has opened for FORGOTTEN days: other models' and prompts', and those of other code."""
+    old = []
+    for folder in copies.iterdir():
+        with contextlib.suppress(OSError):  # another run removes it
+            if time.time() - folder.stat().st_mtime > FORGOTTEN * 86400:
+                old.append(folder)
+                shutil.rmtree(folder, ignore_errors=True)
     if old:
-        say(f"{len(old)} such {'copy' if len(old) == 1 else 'copies'} that no run opened for {FORGOTTEN // 86400} days removed from {copies}")
+        say(f"removed from {copies}, since no run opened them for {FORGOTTEN} days: {counted(len(old), 'folder')}")
 
 
 def _check_tokenizer(folder: Path) -> None:

@@ -14,6 +14,7 @@ import inspect
 
 SHORT = 32  # rows: shorter runs of one adapter are put together with their neighbours
 
+
 def install() -> bool:
     """Exchange vLLM's CPU LoRA wrapper's products; False, and nothing changed, where vLLM has moved it."""
     try:

@@ -15,6 +15,7 @@ class Job:
     """
 
     model: str
+    vocabulary: str
     adapter: str
     out: str
     adapters: str

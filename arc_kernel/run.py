@@ -29,7 +29,6 @@ from .kaggle import profiles
 from .pool import Pool
 from .precision import probe
 from .precision.verdict import Precision
-from .prepare.trimmed import trimmed
 from .run_folder import completions_file, stored_settings, tasks_digest
 from .settings import Settings
 from .tasks import Attempts, cells, load_challenges, task_to_json, write_submission
@@ -61,6 +60,7 @@ class Run:
         self._fresh = self._claim_folder()
         self.adapters, self._low = disk.adapters_folder(self.out, settings.scratch, self._identity(resume=True)), False
         self._untrained: set[str] = set()  # tasks for whose training there was no time
+        self._notes: set[str] = set()  # what workers noted: of the model that they share each notes the same
         self.candidates = self._stored_candidates()
         self._write_submission()
         for task_id, error in self.challenges.broken.items():
@@ -184,10 +184,6 @@ class Run:
                 if not size:
                     raise adapt.nothing_to_adapt(self.job.model)
                 self.log.say("disk", text=disk.forecast(len(todo["adapt"]), size, self.adapters))
-        begun, s, say = time.perf_counter(), self.settings, lambda text: self.log.say("note", text=text)
-        model = trimmed(Path(self.job.model), s.vocabulary, s.prompt, s.grid_encoder, s.adapter, say)
-        self.job = dataclasses.replace(self.job, model=str(model))
-        self._stage("leave out tokens", time.perf_counter() - begun)
         tasks = {i: task_to_json(self.challenges.tasks[i]) for i in todo["answer"]}
         self._pool = Pool(self.devices, dataclasses.asdict(self.job), tasks, todo, self.out, self._share)
 
@@ -245,8 +241,10 @@ class Run:
     def _note(self, message: dict) -> None:
         """Write a worker's message to events.jsonl and do what it asks of the run."""
         event, facts = message["event"], {k: v for k, v in message.items() if k != "event"}
-        if event == "completion":
+        if event == "completion" or event == "note" and facts["text"] in self._notes:
             return
+        if event == "note":
+            self._notes.add(facts["text"])
         if event == "verdict":
             Precision(*(message[f.name] for f in dataclasses.fields(Precision))).save(self.out / "precision.json")
             facts = {k: v for k, v in facts.items() if k not in ("peaks", "key")}

@@ -27,6 +27,7 @@ from .job import Job
 from .memory import exhausted, free_memory, importing
 from .precision import verdict
 from .precision.rescale import Refused
+from .prepare.trimmed import trimmed
 from .prompts import PromptBuilder
 from .serving import Serving
 from .tasks import Task, task_from_json
@@ -82,12 +83,15 @@ class Worker:
             importlib.import_module("peft" if job.ttt_steps else "transformers")  # and torch with it
         self.device = device_name()
         require_own_gpu(self.device)
-        self.builder = PromptBuilder(load_tokenizer(Path(job.model)), GridEncoder.from_name(job.grid_encoder), job.prompt)
+        self.lap("import libraries")
+        note = lambda text: self.tell("note", text=text)
+        folder = trimmed(Path(job.model), job.vocabulary, job.prompt, job.grid_encoder, job.adapter, note)
+        self.lap("leave out tokens")
+        self.builder = PromptBuilder(load_tokenizer(folder), GridEncoder.from_name(job.grid_encoder), job.prompt)
         start = Path(job.adapter) if job.adapter else None
         tasks = [task_from_json(t) for t in job.probe_tasks]
-        self.model = Model(Path(job.model), start and start.resolve(), self.builder, tasks, self.device, job.max_seq_len,
+        self.model = Model(folder, start and start.resolve(), self.builder, tasks, self.device, job.max_seq_len,
                            HEADROOM_TTT if job.ttt_steps else HEADROOM)
-        self.lap("import libraries")
         self._adapt_all()
         self._answer_all()
 

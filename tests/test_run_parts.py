@@ -85,6 +85,13 @@ def test_disk_that_runs_low_is_told_once(made, monkeypatch, capsys):
     assert capsys.readouterr().err.count("only 1.0 GB left") == 2  # for each of two folders, once
 
 
+def test_what_each_worker_notes_of_the_model_they_share_is_told_once(made, capsys):
+    run = made()
+    for worker, text in ((0, "all tokens are kept"), (1, "all tokens are kept"), (1, "no LoRA on qkv_proj")):
+        run._note({"event": "note", "text": text, "worker": worker})
+    assert capsys.readouterr().err.splitlines() == ["note: all tokens are kept", "note: no LoRA on qkv_proj"]
+
+
 def test_submission_has_the_answers_that_are_there_while_others_are_awaited(made, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(running, "SUBMISSION_SECONDS", -1.0)
     seen = []

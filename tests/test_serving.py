@@ -25,7 +25,7 @@ from arc_kernel.tasks import Pair, Task
 from arc_kernel.views import View
 
 ENCODER = GridEncoder.from_name("digits")
-JOB = Job(model="", adapter="", out="", adapters="", profile="auto", backend="vllm", dtype="float32", ttt_dtype="auto",
+JOB = Job(model="", vocabulary="full", adapter="", out="", adapters="", profile="auto", backend="vllm", dtype="float32", ttt_dtype="auto",
           grid_encoder="digits", prompt="compact", permute_background=False, max_seq_len=4096, max_new_tokens=100, views=8,
           early_stop=True, seed=0, ttt_steps=0, ttt_batch=1, ttt_lr=1e-3, ttt_loss="last", lora_rank=8,
           adapt_until=math.inf, answer_until=math.inf, probe_tasks=())

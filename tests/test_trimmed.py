@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,14 @@ def test_copy_is_made_once_for_a_prompt_and_computes_what_the_model_does(tiny, a
     full, kept = (logits(f, arc_training.tasks["25ff71a9"]) for f in (tiny, folder))
     assert 260 < len(kept) < 400 and kept == {token: full[token] for token in kept}
     assert opened(tiny, prompt=("compact", "digits"))[0] != folder
+
+
+def test_of_workers_that_start_together_one_makes_the_copy_and_the_others_wait(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("ARC_KERNEL_CACHE", str(tmp_path))
+    with ThreadPoolExecutor(2) as workers:
+        found = list(workers.map(lambda _: opened(tiny), range(2)))
+    assert found[0][0] == found[1][0] != tiny and sorted(len(said) for _, said in found) == [0, 2]
+    assert [p.name for p in found[0][0].parent.iterdir() if p.is_dir()] == [tiny.name]
 
 
 def test_full_vocabulary_and_a_model_prepared_with_few_tokens_are_opened_as_they_are(tiny, tmp_path):

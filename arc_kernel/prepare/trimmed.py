@@ -17,6 +17,8 @@ import traceback
 from pathlib import Path
 from typing import Callable
 
+from filelock import FileLock
+
 from .. import checkpoint
 from ..errors import ArcKernelError, counted, named_line
 from ..precision.verdict import digest
@@ -41,9 +43,13 @@ def trimmed(folder: Path, vocabulary: str, prompt: str, grid_encoder: str, adapt
         target = checkpoint.cache_folder() / "arc" / _key(folder, prompt, grid_encoder) / folder.resolve().name
         if not target.is_dir():
             _check_tokenizer(folder)
-            say(f"{folder.name}: a copy is made without the tokens that no prompt here holds, once; it is kept in {target.parent.parent}")
-            say(prepare(str(folder), str(target), vocabulary="arc", only=(prompt, grid_encoder))[-1])
-            _forget(target.parent.parent, say)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(target.parent / ".lock"):  # of workers that start together the first makes it
+                if not target.is_dir():
+                    say(f"{folder.name}: a copy is made without the tokens that no prompt here holds, once; it is kept in "
+                        f"{target.parent.parent}")
+                    say(prepare(str(folder), str(target), vocabulary="arc", only=(prompt, grid_encoder))[-1])
+                    _forget(target.parent.parent, say)
         checkpoint.check_model(target)
         with contextlib.suppress(OSError):  # a cache that cannot be written to
             os.utime(target.parent)

@@ -185,7 +185,7 @@ def _compare(source: Path, builders: list[PromptBuilder], before, after, state: 
         raise ArcKernelError(f"{source}: the shrunk tokenizer loads with other ids than were written: {USE_FULL}")
     whole = lambda of, text: of.backend_tokenizer.encode(text, add_special_tokens=False).ids
     renumber = lambda ids: [number.get(i, -1) for i in ids]
-    tasks = list(_real_tasks())
+    tasks = [task for asked in CHECKED.items() for task in _real_tasks(*asked)]
     for old in builders:
         new = PromptBuilder(after, old.encoder, old.kind)
         for task in tasks:
@@ -199,8 +199,8 @@ def _compare(source: Path, builders: list[PromptBuilder], before, after, state: 
                 raise ArcKernelError(f"{where}: the shrunk tokenizer gives other tokens: {USE_FULL}")
 
 
-def _real_tasks() -> Iterator[Task]:
-    """Tasks that ship with a package, from the shortest to the longest of each set."""
-    for source, count in CHECKED.items():
-        tasks = sorted(load_challenges(source).tasks.values(), key=lambda t: (cells(t), t.id))
-        yield from (tasks[i] for i in np.linspace(0, len(tasks) - 1, count).round().astype(int))
+@functools.cache
+def _real_tasks(source: str, count: int) -> list[Task]:
+    """So many tasks of a set that ships with a package, from the shortest to the longest."""
+    tasks = sorted(load_challenges(source).tasks.values(), key=lambda t: (cells(t), t.id))
+    return [tasks[i] for i in np.linspace(0, len(tasks) - 1, count).round().astype(int)]

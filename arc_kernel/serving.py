@@ -40,7 +40,8 @@ class Serving:
 
         `early`: they come when other workers have adapted theirs, and the engine is started before that. A task is finished when
         every prompt has a finite answer, no dtype is left, or its time is over. Raises RuntimeError where no engine could be started
-        and it was not judged: another process, or this one's device later, may answer.
+        and it was not judged: another process, or this one's device later, may answer. The process ends afterwards: the engine that gave
+        the last answers is left as it is.
         """
         first: list[tuple[Task, float] | str] = []
 
@@ -52,7 +53,7 @@ class Serving:
         again = False
         for engine, variant, left_out in self._chooser.engines(wait if early else None):
             waiting = self.serve(engine, waiting, left_out, f"answer again in {variant.dtype}" if again else "answer")
-            engine.close()
+            engine.close(last=not waiting)
             if not waiting:
                 return
             again = True

@@ -98,8 +98,9 @@ class TransformersEngine:
             self._model = model.eval()
         self._adapter = adapter
 
-    def close(self) -> None:
-        """Free the model's memory."""
-        del self._model, self._old
+    def close(self, last: bool = False) -> None:
+        """Free the model's memory; see VllmEngine.close."""
         self._adapters.close()
-        free_memory()
+        if not last:
+            del self._model, self._old
+            free_memory()

@@ -81,7 +81,9 @@ def test_real_run_of_the_notebook_leaves_a_scored_submission_and_a_second_start_
 
 
 @needs_packages
-def test_model_that_overflows_float16_is_rescaled_and_answered_in_float16(tmp_path, model_folder):
+def test_model_that_overflows_float16_is_rescaled_and_answered_in_float16(tmp_path, model_folder, monkeypatch):
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
     sick = overflowing_model(model_folder, tmp_path / "model")
     out = tmp_path / "run"
     options = {"tasks": TRAINING, "task_ids": "d037b0a7", "model": sick, "dtype": "float16", "views": 2, "max_new_tokens": 16,
@@ -94,3 +96,4 @@ def test_model_that_overflows_float16_is_rescaled_and_answered_in_float16(tmp_pa
     assert max(settled["peaks"]["final norm in"]) > 65504 and [e["ok"] for e in settled["evidence"]] == [True]
     statuses = [json.loads(line)["status"] for line in (out / "completions" / "d037b0a7.jsonl").read_text().splitlines()]
     assert len(statuses) == 2 and "nan" not in statuses
+    assert not list((tmp_path / "scratch").glob("arc-kernel-*")), "adapters converted for the rescaled weights"

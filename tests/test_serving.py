@@ -68,8 +68,8 @@ class Engine:
         ids = self.builder.answer_ids(View.parse(view).apply_grid(np.array(grid, np.int8)))
         return Answer(prompt, ids[:-1], -0.5 * len(ids), "ok", (-0.5,) * len(ids), cached=10)
 
-    def close(self):
-        pass
+    def close(self, last=False):
+        self.closed = "with the process" if last else "at once"
 
 
 def served(tmp_path, builder, tasks, *engines, share=lambda task: 1.0, evidence=(), **changes):
@@ -152,6 +152,7 @@ def test_prompt_without_a_finite_answer_is_outstanding_until_it_has_one_or_its_v
     second = Engine(builder, numbered(TWO, THREE))
     told = served(tmp_path, builder, [task], first, second)
     assert (len(first.sent), len(second.sent)) == (8, 2)
+    assert (first.closed, second.closed) == ("at once", "with the process")
     assert [e["stage"] for e in of(told, "stage")] == ["answer", "answer again in float32"] and of(told, "precision")[0]["predictions"] == 2
     decided_early = Engine(builder, numbered(None, ONE, ONE, ONE, ONE, TWO, TWO, ONE))
     told = served(tmp_path / "early", builder, [task], decided_early)

@@ -1,20 +1,22 @@
 """Fixtures of all tests: the embedded model, its tokenizer, real tasks; `python -m pytest` runs everything."""
 
+import importlib
 import os
+import sys
 
-# A core for each process, before torch is loaded, which counts them: two threads on one core wait for each other.
+import hypothesis
+import pytest
+
+from arc_kernel import checkpoint, loopback, memory, tasks
+
+# A core for each process, before torch is loaded, which counts them: two threads on one core wait for each other. The process that only
+# gives out tests, and is there before the others, loads nothing large.
 if "PYTEST_XDIST_WORKER" in os.environ:
+    assert "torch" not in sys.modules, "torch was loaded before this process was given its core"
     cores, number = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
     os.sched_setaffinity(0, {cores[number % len(cores)]})
-
-import hypothesis  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-
-from arc_kernel import checkpoint, loopback, tasks  # noqa: E402
-from models import tiny_model  # noqa: E402
-
-assert torch.get_num_threads() <= len(os.sched_getaffinity(0)), "torch was loaded before this process was given its core"
+    with memory.importing("torch"):
+        importlib.import_module("peft")
 
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=30)
 hypothesis.settings.load_profile("repeatable")
@@ -49,6 +51,8 @@ def arc_training():
 @pytest.fixture(scope="session")
 def fast(model_folder, tmp_path_factory):
     """Settings of a run that takes seconds."""
+    from models import tiny_model
+
     return {"model": tiny_model(model_folder, tmp_path_factory.mktemp("models") / "tiny"), "backend": "transformers",
             "ttt_steps": 2, "views": 2, "lora_rank": 4, "max_new_tokens": 8}
 

@@ -72,6 +72,7 @@ def test_workers_that_cannot_live_end_in_a_filled_submission(tmp_path, fast):
     assert done.returncode == 0, done.stderr
     assert len(events(tmp_path / "run", "worker-died")) == 6 and "worker-5.log" in done.stderr  # three to train, three to answer
     assert "a damaged installation" in (tmp_path / "run" / "worker-2.log").read_text()
+    assert "a damaged installation" not in done.stderr, "the process that leads a run loads no torch"
     assert len(read_submission(tmp_path / "run" / "submission.json")) == 4
 
 

@@ -160,9 +160,9 @@ class VllmEngine:
 
     def close(self, last: bool = False) -> None:
         """Free the engine's memory. Of the `last` one of a process that ends at once only what lies on the disk is removed: to take vLLM
-        apart takes seconds."""
+        apart takes seconds. Not where it is a process of its own, which would outlive this one."""
         self._adapters.close()
-        if last:
+        if last and os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0":
             return
         core = getattr(self._llm.llm_engine, "engine_core", None)
         if hasattr(core, "shutdown"):

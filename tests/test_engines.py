@@ -3,18 +3,20 @@
 import dataclasses
 import math
 import shutil
+import types
 
 import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
 from arc_kernel import adapt, generate
-from arc_kernel.engine import CHECK_EVERY, EngineSettings, Prompt
+from arc_kernel.engine import CHECK_EVERY, EngineSettings, Prompt, ServedAdapters
 from arc_kernel.errors import ArcKernelError
 from arc_kernel.grids import GridEncoder
 from arc_kernel.precision import verdict
 from arc_kernel.prompts import PromptBuilder
 from arc_kernel.views import random_view, task_rng
+from arc_kernel.vllm_engine import VllmEngine
 from models import nan_model, tiny_model
 
 TASKS = ("d037b0a7", "3c9b0459", "25ff71a9", "c8f0f002")
@@ -192,6 +194,16 @@ def test_vllm_that_does_not_start_says_why_and_holds_no_memory_then_marks_nan(mo
             generate.start_engine("vllm", settings, "cpu")
     assert largest > before + 1400 and resident() < before + 300
     check_nan_is_no_answer("vllm", dataclasses.replace(settings, model=nan_model(tiny, tmp_path / "nan")), prompts)
+
+
+@pytest.mark.parametrize("last, processes, taken_apart", [(False, "0", True), (True, "0", False), (True, "1", True)])
+def test_last_engine_goes_with_its_process_unless_it_would_outlive_it(last, processes, taken_apart, monkeypatch):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", processes)
+    engine, shut = object.__new__(VllmEngine), []
+    core = types.SimpleNamespace(shutdown=lambda: shut.append(core))
+    engine._llm, engine._adapters = types.SimpleNamespace(llm_engine=types.SimpleNamespace(engine_core=core)), ServedAdapters(None, 1)
+    engine.close(last)
+    assert bool(shut) == taken_apart
 
 
 def resident() -> float:

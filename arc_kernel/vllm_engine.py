@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
-from . import cpu_lora, loopback
+from . import cpu_drafts, cpu_lora, loopback
 from .checkpoint import read_config
 from .device import cores, wide_sums
 from .engine import Answer, EngineSettings, Prompt, ServedAdapters, Viable, Wanted, due, failed
@@ -46,6 +46,8 @@ class VllmEngine:
         self.in_flight, self.adapters = settings.in_flight or asked["max_num_seqs"], asked["max_loras"]
         args = dict(model=str(settings.model), dtype=settings.dtype, max_model_len=settings.max_seq_len,
                     max_num_seqs=self.in_flight, enable_prefix_caching=True, disable_log_stats=True, seed=0)
+        if "vision_config" not in read_config(settings.model):  # prompts are ids; a model with images asks its tokenizer for their places
+            args.update(skip_tokenizer_init=True)
         if settings.lora_rank:
             rank = next((r for r in LORA_RANKS if r >= settings.lora_rank), None)
             if rank is None:
@@ -59,6 +61,7 @@ class VllmEngine:
             keep_memory()
             args.update(kv_cache_memory_bytes=CPU_KV_BYTES, block_size=CPU_BLOCK)
             if settings.drafts:
+                cpu_drafts.install()
                 args.update(speculative_config=CPU_DRAFTS)
             _hide_llvmlite()
         else:
@@ -196,7 +199,7 @@ def _load_class(model: Path) -> None:
 
 
 def _hide_llvmlite() -> None:
-    """Let another engine start in this process after one with drafts, which numba finds and llvmlite compiles: vLLM looks for kernels
+    """Let another engine start in this process after one with drafts, for which vLLM loads numba and llvmlite: it looks for kernels
     in the `__dict__` of everything in every module, and llvmlite's library gives a function for whatever name it is asked for."""
     known = getattr(getattr(sys.modules.get("llvmlite.binding.ffi"), "lib", None), "_fntab", None)
     if isinstance(known, dict):

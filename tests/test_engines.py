@@ -5,11 +5,12 @@ import math
 import shutil
 import types
 
+import numpy as np
 import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from arc_kernel import adapt, generate
+from arc_kernel import adapt, cpu_drafts, generate
 from arc_kernel.engine import CHECK_EVERY, EngineSettings, Prompt, ServedAdapters
 from arc_kernel.errors import ArcKernelError
 from arc_kernel.grids import GridEncoder
@@ -141,6 +142,23 @@ def test_prompt_that_begins_like_its_neighbour_is_computed_from_where_they_part(
     given = answers(engines["vllm"], twins, max_new_tokens=2)
     for start in (0, 1):
         assert given[start, 0].cached == 0 and 570 < given[start, 1].cached <= 601
+
+
+@needs_vllm
+def test_drafts_are_those_vllm_would_find_and_nothing_is_compiled_for_them(engines):
+    from vllm.v1.spec_decode import ngram_proposer
+
+    assert ngram_proposer.batch_propose_numba is cpu_drafts.propose
+    search = ngram_proposer._find_longest_matched_ngram_and_propose_tokens.py_func
+    rng, found = np.random.default_rng(0), 0
+    for _ in range(500):
+        length, kinds, fewest, count = (int(rng.integers(1, most)) for most in (40, 6, 4, 6))
+        most, room = fewest + int(rng.integers(5)), length + int(rng.integers(4))
+        tokens, drafts, counts = rng.integers(kinds, size=(1, length), dtype=np.int32), np.zeros((1, count), np.int32), np.zeros(1, np.int32)
+        cpu_drafts.propose([0], np.array([length]), tokens, fewest, most, room, count, drafts, counts)
+        assert drafts[0, :counts[0]].tolist() == list(search(tokens[0], fewest, most, room, count))
+        found += counts[0]
+    assert found > 200
 
 
 def test_prompts_are_taken_as_they_come(engine, prompts, reference):

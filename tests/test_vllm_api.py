@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import vllm_signatures
-from arc_kernel import cpu_lora, loopback, vllm_engine
+from arc_kernel import cpu_drafts, cpu_lora, loopback, vllm_engine
 from arc_kernel.engine import EngineSettings
 from vllm_calls import ENGINE_ARGS, imports_vllm, missing
 
@@ -78,7 +78,7 @@ def test_what_only_some_releases_take_is_asked_of_those_alone(ours, instead, in_
 
 def test_only_these_modules_know_vllm():
     modules = {path.name for path in Path(vllm_engine.__file__).parent.rglob("*.py") if imports_vllm(path.read_text())}
-    assert modules == {"vllm_engine.py", "cpu_lora.py"}
+    assert modules == {"vllm_engine.py", "cpu_lora.py", "cpu_drafts.py"}
 
 
 @pytest.fixture
@@ -98,29 +98,39 @@ def stand_in(monkeypatch):
     return put
 
 
-@each_release
-@pytest.mark.parametrize("rank", [0, 8, 512])
-def test_gpu_before_ampere_gets_triton_attention_in_the_way_the_release_takes(release, rank, stand_in, monkeypatch):
-    offered = RELEASES[release]
-    names = list(vllm_signatures.signature(offered["calls"][ENGINE_ARGS]).parameters)
+@pytest.fixture
+def start_on_t4(stand_in, monkeypatch, tmp_path):
+    """Start our engine on a T4 with a release's arguments: `make(**arguments)` stands for vLLM's LLM, `config` for the model's."""
     monkeypatch.setattr(vllm_engine, "_capability", lambda device: "7.5")
     monkeypatch.setattr(vllm_engine, "_gpu_memory", lambda: (13_900 << 20, 15_090 << 20))
     monkeypatch.setattr(loopback, "ensure", lambda: None)
     monkeypatch.setattr(os, "environ", dict(os.environ))
+
+    def start(release, make, rank=8, config="{}"):
+        names = list(vllm_signatures.signature(RELEASES[release]["calls"][ENGINE_ARGS]).parameters)
+        stand_in(**{"vllm.LLM": make, ENGINE_ARGS: make_dataclass("EngineArgs", names)})
+        (tmp_path / "config.json").write_text(config)
+        return vllm_engine.VllmEngine(EngineSettings(tmp_path, "float16", 4096, 2, rank), "cuda")
+
+    return start
+
+
+@each_release
+@pytest.mark.parametrize("rank", [0, 8, 512])
+def test_gpu_before_ampere_gets_triton_attention_in_the_way_the_release_takes(release, rank, start_on_t4):
     os.environ.pop("VLLM_ATTENTION_BACKEND", None)
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = True  # as torch has it
     started = []
-    stand_in(**{"vllm.LLM": lambda **arguments: started.append(arguments), ENGINE_ARGS: make_dataclass("EngineArgs", names)})
-    vllm_engine.VllmEngine(EngineSettings(Path("model"), "float16", 4096, 2, rank), "cuda")
+    start_on_t4(release, lambda **arguments: started.append(arguments), rank)
     taken = started[0].get("attention_backend"), os.environ.get("VLLM_ATTENTION_BACKEND")
     assert taken == ((None, "TRITON_ATTN") if release == "vllm==0.11.2" else ("TRITON_ATTN", None))
-    assert "TRITON_ATTN" in offered["attention_backends"].split()
-    assert started[0].get("max_lora_rank", 8) in offered["lora_ranks"]
+    assert "TRITON_ATTN" in RELEASES[release]["attention_backends"].split()
+    assert started[0].get("max_lora_rank", 8) in RELEASES[release]["lora_ranks"]
     assert started[0]["gpu_memory_utilization"] == 0.8
     assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction, "a part of a product may pass 65,504"
 
 
-def test_vllm_that_cannot_compile_for_a_gpu_is_started_without(stand_in, monkeypatch):
+def test_vllm_that_cannot_compile_for_a_gpu_is_started_without(start_on_t4):
     started = []
 
     def compiles(**arguments):
@@ -129,13 +139,14 @@ def test_vllm_that_cannot_compile_for_a_gpu_is_started_without(stand_in, monkeyp
             raise RuntimeError("sm75 is not currently supported")
         return "an engine"
 
-    names = list(vllm_signatures.signature(RELEASES["vllm==0.19.1"]["calls"][ENGINE_ARGS]).parameters)
-    monkeypatch.setattr(vllm_engine, "_capability", lambda device: "7.5")
-    monkeypatch.setattr(vllm_engine, "_gpu_memory", lambda: (13_900 << 20, 15_090 << 20))
-    monkeypatch.setattr(loopback, "ensure", lambda: None)
-    stand_in(**{"vllm.LLM": compiles, ENGINE_ARGS: make_dataclass("EngineArgs", names)})
-    engine = vllm_engine.VllmEngine(EngineSettings(Path("model"), "float16", 4096, 2, 8), "cuda")
-    assert started == [False, True] and engine._llm == "an engine"
+    assert start_on_t4("vllm==0.19.1", compiles)._llm == "an engine" and started == [False, True]
+
+
+@pytest.mark.parametrize("config, reads", [("{}", False), ('{"vision_config": {}}', True)])
+def test_vllm_reads_the_tokenizer_of_a_model_with_images_alone(config, reads, start_on_t4):
+    started = []
+    start_on_t4("vllm==0.33.0", lambda **arguments: started.append(arguments), config=config)
+    assert started[0].get("skip_tokenizer_init", False) is not reads
 
 
 @pytest.mark.parametrize("free, share", [(15.0, 0.9), (13.7, 0.9), (13.0, 0.856), (6.0, 0.39)])
@@ -232,6 +243,13 @@ def test_lora_on_cpu_is_left_alone_where_its_signature_is_another(stand_in, name
     stand_in(**{vllm_signatures.WRAPPER: wrapper})
     assert not cpu_lora.install()
     assert dict(wrapper.__dict__) == theirs
+
+
+@pytest.mark.parametrize("theirs", [None, types.SimpleNamespace(py_func=lambda requests, tokens, k: None), lambda requests: None])
+def test_search_for_drafts_is_left_alone_where_it_is_another(stand_in, theirs):
+    stand_in(**{"vllm.v1.spec_decode.ngram_proposer.batch_propose_numba": theirs})
+    cpu_drafts.install()
+    assert sys.modules["vllm.v1.spec_decode.ngram_proposer"].batch_propose_numba is theirs
 
 
 @each_release

@@ -86,7 +86,7 @@ def test_model_that_overflows_float16_is_rescaled_and_answered_in_float16(tmp_pa
     monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
     sick = overflowing_model(model_folder, tmp_path / "model")
     out = tmp_path / "run"
-    options = {"tasks": TRAINING, "task_ids": "d037b0a7", "model": sick, "dtype": "float16", "views": 2, "max_new_tokens": 16,
+    options = {"tasks": TRAINING, "task_ids": "d037b0a7", "model": sick, "dtype": "float16", "views": 1, "max_new_tokens": 8,
                "prompt": "compact", "grid_encoder": "digits", "ttt_steps": 2}
     done = solve(out, **options)
     assert done.returncode == 0, done.stderr
@@ -95,5 +95,5 @@ def test_model_that_overflows_float16_is_rescaled_and_answered_in_float16(tmp_pa
     assert "float16 cannot hold the model as it is; rescaled: residual stream 2^-" in done.stderr
     assert max(settled["peaks"]["final norm in"]) > 65504 and [e["ok"] for e in settled["evidence"]] == [True]
     statuses = [json.loads(line)["status"] for line in (out / "completions" / "d037b0a7.jsonl").read_text().splitlines()]
-    assert len(statuses) == 2 and "nan" not in statuses
+    assert len(statuses) == 1 and "nan" not in statuses
     assert not list((tmp_path / "scratch").glob("arc-kernel-*")), "adapters converted for the rescaled weights"

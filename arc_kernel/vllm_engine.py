@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import itertools
+import logging
 import math
 import os
 import sys
@@ -48,6 +49,7 @@ class VllmEngine:
                     max_num_seqs=self.in_flight, enable_prefix_caching=True, disable_log_stats=True, seed=0)
         if "vision_config" not in read_config(settings.model):  # prompts are ids; a model with images asks its tokenizer for their places
             args.update(skip_tokenizer_init=True)
+            logging.getLogger("vllm.renderers.base").setLevel(logging.ERROR)  # warns, with a traceback, that it can try no chat template
         if settings.lora_rank:
             rank = next((r for r in LORA_RANKS if r >= settings.lora_rank), None)
             if rank is None:

@@ -153,7 +153,8 @@ def test_drafts_are_those_vllm_would_find_and_nothing_is_compiled_for_them(engin
     for _ in range(500):
         length, kinds, fewest, count = (int(rng.integers(1, most)) for most in (40, 6, 4, 6))
         most, room = fewest + int(rng.integers(5)), length + int(rng.integers(4))
-        tokens, drafts, counts = rng.integers(kinds, size=(1, length), dtype=np.int32), np.zeros((1, count), np.int32), np.zeros(1, np.int32)
+        tokens = rng.integers(kinds, size=(1, length), dtype=np.int32)
+        drafts, counts = np.zeros((1, count), np.int32), np.zeros(1, np.int32)
         cpu_drafts.propose([0], np.array([length]), tokens, fewest, most, room, count, drafts, counts)
         assert drafts[0, :counts[0]].tolist() == list(search(tokens[0], fewest, most, room, count))
         found += counts[0]

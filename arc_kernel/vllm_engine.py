@@ -49,7 +49,7 @@ class VllmEngine:
                     max_num_seqs=self.in_flight, enable_prefix_caching=True, disable_log_stats=True, seed=0)
         if "vision_config" not in read_config(settings.model):  # prompts are ids; a model with images asks its tokenizer for their places
             args.update(skip_tokenizer_init=True)
-            logging.getLogger("vllm.renderers.base").setLevel(logging.ERROR)  # warns, with a traceback, that it can try no chat template
+            logging.getLogger("vllm.renderers.base").addFilter(_is_error)
         if settings.lora_rank:
             rank = next((r for r in LORA_RANKS if r >= settings.lora_rank), None)
             if rank is None:
@@ -186,6 +186,11 @@ def _prepare_environment(device: str) -> None:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     loopback.ensure()
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    """Whether a line of vLLM's belongs into the log: that it can try no chat template without a tokenizer, it warns of with a traceback."""
+    return record.levelno >= logging.ERROR
 
 
 def _load_class(model: Path) -> None:

@@ -13,7 +13,7 @@ help:
 	@echo "make dry-run   the notebook on real tasks with the embedded model, from bundles; 2 to 10 minutes on 2 CPU cores"
 	@echo "make rehearse  a Kaggle session on this machine: read-only mounts, no network, wheels, 240 tasks;"
 	@echo "                15 minutes (ARGS=\"--seconds 360\": 6) after the wheels are installed, 2.8 GB"
-	@echo "make test      all tests; 5 to 14 minutes"
+	@echo "make test      all tests; 5 to 13 minutes"
 	@echo "make test-transformers-4   the tests that need no vLLM, on transformers 4.57 (the default is 5.x)"
 	@echo "make test-transformers-4-quick   those of them that read models, train and answer, in a few minutes: CI runs them"
 	@echo "make speed     training, prefill and decoding beside what this machine allows, and against the plain loop"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from arc_kernel.adapter_fit import check_fit
 from arc_kernel.checkpoint import open_model
-from arc_kernel.errors import ArcKernelError
+from arc_kernel.errors import ArcKernelError, os_line
 from arc_kernel.kaggle import commands, datasets, profiles, wheels
 from arc_kernel.kaggle.templates import USERNAME, Origin
 
@@ -45,6 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
         faults = options.command(options, (lambda line: None) if options.quiet else lambda line: print(line, flush=True))
     except ArcKernelError as error:
         faults = [error]
+    except OSError as error:
+        if error.filename is None:  # no file's fault
+            raise
+        faults = [os_line(error)]
     except KeyboardInterrupt:
         print("stopped: start again to go on", file=sys.stderr)
         return 130

@@ -12,7 +12,7 @@ import typing
 from pathlib import Path
 
 from . import lab_commands
-from .errors import ArcKernelError
+from .errors import ArcKernelError, os_line
 from .finetune import command as finetune_command
 from .prepare import command as prepare_command
 from .settings import Help, Settings
@@ -28,6 +28,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     except ArcKernelError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.filename is None:  # no file's fault
+            raise
+        print(f"error: {os_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped: start again with the same settings to go on", file=sys.stderr)

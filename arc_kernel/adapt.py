@@ -21,7 +21,7 @@ from typing import Callable, Iterator
 
 import numpy as np
 
-from .checkpoint import load_model
+from .checkpoint import check_adapter, load_model
 from .errors import ArcKernelError, first_line
 from .files import whole_folder, write_json
 from .memory import exhausted
@@ -306,10 +306,11 @@ def save_adapter(model, folder: Path, beside: dict[str, dict] | None = None) -> 
 
 
 def steps_taken(folder: Path) -> int:
-    """The steps a task's saved adapter was trained for; 0 where there is none, or none that says so."""
+    """The steps a task's saved adapter was trained for; 0 where there is none, none that says so, or a damaged one."""
     try:
+        check_adapter(folder)
         return int(json.loads((folder / "range.json").read_text(encoding="utf-8"))["steps"])
-    except (OSError, ValueError, TypeError, KeyError):
+    except (ArcKernelError, OSError, ValueError, TypeError, KeyError):
         return 0
 
 

@@ -53,7 +53,7 @@ def find_bundles(root: Path) -> dict[str, Bundle]:
     for folder, manifest in _manifests(root):
         if not isinstance(manifest, dict) or KIND not in manifest:
             continue
-        if not isinstance(kind := manifest[KIND], str) or not _complete(manifest.get("files")):
+        if not isinstance(kind := manifest[KIND], str) or not complete(manifest.get("files")):
             raise ArcKernelError(f"{folder / MANIFEST}: damaged: {AGAIN}")
         first = found.setdefault(kind, Bundle(kind, folder, manifest))
         if first.manifest != manifest:
@@ -96,10 +96,12 @@ def find_inputs(root: Path, weights: bool = True) -> Inputs:
     return Inputs(bundles["code"].folder, folder("weights", "model"), folder("adapter", "adapter"), folder("wheels", ""))
 
 
-def find_challenges(root: Path, name: str) -> Path:
+def find_challenges(root: Path, name: str, competition: str = "") -> Path:
     """The challenges file called `name` below `root`, the shallowest one; copies of the same content are fine.
 
-    Raises ArcKernelError where there is none that holds ARC tasks (what was found, and where), or two that differ.
+    One of the `competition` (a slug), or below Kaggle's folder of competitions, goes before others: a copy in a dataset is that of
+    the placeholder, which in a scoring run is another file. Raises ArcKernelError where there is none that holds ARC tasks (what was
+    found, and where), or two that differ.
     """
     named = [folder / name for folder, files in _walk(root) if name in files]
     found = {path: content for path in named if (content := _tasks_in(path)) is not None}
@@ -107,7 +109,8 @@ def find_challenges(root: Path, name: str) -> Path:
         others = [str(folder / f) for folder, files in _walk(root) for f in files if f.endswith("challenges.json")]
         seen = f"{named[0]} holds no ARC tasks" if named else f"no {name} in it" + (f", but {', '.join(others[:3])}" if others else "")
         raise ArcKernelError(f"{root}: {seen}: attach the competition, or set tasks to the file")
-    first, *rest = found
+    own = [path for path in found if not {"competitions", competition}.isdisjoint(path.relative_to(root).parts[:-1])]
+    first, *rest = own or found
     if other := next((path for path in rest if found[path] != found[first]), None):
         raise ArcKernelError(f"{first} and {other}: two different challenges files: detach one, or set tasks to the file")
     return first
@@ -120,11 +123,11 @@ def sha256(path: Path) -> str:
 
 
 def _tasks_in(path: Path) -> bytes | None:
-    """A file's bytes where it looks like ARC tasks by id, else None."""
+    """A file's bytes where it looks like ARC tasks by id, some of which may be broken, else None."""
     try:
         content = path.read_bytes()
         tasks = json.loads(content)
-        return content if tasks and all({"train", "test"} <= set(task) for task in tasks.values()) else None
+        return content if any(isinstance(task, dict) and {"train", "test"} <= set(task) for task in tasks.values()) else None
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
 
@@ -161,7 +164,7 @@ def _manifests(root: Path) -> Iterator[tuple[Path, object]]:
                 yield folder, None
 
 
-def _complete(files) -> bool:
+def complete(files) -> bool:
     """Whether `files` is what a manifest lists: relative paths inside the bundle, each with its sha256 and bytes."""
     return isinstance(files, dict) and bool(files) and all(
         not os.path.isabs(name) and ".." not in name.split("/") and isinstance(f, dict)

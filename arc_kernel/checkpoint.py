@@ -257,8 +257,12 @@ def wrong_shape(folder: Path, name: str, found: list[int], wanted: list[int]) ->
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: $ARC_KERNEL_CACHE, else ~/.cache/arc_kernel."""
-    return Path(os.environ.get("ARC_KERNEL_CACHE") or Path.home() / ".cache" / "arc_kernel")
+    """Where converted models are kept: $ARC_KERNEL_CACHE, else ~/.cache/arc_kernel. Raises ArcKernelError where it cannot be made."""
+    folder = Path(os.environ.get("ARC_KERNEL_CACHE") or Path.home() / ".cache" / "arc_kernel")
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not there.is_dir() or there != folder.absolute() and not os.access(there, os.W_OK):
+        raise ArcKernelError(f"{folder}: cannot be made in {there}: set ARC_KERNEL_CACHE to a folder that can be written")
+    return folder
 
 
 def embedded_model() -> Path:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +16,7 @@ from .errors import ArcKernelError, counted
 
 LOW_GB = 2.0  # below which a run is not started, and one that goes on says so: completions and report are far smaller
 FLOAT32 = 4  # bytes: adapters are saved as they are trained
+FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def adapters_folder(out: Path, scratch: str, identity: dict) -> Path:
@@ -34,8 +37,26 @@ def make_anew(folder: Path, mark: str) -> None:
     """An empty folder in place of what is there; raises ArcKernelError where that is neither empty nor an earlier one with `mark` in it."""
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / mark).exists())):
         raise ArcKernelError(f"{folder}: in the way, and not made by this script (no {mark} in it): give another --out")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    make(folder, "--out")
+    try:
+        for entry in folder.iterdir():  # the folder itself stays: it may be a link, or a mount point
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    except OSError as error:
+        raise ArcKernelError(f"{error.filename}: cannot be removed ({error.strerror}): give another --out") from None
+
+
+def make(folder: Path, name: str) -> None:
+    """Make a folder that is not there yet; raises ArcKernelError that names the setting it came from where it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArcKernelError(f"{folder}: cannot be written ({error.strerror}): give another {name}") from None
+
+
+def fault(error: BaseException) -> bool:
+    """Whether an exception is the disk's, as where it is full: safetensors' name the number in their text only."""
+    number = error.errno if isinstance(error, OSError) else next(map(int, re.findall(r"\(os error (\d+)\)", str(error))), None)
+    return number in FAULTS
 
 
 def free_gb(folder: Path) -> float:

@@ -17,6 +17,12 @@ def named_line(error: BaseException) -> str:
     return name if line == name else f"{name}: {line}"
 
 
+def os_line(error: OSError) -> str:
+    """The line for a file or folder that the system refuses: `x/y: Permission denied: ...`."""
+    name = str(error.filename)
+    return f"{name if len(name) < 256 else name[:60] + '...'}: {error.strerror}: give another, or let it be read and written"
+
+
 def counted(count: int, noun: str) -> str:
     """`1 task`, `2 tasks`."""
     return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -25,6 +25,12 @@ class EventLog:
     begun: float
     silent: bool = False
 
+    def __post_init__(self):
+        path = self.out / "events.jsonl"
+        if not self.silent and path.is_file() and not path.read_bytes()[-1:] in (b"", b"\n"):
+            with open(path, "a", encoding="utf-8") as file:
+                file.write("\n")  # a kill cut the last line short
+
     def add(self, event: str, **facts) -> None:
         """Write a line: what happened, seconds since the run began, and `facts`."""
         if not self.silent:
@@ -41,13 +47,15 @@ class EventLog:
 
 
 def read_events(out: Path) -> list[dict]:
-    """The events of a run folder; a last line cut short by a kill is left out."""
+    """The events of a run folder; a line cut short by a kill is left out."""
     path, events = out / "events.jsonl", []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
-            events.append(json.loads(line))
+            event = json.loads(line)
         except ValueError:
             continue
+        if isinstance(event, dict) and "event" in event:
+            events.append(event)
     return events
 
 

@@ -7,9 +7,12 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 from .errors import ArcKernelError
+
+STALE = 3600  # seconds in which a folder being made has gained no file: nobody is at it any more
 
 
 def short_path(path: str) -> str:
@@ -63,6 +66,7 @@ def whole_folder(folder: Path, replace: bool = False):
     """A fresh folder beside `folder` that takes its place when the block ends without error; the first of two racers wins, or with
     `replace` the last."""
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _forget_killed(folder)
     fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         yield fresh
@@ -76,3 +80,11 @@ def whole_folder(folder: Path, replace: bool = False):
                 raise
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _forget_killed(folder: Path) -> None:
+    """Remove what processes that were killed left of a folder they were making."""
+    for left in [p for p in folder.parent.iterdir() if p.name.startswith(f".{folder.name}.")]:
+        with contextlib.suppress(OSError):  # another process removes it
+            if left.is_dir() and time.time() - left.stat().st_mtime > STALE:
+                shutil.rmtree(left, ignore_errors=True)

@@ -8,7 +8,7 @@ only what is missing.
 from __future__ import annotations
 
 import dataclasses
-import errno
+import json
 import math
 import os
 import time
@@ -28,7 +28,7 @@ from .job import Job
 from .kaggle import profiles
 from .pool import Pool
 from .precision import probe
-from .precision.verdict import Precision
+from .precision.verdict import Precision, digest
 from .run_folder import completions_file, stored_settings, tasks_digest
 from .settings import Settings
 from .tasks import Attempts, cells, load_challenges, task_to_json, write_submission
@@ -37,7 +37,6 @@ ADAPT_SHARE = 0.6  # of the time budget; the rest is for engine and answers, whi
 FINISH_SHARE, FINISH_SECONDS = 0.02, 20.0  # of the budget, at least seconds, kept for votes, score and report
 GRACE_SHARE = 0.05  # of the budget, for what workers hold when no more tasks are given out
 UNTOLD = ("model", "adapter", "out", "adapters", "adapt_until", "answer_until", "probe_tasks")  # in the log: this machine's own, or long
-DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 SUBMISSION_SECONDS = 10.0  # at most so often is submission.json written again while answers arrive
 
 
@@ -58,8 +57,8 @@ class Run:
         self.encoder = GridEncoder.from_name(settings.grid_encoder)
         self._lock = FileLock(self.out / ".lock", timeout=0)
         self._fresh = self._claim_folder()
-        self.adapters, self._low = disk.adapters_folder(self.out, settings.scratch, self._identity(resume=True)), False
-        self._untrained: set[str] = set()  # tasks for whose training there was no time
+        self._low = False  # a disk is nearly full, which was said
+        self._untrained: set[str] = set()  # tasks for whose training there was no time, or no disk
         self._notes: set[str] = set()  # what workers noted: of the model that they share each notes the same
         self.candidates = self._stored_candidates()
         self._write_submission()
@@ -77,15 +76,15 @@ class Run:
         """
         if self._pool is not None:  # a notebook's cell is run again
             self.stop()
-        todo = self._todo()
-        if not todo["answer"]:
+        unanswered = self._unanswered()
+        if not unanswered:
             return
         try:
             self._lock.acquire()
         except Timeout:
             raise ArcKernelError(f"{self.out}: another run is at work on this folder: wait for it, or give another --out") from None
         try:
-            self._start(todo)
+            todo = self._start(unanswered)
         except BaseException as error:
             self._give_up(error)
             raise
@@ -99,7 +98,7 @@ class Run:
                 if event == "loss":
                     tokens[task], done[task] = message["tokens"], message["step"]
                 elif event in ("adapted", "adapt-failed"):
-                    if message.get("out_of_time"):
+                    if message.get("again"):
                         self._untrained.add(task)
                     done[task], finished = self.job.ttt_steps, finished + 1
                     if message.get("steps", self.job.ttt_steps) < self.job.ttt_steps:
@@ -118,7 +117,7 @@ class Run:
         """
         if self._pool is None:
             return
-        expected = {i: self.challenges.outputs[i] * self.job.views for i in self._todo()["answer"]}
+        expected = {i: self.challenges.outputs[i] * self.job.views for i in self._unanswered()}
         done, tokens, written, given_up, cut, answered = defaultdict(int), 0, time.perf_counter(), False, [], set()
         with progress.bar(sum(expected.values()), "answer", "prediction") as bar:
             for message in self._events("answer", self._last_call(), GRACE_SHARE * self.settings.time_budget):
@@ -165,27 +164,31 @@ class Run:
         try:
             path = report.write_report(self.out, self.settings, self.challenges, self.candidates, attempts, metrics, self.events())
         except Exception as error:  # Kaggle takes no submission of a notebook that ends with an error
-            traceback.print_exc()
+            if not disk.fault(error):
+                traceback.print_exc()
             self.log.say("note", text=f"report.html is not written: {named_line(error)}")
             path = None
         return {"submission": self.out / "submission.json", "report": path, "metrics": metrics, "stages": rows,
                 "seconds": round(time.perf_counter() - self.begun, 1), "free_gb": round(disk.free_gb(self.out), 1)}
 
-    def _start(self, todo: dict[str, list[str]]) -> None:
-        """Check model and folders, and start the workers."""
+    def _start(self, unanswered: list[str]) -> dict[str, list[str]]:
+        """Check model and folders, and start the workers; the tasks they are given by stage."""
         begun = time.perf_counter()
         self._fresh = self._claim_folder() or self._fresh
         self.job = self._resolve()
         self._stage("check model", time.perf_counter() - begun)
+        adapters = Path(self.job.adapters)
+        todo = {"adapt": [i for i in unanswered if adapt.steps_taken(adapters / i) < self.settings.ttt_steps], "answer": unanswered}
         if todo["adapt"]:
-            self._make_adapters_folder()
+            disk.make(adapters, "scratch")
             if not self.settings.adapter:  # which may have modules of its own
                 size = disk.adapter_bytes(Path(self.job.model), self.job.lora_rank, adapt.TARGET_MODULES)
                 if not size:
                     raise adapt.nothing_to_adapt(self.job.model)
-                self.log.say("disk", text=disk.forecast(len(todo["adapt"]), size, self.adapters))
+                self.log.say("disk", text=disk.forecast(len(todo["adapt"]), size, adapters))
         tasks = {i: task_to_json(self.challenges.tasks[i]) for i in todo["answer"]}
         self._pool = Pool(self.devices, dataclasses.asdict(self.job), tasks, todo, self.out, self._share)
+        return todo
 
     def _give_up(self, error: BaseException) -> None:
         """Stop; where the settings are at fault and nothing was done with them, another start on this folder may have others."""
@@ -253,10 +256,10 @@ class Run:
         loud = loud or bool(facts.get("error"))
         (self.log.say if loud else self.log.add)(event, **facts)
         if event in ("adapted", "answered") and not self._low:
-            left = {folder: disk.free_gb(folder) for folder in (self.out, self.adapters)}
-            for folder in [f for f, free in left.items() if free < disk.LOW_GB]:
+            left, folder = min((disk.free_gb(folder), folder) for folder in (self.out, Path(self.job.adapters)))
+            if left < disk.LOW_GB:
                 self._low = True
-                self.log.say("disk", text=f"{folder}: only {left[folder]:.1f} GB left: free some, or what comes next is lost")
+                self.log.say("disk", text=f"{folder}: only {left:.1f} GB left: free some, or what comes next is lost")
 
     def _stage(self, stage: str, seconds: float) -> None:
         self.log.add("stage", stage=stage, seconds=round(seconds, 3))
@@ -281,11 +284,16 @@ class Run:
         write_json(path, mine)
         return True
 
-    def _make_adapters_folder(self) -> None:
-        try:
-            self.adapters.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ArcKernelError(f"{self.adapters}: cannot be written ({error.strerror}): give another scratch") from None
+    def _claim_weights(self, model: Path) -> str:
+        """The sha256 of model and adapter, kept in settings.json; refuse a folder where other weights answered under the same name."""
+        path, start = self.out / "settings.json", self.settings.adapter
+        mine = digest([checkpoint.weights_sha256(folder) for folder in (model, *[Path(start)] * bool(start))])
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored.get("weights_sha256", mine) != mine:
+            changed = " or ".join(filter(None, (self.settings.model, start)))
+            raise ArcKernelError(f"{self.out}: holds a run with other weights, {changed} has changed: give another --out, or delete it")
+        write_json(path, stored | {"weights_sha256": mine})
+        return mine
 
     def _identity(self, resume: bool = False) -> dict:
         """Settings and the tasks' digest; with `resume` only the settings that must be the same when a run is continued."""
@@ -308,12 +316,14 @@ class Run:
         gpus = gpu_count()
         if gpus and s.devices > gpus:
             raise ArcKernelError(f"settings: devices is {s.devices}: this machine shows {gpus} GPU")
+        identity = self._identity(resume=True) | {"weights_sha256": self._claim_weights(model)}
+        adapters = disk.adapters_folder(self.out, s.scratch, identity)
         backend = generate.chosen_backend(s.backend)
         if backend != "vllm" and s.backend == "auto":
             self.log.say("note", text="vLLM is not installed here: answering with the transformers backend")
         shared = {f.name for f in dataclasses.fields(Job)} & {f.name for f in dataclasses.fields(Settings)}
         resolved = {
-            "model": str(model.resolve()), "out": str(self.out.resolve()), "adapters": str(self.adapters.resolve()), "backend": backend,
+            "model": str(model.resolve()), "out": str(self.out.resolve()), "adapters": str(adapters.resolve()), "backend": backend,
             "permute_background": s.background == "permuted", "max_seq_len": min(s.max_seq_len, checkpoint.context_length(model)),
             "ttt_lr": s.ttt_lr or adapt.default_lr(checkpoint.full_parameter_count(model)),
             "adapt_until": self._until(ADAPT_SHARE), "answer_until": self._last_call() + GRACE_SHARE / 2 * s.time_budget,
@@ -322,16 +332,15 @@ class Run:
         self.log.add("resolved", **{k: v for k, v in dataclasses.asdict(job).items() if k not in UNTOLD})
         return job
 
-    def _todo(self) -> dict[str, list[str]]:
-        """Task ids still to adapt and to answer: longest first, so that workers end together; where time may run out,
-        shortest first, so that most tasks are done."""
+    def _unanswered(self) -> list[str]:
+        """Task ids still to answer: longest first, so that workers end together; where time may run out, shortest first, so that most
+        tasks are done."""
         order = sorted(self.challenges.tasks.values(), key=lambda t: (cells(t), t.id))
         if self.settings.self_test:
             order = order[: self.devices]
         if not self.settings.time_budget:
             order.sort(key=cells, reverse=True)
-        answer = [t.id for t in order if not self._completions(t.id).is_file()]
-        return {"adapt": [i for i in answer if adapt.steps_taken(self.adapters / i) < self.settings.ttt_steps], "answer": answer}
+        return [t.id for t in order if not self._completions(t.id).is_file()]
 
     def _stored_candidates(self) -> dict[str, list]:
         """Candidates of the tasks answered, in whole or in part, by an earlier start on this folder."""
@@ -345,7 +354,7 @@ class Run:
         return None if path is None else select.all_candidates(self.challenges.tasks[task_id], select.read_completions(path), self.encoder)
 
     def _set_aside(self, task_id: str) -> None:
-        """Where time was too short to train a task that is answered now, put its completions with those that a next start makes anew."""
+        """Where there was no time or disk to train a task that is answered now, put its completions with those that a next start makes anew."""
         whole = self._completions(task_id)
         if task_id in self._untrained and whole.is_file():
             whole.replace(whole.with_name(whole.name + select.PARTIAL))
@@ -365,7 +374,7 @@ def solve(settings: Settings) -> dict:
         run.answer()
         return run.finish()
     except OSError as error:
-        if error.errno not in DISK_FAULTS:
+        if not disk.fault(error):
             raise
         raise ArcKernelError(f"{error.filename or settings.out}: cannot be written ({error.strerror}): free some disk and start again: "
                              "it goes on from there") from None

@@ -95,7 +95,7 @@ def stored_settings(out: Path) -> tuple[Settings, str]:
     path = out / "settings.json"
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        return Settings.from_parameters({k: v for k, v in stored.items() if k != "tasks_sha256"}), stored["tasks_sha256"]
+        return Settings.from_parameters({k: v for k, v in stored.items() if not k.endswith("_sha256")}), stored["tasks_sha256"]
     except (FileNotFoundError, NotADirectoryError):
         raise ArcKernelError(f"{path}: no such file: give the output folder of a run") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArcKernelError) as error:

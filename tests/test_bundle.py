@@ -257,6 +257,19 @@ def test_copies_of_challenges_are_fine_and_two_different_ones_are_both_named(tmp
     assert "b/arc/t.json and" in message and "a/deep/arc/t.json: two different challenges files" in message
 
 
+@pytest.mark.parametrize("own", ["competitions/arc", "arc-prize"])
+def test_the_competitions_challenges_go_before_a_copy_in_a_dataset(tmp_path, own):
+    for folder, tasks in (("a", TASKS.replace("one", "placeholder")), (own, TASKS)):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "t.json").write_text(tasks)
+    assert bundle.find_challenges(tmp_path, "t.json", "arc-prize") == tmp_path / own / "t.json"
+
+
+def test_challenges_with_a_broken_task_are_challenges(tmp_path):
+    (tmp_path / "t.json").write_text(json.dumps(json.loads(TASKS) | {"two": None, "three": {"train": []}}))
+    assert bundle.find_challenges(tmp_path, "t.json") == tmp_path / "t.json"
+
+
 def test_missing_challenges_say_what_was_found_instead(tmp_path):
     assert "no t.json in it: attach the competition" in error_of(bundle.find_challenges, tmp_path, "t.json")
     (tmp_path / "other_challenges.json").write_text(TASKS)

@@ -3,7 +3,9 @@
 import contextlib
 import importlib.metadata
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -130,6 +132,15 @@ def test_folder_that_nothing_can_replace_is_an_error_and_one_that_another_proces
         (tmp_path / "model").mkdir()
         (tmp_path / "model" / "theirs").touch()
     assert [p.name for p in (tmp_path / "model").iterdir()] == ["theirs"]
+
+
+def test_what_a_killed_process_left_of_a_folder_is_removed_where_it_is_made_again(tmp_path):
+    for name, age in {".model.old": 7200, ".model.new": 60, ".other.old": 7200}.items():
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    with whole_folder(tmp_path / "model"):
+        pass
+    assert {p.name for p in tmp_path.iterdir()} == {"model", ".model.new", ".other.old"}
 
 
 @pytest.mark.parametrize("device, given, cuda, lost", [("cpu", "1", "12.8", True), ("cpu", "1", None, False), ("cpu", "", "12.8", False),

@@ -49,7 +49,14 @@ def test_folder_is_made_anew_only_where_it_is_ones_own(tmp_path):
     with pytest.raises(ArcKernelError, match="in the way, and not made by this script"):
         disk.make_anew(tmp_path / "new", "mark")
     assert (tmp_path / "new" / "other").exists()
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large" / "mark").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "large")
+    disk.make_anew(tmp_path / "link", "mark")
+    assert (tmp_path / "link").is_symlink() and not list((tmp_path / "large").iterdir())
     (tmp_path / "file").write_text("mine")
+    with pytest.raises(ArcKernelError, match="Not a directory.: give another --out"):
+        disk.make_anew(tmp_path / "file" / "below", "mark")
     with pytest.raises(ArcKernelError, match="in the way"):
         disk.make_anew(tmp_path / "file", "mark")
     assert (tmp_path / "file").read_text() == "mine"

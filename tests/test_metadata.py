@@ -17,6 +17,7 @@ from models import tiny_model
 HOME = Path(__file__).resolve().parent.parent
 IMAGE = "example/python@sha256:" + "0" * 64
 PROFILE = dataclasses.replace(profiles.load("kaggle-t4"), docker_image=IMAGE)
+ENTRY = {"sha256": "", "bytes": 1}  # of a file in a manifest
 HEX = "0123456789abcdef" * 2  # as long as a Kaggle key
 
 
@@ -109,7 +110,8 @@ def test_a_missing_notebook_is_named(tmp_path):
 def test_each_kind_has_a_template_kaggle_takes(kind, tmp_path):
     filled = templates.fill(kind, f"arc-kernel-{kind}", "someone", templates.SMOLLM2)
     (tmp_path / "dataset-metadata.json").write_text(json.dumps(filled))
-    (tmp_path / "manifest.json").write_text(json.dumps({"name": f"arc-kernel-{kind}", "files": {}}))
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "manifest.json").write_text(json.dumps({"name": f"arc-kernel-{kind}", "files": {"a.txt": ENTRY}}))
     assert metadata.faults(tmp_path) == []
     assert filled["subtitle"] and "licence" in filled["description"].lower()
 
@@ -158,9 +160,16 @@ def test_faults_of_what_a_dataset_holds(code):
     for name, words in ((".cache/a.txt", "Kaggle's client leaves out"), ("a.tar.gz", "would be unpacked by Kaggle")):
         (code / name).parent.mkdir(exist_ok=True)
         (code / name).write_text("a")
-        change(code / "manifest.json", files=files | {name: {}})
+        change(code / "manifest.json", files=files | {name: ENTRY})
         assert words in only_fault(code)
         (code / name).unlink()
+    change(code / "manifest.json", files=files)
+    (code / "link").symlink_to(code / "arc_kernel")
+    assert f"{code / 'link'}: a link to a folder" in only_fault(code)
+    (code / "link").unlink()
+    for damaged in (list(files), files | {"a": None}):
+        change(code / "manifest.json", files=damaged)
+        assert "manifest.json is missing or damaged" in only_fault(code)
     (code / "manifest.json").unlink()
     assert "manifest.json is missing" in only_fault(code)
 
@@ -169,7 +178,7 @@ def test_faults_of_what_a_dataset_holds(code):
 def test_archives_arrive_as_they_are_in_folders_only_and_what_the_client_leaves_out_never(code, name, fault):
     (code / name).parent.mkdir(parents=True, exist_ok=True)
     (code / name).write_text("a")
-    change(code / "manifest.json", files=json.loads((code / "manifest.json").read_text())["files"] | {name: {}})
+    change(code / "manifest.json", files=json.loads((code / "manifest.json").read_text())["files"] | {name: ENTRY})
     found = [line for line in metadata.faults(code) if "version control" not in line]
     assert len(found) == bool(fault) and fault in "".join(found)
 
@@ -244,6 +253,7 @@ def test_files_with_credentials_are_refused(kernel, name, words):
     (f'os.environ["WANDB_API_KEY"] = "{HEX}01234567"', "a Weights & Biases API key"),
     (f"export WANDB_API_KEY={HEX}01234567", "a Weights & Biases API key"),
     (f'wandb.login(key="{HEX}01234567")', "a Weights & Biases API key"),
+    (f'api_key = "sk-{"aB3" * 8}"', "an API key"), (f"AKIA{'AB34' * 4}", "an API key"),
     ("-----BEGIN OPENSSH PRIVATE KEY-----", "a private key")])
 @pytest.mark.parametrize("name", ["notes.py", "submission.ipynb"])
 def test_text_that_looks_like_a_credential_is_refused(kernel, name, text, words):
@@ -258,7 +268,8 @@ def test_text_that_looks_like_a_credential_is_refused(kernel, name, text, words)
 
 
 @pytest.mark.parametrize("text", [f'"sha256": "{HEX}{HEX}"', f"image@sha256:{HEX}{HEX}", f'"key": "{HEX}{HEX}"',
-                                  f'commit = "{HEX}01234567"', f'"cache_key": "{HEX}"', "KAGGLE_KEY=$KAGGLE_KEY", 'key = "value"'])
+                                  f'commit = "{HEX}01234567"', f'"cache_key": "{HEX}"', "KAGGLE_KEY=$KAGGLE_KEY", 'key = "value"',
+                                  "a-task-of-many-letters-and-words"])
 def test_text_that_is_no_credential_is_left_alone(kernel, text):
     (kernel / "notes.py").write_text(text)
     assert metadata.faults(kernel) == []

@@ -68,6 +68,15 @@ def test_first_cells_may_be_run_again_with_another_value(mounted, tmp_path):
     assert list(read_submission(tmp_path / "submission.json")) == [("one", 0), ("two", 0)]
 
 
+def test_bundles_are_found_behind_links_and_a_loop_ends(mounted, tmp_path):
+    (tmp_path / "input").mkdir()
+    for folder in mounted.iterdir():
+        (tmp_path / "input" / folder.name).symlink_to(folder)
+    (tmp_path / "input" / "loop").symlink_to(tmp_path / "input")
+    done = run_cells(first_cells(tmp_path / "input", tmp_path / "out"), tmp_path)
+    assert done.returncode == 0 and "scoring run: 2 tasks" in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize("given, said", [
     ("task_ids = ['one']", "settings: task_ids is ['one']: give a value of type str"),
     ("views = None", "settings: views is None: give a value of type int"),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from arc_kernel.errors import ArcKernelError
 from arc_kernel.precision import verdict
 from arc_kernel.run import Run
 from arc_kernel.settings import Settings
@@ -144,8 +145,15 @@ def test_next_start_has_the_adapters_of_scratch_and_the_verdict_on_the_dtype(tmp
     assert len(events(out, "adapted")) == 3 and len(events(out, "answered")) == 6
     assert [e["stage"] for e in events(out, "stage")].count("canary") == 1 and (out / "precision.json").read_text() == settled
     known = {k: v if isinstance(v, int) else str(v) for k, v in options.items()}
-    same, other = (Run(Settings(**known | {"ttt_steps": steps}, out=str(tmp_path / f"steps-{steps}"))).adapters for steps in (2, 3))
-    assert same == adapters != other and other.parent.parent == tmp_path / "scratch"
+    adapters_of = lambda steps: Path(started(ttt_steps=steps, out=str(tmp_path / f"steps-{steps}"))._resolve().adapters)
+    started = lambda **more: Run(Settings(**known | more))
+    assert adapters_of(2) == adapters != adapters_of(3) and adapters_of(3).parent.parent == tmp_path / "scratch"
+    tiny_model(model_folder, model, tied=False, seed=1)
+    shutil.rmtree(tmp_path / "steps-2")
+    assert adapters_of(2) != adapters, "other weights under the same name"
+    (out / "completions" / f"{SMALL.split(',')[0]}.jsonl").unlink()
+    with pytest.raises(ArcKernelError, match="holds a run with other weights, .*/model has changed: give another --out"):
+        started(out=str(out)).adapt()
 
 
 def test_scratch_that_cannot_be_made_is_told_before_anything_is_trained(tmp_path, fast):

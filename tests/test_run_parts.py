@@ -3,21 +3,26 @@
 import dataclasses
 import json
 import math
+import os
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from run_folders import write_run, write_tasks
+from safetensors.numpy import save_file
 
 from arc_kernel import disk, select
 from arc_kernel import run as running
 from arc_kernel.errors import ArcKernelError
+from arc_kernel.events import read_events
 from arc_kernel.job import Job
 from arc_kernel.run import Run
 from arc_kernel.settings import Settings
 from arc_kernel.tasks import read_submission
 
-JOB = Job(**dict.fromkeys(f.name for f in dataclasses.fields(Job)) | {"model": "none", "ttt_steps": 1, "views": 2, "adapt_until": math.inf})
+JOB = Job(**dict.fromkeys(f.name for f in dataclasses.fields(Job)) | {"model": "none", "ttt_steps": 1, "views": 2, "adapt_until": math.inf,
+                                                                      "adapters": ""})
 
 
 @pytest.fixture
@@ -61,7 +66,7 @@ def test_ids_may_have_spaces(made):
 
 @pytest.mark.parametrize("time_budget, order", [(0.0, ["C", "B", "A"]), (100.0, ["A", "B", "C"])])
 def test_longest_tasks_come_first_and_shortest_where_time_is_short(made, time_budget, order):
-    assert made(time_budget=time_budget)._todo() == {"adapt": order, "answer": order}
+    assert made(time_budget=time_budget)._unanswered() == order
 
 
 def test_share_of_the_time_goes_by_devices_and_test_inputs(made):
@@ -79,10 +84,11 @@ def test_time_for_votes_and_report_is_kept(made):
 
 def test_disk_that_runs_low_is_told_once(made, monkeypatch, capsys):
     run = made()
+    run.job = JOB
     monkeypatch.setattr(disk, "free_gb", lambda folder: 1.0)
     for _ in range(2):
         run._note({"event": "adapted", "task": "A"})
-    assert capsys.readouterr().err.count("only 1.0 GB left") == 2  # for each of two folders, once
+    assert capsys.readouterr().err.count("only 1.0 GB left") == 1
 
 
 def test_what_each_worker_notes_of_the_model_they_share_is_told_once(made, capsys):
@@ -151,7 +157,7 @@ def test_a_task_answered_in_whole_votes_though_its_worker_died_before_it_said_so
     assert submitted(tmp_path) == [[7]]
 
 
-@pytest.mark.parametrize("message", [{"event": "adapt-failed", "task": "B", "error": "time budget", "out_of_time": True},
+@pytest.mark.parametrize("message", [{"event": "adapt-failed", "task": "B", "error": "time budget", "again": True},
                                      {"event": "out-of-time", "stage": "adapt", "tasks": ["B"], "held": False, "text": ""}])
 def test_a_task_there_was_no_time_to_train_votes_and_is_trained_by_a_next_start(made, tmp_path, monkeypatch, message):
     def events(stage, *_):
@@ -166,15 +172,31 @@ def test_a_task_there_was_no_time_to_train_votes_and_is_trained_by_a_next_start(
     run._resolve = lambda: JOB
     run.adapt()
     run.answer()
-    assert submitted(tmp_path) == [[7]] and "B" in made(adapter="nowhere", ttt_steps=1, views=2)._todo()["adapt"]
+    assert submitted(tmp_path) == [[7]] and "B" in made(adapter="nowhere", ttt_steps=1, views=2)._unanswered()
 
 
-def test_an_adapter_of_fewer_steps_than_asked_is_trained_anew(made):
-    run = made(ttt_steps=4, time_budget=9.0)
-    for task_id, steps in {"A": 4, "B": 3}.items():
-        (run.adapters / task_id).mkdir(parents=True)
-        (run.adapters / task_id / "range.json").write_text(json.dumps({"peaks": {}, "steps": steps}))
-    assert run._todo()["adapt"] == ["B", "C"]
+def test_an_adapter_of_fewer_steps_than_asked_or_a_damaged_one_is_trained_anew(made, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(running, "Pool", lambda devices, job, tasks, todo, *_: given.append(todo) or pool())
+    run = made(adapter="nowhere", ttt_steps=4, time_budget=9.0)
+    run._resolve = lambda: dataclasses.replace(JOB, adapters=str(tmp_path / "adapters"), ttt_steps=4)
+    for task_id, steps in {"A": 4, "B": 3, "C": 4}.items():
+        folder = tmp_path / "adapters" / task_id
+        folder.mkdir(parents=True)
+        (folder / "range.json").write_text(json.dumps({"peaks": {}, "steps": steps}))
+        (folder / "adapter_config.json").write_text("{}")
+        save_file({"lora": np.zeros(8, np.float32)}, folder / "adapter_model.safetensors")
+    os.truncate(tmp_path / "adapters" / "C" / "adapter_model.safetensors", 80)
+    run.adapt()
+    assert given == [{"adapt": ["B", "C"], "answer": ["A", "B", "C"]}]
+
+
+def test_first_event_after_a_line_cut_short_is_not_lost_with_it(made, tmp_path):
+    made().log.add("loss", step=1)
+    with open(tmp_path / "run" / "events.jsonl", "a") as file:
+        file.write('[]\n{"event": "lo')
+    made().log.add("loss", step=2)
+    assert [e["step"] for e in read_events(tmp_path / "run") if e["event"] == "loss"] == [1, 2]
 
 
 def test_adapting_again_stops_the_workers_of_before(made, monkeypatch):
@@ -291,4 +313,4 @@ def test_a_scratch_that_cannot_be_written_may_be_changed(made, fast, tmp_path):
     for _ in range(2):
         with pytest.raises(ArcKernelError, match="give another scratch"):
             first.adapt()
-    assert made(model=str(fast["model"]), ttt_steps=1)._todo()["adapt"], "the folder is free for other settings"
+    assert made(model=str(fast["model"]), ttt_steps=1)._unanswered(), "the folder is free for other settings"

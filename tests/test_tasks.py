@@ -254,6 +254,10 @@ def test_a_bad_submission_is_named_by_file_task_and_attempt(tmp_path, content, s
     assert "s.json" in str(raised.value) and said in str(raised.value)
 
 
+def test_a_mark_some_editors_put_before_json_is_passed_over(tmp_path):
+    assert load_challenges(write(tmp_path / "t.json", "\ufeff" + json.dumps({"t": GOOD}))).tasks.keys() == {"t"}
+
+
 def test_replacing_leaves_the_old_file_whole_and_nothing_else_when_the_block_fails(tmp_path):
     path = tmp_path / "deep" / "file.txt"
     with replacing(path) as file:

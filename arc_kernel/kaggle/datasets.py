@@ -134,7 +134,7 @@ def _build_trained(out: Path, kind: str, inside: str, folder: Path, patterns: tu
 
 
 def _is_built(bundle: Bundle, texts: dict[str, str]) -> bool:
-    there = {f.relative_to(bundle.folder).as_posix() for f in bundle.folder.rglob("*") if not f.is_dir()}
+    there = {f.relative_to(bundle.folder).as_posix() for f in bundle.folder.rglob("*") if f.is_symlink() or not f.is_dir()}
     if there != {*bundle.manifest["files"], *texts}:  # also a stray file: all of the folder is uploaded
         return False
     try:

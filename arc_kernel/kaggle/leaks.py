@@ -20,10 +20,11 @@ FILES = {"kaggle.json": "Kaggle API key", "access_token": "Kaggle access token",
          ".git-credentials": "password file", ".pypirc": "password file"}
 SET = rb"[\"'\]\s,=:\\]{1,8}"  # between a name and its value: key="...", environ["KEY"] = "...", each also with a notebook's \"
 TEXTS = {"a Kaggle API token": rb"KGAT_[0-9A-Za-z_-]{16,}",
-         "a Kaggle API key": rb"(?i)(?:kaggle_key|\bkey)\b" + SET + rb"[0-9a-f]{32}\b",
+         "a Kaggle API key": rb"(?i)(?:kaggle_key|api_?key|\bkey)\b" + SET + rb"[0-9a-f]{32}\b",
          "a Hugging Face token": rb"\bhf_[A-Za-z0-9]{30,}\b",
          "a GitHub token": rb"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{22,})\b",
          "a Weights & Biases API key": rb"(?i)(?:wandb_api_key|wandb\.login\(\s*key)\b" + SET + rb"[0-9a-f]{40}\b",
+         "an API key": rb"\b(?:sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16}|glpat-[A-Za-z0-9_-]{20,})(?![A-Za-z0-9_-])",
          "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----"}
 
 
@@ -35,6 +36,8 @@ def leaks(folder: Path) -> list[str]:
         if ".git" in name.parts:
             if name.parts[-1] == ".git":
                 lines.append(f"{path}: version control of another folder: remove it")
+        elif path.is_symlink() and path.is_dir():  # which Kaggle's client follows
+            lines.append(f"{path}: a link to a folder, which would be uploaded: remove it")
         elif path.is_file():
             lines += _of_file(path)
     return lines

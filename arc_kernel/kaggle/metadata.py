@@ -134,12 +134,15 @@ def _contents(folder: Path, data: dict) -> Iterator[str]:
     """Faults of what a dataset folder holds: the notebook finds a bundle by its manifest and reads what that lists."""
     try:
         manifest = json.loads((folder / bundle.MANIFEST).read_bytes())
-        files, name = set(manifest["files"]), manifest["name"]
+        files, name = manifest["files"], manifest["name"]
     except (OSError, ValueError, KeyError, TypeError):
+        files = name = None
+    if not bundle.complete(files):
         yield f"{bundle.MANIFEST} is missing or damaged: {bundle.AGAIN.split(' and')[0]}"
         return
     if "/" in str(data.get("id")) and str(data["id"]).rpartition("/")[2] != name:
         yield f"its id does not end in {name}, the bundle's name in {bundle.MANIFEST}: {bundle.AGAIN.split(' and')[0]}"
+    files = set(files)
     there = {f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()} - {bundle.MANIFEST, DATASET}
     for what, names in ((f"in {bundle.MANIFEST} but not in the folder", files - there), (f"not in {bundle.MANIFEST}", there - files)):
         if names:

@@ -191,9 +191,18 @@ def is_commit(challenges: Path, environment: dict[str, str] | None = None) -> bo
     public: dict = {}
     for file in challenges.parent.glob("*challenges.json"):
         if file.name != challenges.name and "test" not in file.name:
-            public |= json.loads(file.read_text(encoding="utf-8"))
-    tasks = json.loads(challenges.read_text(encoding="utf-8"))
-    return bool(tasks) and all(i in public and public[i]["train"] == task["train"] for i, task in tasks.items())
+            public |= _train_pairs(file)
+    tasks = _train_pairs(challenges)
+    return bool(tasks) and all(i in public and public[i] == pairs for i, pairs in tasks.items())
+
+
+def _train_pairs(challenges: Path) -> dict:
+    """The train pairs of a challenges file by task id, as they stand there; none where it is no such file."""
+    try:
+        tasks = json.loads(challenges.read_text(encoding="utf-8-sig"))
+        return {i: task.get("train") if isinstance(task, dict) else task for i, task in tasks.items()}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return {}
 
 
 def _smi(*arguments: str) -> str:

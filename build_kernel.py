@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from arc_kernel.adapter_fit import check_fit
+from arc_kernel.adapter_fit import check_served
 from arc_kernel.checkpoint import open_model
 from arc_kernel.errors import ArcKernelError, os_line
 from arc_kernel.kaggle import commands, datasets, profiles, wheels
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _all(options: argparse.Namespace, say: Callable[[str], None]) -> None:
     lora = [_adapter] if options.adapter else []
     if lora:
-        check_fit(Path(options.adapter), open_model(options.model))
+        check_served(Path(options.adapter), open_model(options.model))
     for build in (_notebook, _code, _weights, *lora, _wheels):  # the notebook first: it knows wrong options before anything is made
         build(options, say)
     if options.username == USERNAME:

@@ -9,6 +9,7 @@ from .checkpoint import EMBEDDINGS, HEAD, check_adapter, tensor_shapes, weight_s
 from .errors import ArcKernelError
 
 PREFIX = "base_model.model."  # of names in what peft saves
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq")  # init_lora_weights with which peft takes the LoRA's start off the base's weights
 A, B = ".lora_A.weight", ".lora_B.weight"  # [rank, in] and [out, rank] of a linear layer [out, in]
 OTHER_BASE = "the adapter is for another base: give the model it was trained on"
 
@@ -41,10 +42,23 @@ def check_fit(adapter: Path, model: Path) -> tuple[dict[str, int], list[str]]:
         if not a[0] == b[1] == rank:
             raise ArcKernelError(f"{adapter}: {module + A} is {a}, {module + B} {b}, adapter_config.json says rank {rank}: copy it again")
         ranks[module.removeprefix(PREFIX)] = rank
-    left = [] if config.get("layers_to_transform") or config.get("exclude_modules") else _left_out(config, ranks, base)
+    embedded = {name.removeprefix(PREFIX).removesuffix(".lora_embedding_A") for name in others}
+    left = [] if config.get("layers_to_transform") or config.get("exclude_modules") else _left_out(config, {*ranks, *embedded}, base)
     if left:
         raise ArcKernelError(f"{adapter}: changes {len(ranks)} modules, but not {left[0]} of {model} ({len(left)} such): {OTHER_BASE}")
     return ranks, others
+
+
+def check_served(adapter: Path, model: Path) -> None:
+    """As `check_fit`; and raise ArcKernelError for a LoRA that cannot be put onto a model and taken off again, task by task."""
+    check_fit(adapter, model)
+    config = _read_config(adapter)
+    began = config.get("init_lora_weights")
+    if isinstance(began, str) and began.startswith(CHANGES_BASE):
+        raise ArcKernelError(f"{adapter}: changes its base's weights as well (init_lora_weights {began}): merge it (python -m arc_kernel merge) "
+                             "and give that model, or save it as a plain LoRA (peft's path_initial_model_for_weight_conversion)")
+    if config.get("lora_bias"):
+        raise ArcKernelError(f"{adapter}: has biases (lora_bias), which no engine here serves: train it without")
 
 
 def adapter_rank(folder: Path) -> int:
@@ -53,11 +67,11 @@ def adapter_rank(folder: Path) -> int:
     return int(max([config["r"], *(config.get("rank_pattern") or {}).values()]))
 
 
-def _left_out(config: dict, ranks: dict[str, int], base: dict[str, list[int]]) -> list[str]:
+def _left_out(config: dict, changed: set[str], base: dict[str, list[int]]) -> list[str]:
     """Modules of the base that are targets by name, of which the adapter has no matrices."""
     targets = config.get("target_modules")
     named = tuple(f".{t}.weight" for t in targets) if isinstance(targets, list) else ()
-    return [w.removesuffix(".weight") for w in base if f".{w}".endswith(named) and w.removesuffix(".weight") not in ranks]
+    return [w.removesuffix(".weight") for w in base if f".{w}".endswith(named) and w.removesuffix(".weight") not in changed]
 
 
 def _read_config(adapter: Path) -> dict:

@@ -228,7 +228,7 @@ class Part:
                 if row["stage"] == "adapt":
                     flop = steps * sum(ceilings.train_flop(shape, row["tokens"] // steps, 0, measure.RANK).values())
                 elif row["stage"] == "answer":
-                    flop = 2.0 * (shape.weights + shape.lora(measure.RANK)) * row["tokens"]
+                    flop = 2.0 * (shape.weights + shape.lora(measure.RANK)) * (row["tokens"] - row["cached_tokens"])
                 bound = {"tokens": row["tokens"], "flop": flop, "bound": flop / speed, "by": "GEMM"} if flop else {}
                 self.say(row["stage"], row["seconds"], **bound)
             self.say(WHOLE, seconds)

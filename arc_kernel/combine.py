@@ -40,6 +40,8 @@ def combine(paths: list[Path], out: Path, rule: str, tasks: str = "") -> str:
     """
     if len(paths) < 2:
         raise ArcKernelError("combine: one source: give two or more")
+    if twice := next((p for n, p in enumerate(paths) if p.resolve() in {q.resolve() for q in paths[:n]}), None):
+        raise ArcKernelError(f"{twice}: given twice: give each source once")
     if any(out.resolve() in (p.resolve(), (p / "submission.json").resolve()) for p in paths):
         raise ArcKernelError(f"{out}: is one of the sources: give another --out")
     runs = [_run(p, tasks) for p in paths if rule == "vote" or p.is_dir()]
@@ -92,7 +94,7 @@ def _distinct(grids: list[tuple[Grid, int | None]]) -> list[tuple[Grid, int | No
 def _run(path: Path, tasks: str) -> RunFolder:
     if not path.is_dir():
         raise ArcKernelError(f"{path}: no run's folder: rule vote counts completions: give the output folders of solve")
-    return read_run(path, tasks)
+    return read_run(path, tasks, scored=False)
 
 
 def _same_tasks(runs: list[RunFolder]) -> None:

@@ -21,6 +21,7 @@ from .fused_layer import Fused
 from .memory import exhausted, free_memory, mend_generators
 
 DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")  # embedding, layers, norm; nothing between them
+BY_LENGTH = ("dynamic", "longrope")  # kinds of rotary embedding whose frequencies go by the largest position; passes are padded here
 PARTS = 16  # sizes in an octave of tokens: padding is 3% on average
 SMALLEST = 64  # tokens by which sizes differ at least: what is shorter leaves a GPU idle anyway, and capturing a size takes 0.2 s
 PLAIN = 1  # passes of a size before it is captured
@@ -30,13 +31,15 @@ TRIES = 3  # captures that may fail before it is given up
 
 
 def fits(model, fused: Fused) -> bool:
-    """Is this causal language model nothing but fused layers between its embedding and its norm, each causal and no more, and nothing
-    but their LoRA trained?"""
+    """Is this causal language model nothing but fused layers between its embedding and its norm, each causal and no more, with angles
+    that do not go by the length of a pass, and nothing but their LoRA trained?"""
     inner, config = model.base_model, model.config
     masters = {id(w) for layer in fused.layers for w in (*layer.qkv.masters, *layer.masters)}
     windows = "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
         config.model_type == "mistral" and config.sliding_window is not None)
-    return (type(inner).__name__ in DECODERS and len(fused.layers) == len(inner.layers) and not windows
+    if type(inner).__name__ not in DECODERS or inner.rotary_emb.rope_type in BY_LENGTH:
+        return False
+    return (len(fused.layers) == len(inner.layers) and not windows
             and all(id(w) in masters for w in inner.parameters() if w.requires_grad))
 
 

@@ -76,7 +76,7 @@ def stage_rows(events: list[dict]) -> list[dict]:
         seconds, tokens, prompts = s["seconds"], s["tokens"] + s["prompt_tokens"], s["prompt_tokens"]
         rows.append({"stage": stage, "seconds": round(seconds, 2), "share": round(seconds / total, 4), "tokens": tokens,
                      "tokens_per_second": round(tokens / seconds, 1) if tokens and seconds else 0.0,
-                     "cached": round(s["cached_tokens"] / prompts, 4) if prompts else 0.0,
+                     "cached": round(s["cached_tokens"] / prompts, 4) if prompts else 0.0, "cached_tokens": s["cached_tokens"],
                      **{k: s[k] for k in ("predictions", "repeated", "decided")}})
     return rows
 

@@ -64,6 +64,8 @@ def _recall(tasks: str, model: str, adapter: Path | None, count: int, runs: list
         raise ArcKernelError("evaluate: recall is a model's: give --model and a --count of 1 or more, and no run")
     if out or solutions:
         raise ArcKernelError("evaluate: --out and --solutions go with runs, not with recall: leave them out (--json keeps the figures)")
+    if seed < 0:
+        raise ArcKernelError(f"evaluate: --seed {seed}: give 0 or more")
     if json:
         check_writable(json)
     device = device_name()

@@ -13,7 +13,7 @@ from . import progress
 from .adapter_fit import check_fit
 from .checkpoint import (HEAD, TRAINED_PROMPT, WEIGHTS, check_model, copy_texts, load_model, load_tokenizer, make_portable, read_config,
                          weight_shapes, weight_tensors)
-from .errors import ArcKernelError
+from .errors import ArcKernelError, first_line
 from .files import whole_folder, write_json
 from .prompts import default_builder
 from .tasks import cells, load_challenges
@@ -44,6 +44,8 @@ def merge(model: Path, adapter: Path, out: Path, dtype: str = "auto") -> str:
     try:
         with progress.bar(STEPS, "merge", "step") as bar, whole_folder(out) as fresh:
             return _write(model, adapter, {f"{m}.weight" for m in ranks}, dtype, out, fresh, bar)
+    except NotImplementedError as error:
+        raise ArcKernelError(f"{adapter}: peft does not merge such a LoRA ({first_line(error)}): use it as it is") from None
     except (OSError, SafetensorError) as error:
         raise ArcKernelError(f"{out}: cannot be written ({error}): free some space, or give another --out") from None
 

@@ -310,7 +310,7 @@ class Run:
             if trained != getattr(s, name):
                 self.log.say("note", text=f"{name} is {getattr(s, name)}, but {s.adapter or s.model} was fine-tuned with {trained}")
         if s.adapter:
-            adapter_fit.check_fit(Path(s.adapter), model)
+            adapter_fit.check_served(Path(s.adapter), model)
         if s.profile != "auto":
             profiles.load(s.profile)
         gpus = gpu_count()

@@ -49,13 +49,14 @@ class RunFolder:
         return {i: [ranked(self.voted(i, k)) for k in range(self.challenges.outputs[i])] for i in self.completions}
 
 
-def read_run(path: Path, tasks: str = "", solutions: str = "") -> RunFolder:
-    """Read a run's folder; `tasks` are given where those its settings name are not on this machine.
+def read_run(path: Path, tasks: str = "", solutions: str = "", scored: bool = True) -> RunFolder:
+    """Read a run's folder; `tasks` are given where those its settings name are not on this machine. Where nothing is `scored`, the
+    solutions they name are not looked for.
 
     Raises ArcKernelError in one line where it holds no run, no completions, or answers to other tasks.
     """
     settings, digest = stored_settings(path)
-    challenges = load_challenges(tasks or settings.tasks, solutions or settings.solutions).select(settings.ids, settings.limit)
+    challenges = load_challenges(tasks or settings.tasks, solutions or (settings.solutions if scored else "")).select(settings.ids, settings.limit)
     if tasks_digest(challenges) != digest:
         raise ArcKernelError(f"{path}: answers other tasks than {challenges.source} holds: give the run's own with --tasks")
     files = {i: completions_file(path, i) for i in challenges.tasks}

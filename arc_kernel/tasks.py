@@ -119,9 +119,14 @@ def load_challenges(source: str, solutions: str = "") -> Challenges:
     return Challenges(source, tasks, broken, outputs, unscored)
 
 
+def is_task_id(text: str) -> bool:
+    """Whether this may be a task's id, which becomes a file's name."""
+    return bool(re.fullmatch(r"\w[\w.-]*", text)) and len(text.encode("utf-8", "surrogatepass")) <= ID_BYTES
+
+
 def _check_task(task_id, value, where) -> Task:
     """A task without its test outputs."""
-    if not re.fullmatch(r"\w[\w.-]*", task_id) or len(task_id.encode("utf-8", "surrogatepass")) > ID_BYTES:  # it becomes a file name
+    if not is_task_id(task_id):
         raise ArcKernelError(f"{where.removesuffix(task_id)}{_show(task_id)}: bad id: use letters, digits, '_', '-' and '.', "
                              f"at most {ID_BYTES} bytes")
     if not isinstance(value, dict):

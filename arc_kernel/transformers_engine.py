@@ -22,7 +22,10 @@ class TransformersEngine:
     """
 
     def __init__(self, settings: EngineSettings, device: str):
+        from transformers import GenerationConfig
+
         self._model, self._device, self._end = load_model(settings.model, settings.dtype, device), device, settings.end_token
+        self._model.generation_config = GenerationConfig()  # greedy, whatever the model's own says: vLLM is not told of that either
         self._max_seq_len, self._special, self._adapter = settings.max_seq_len, settings.special, None
         self.in_flight, self.adapters = settings.in_flight or IN_FLIGHT, ADAPTERS
         self._adapters, self._merge, self._old = ServedAdapters(settings.rescale, self.adapters), settings.dtype == "float32", {}
@@ -67,7 +70,6 @@ class TransformersEngine:
             out = self._model.generate(
                 input_ids=ids.to(self._device), attention_mask=mask.to(self._device), do_sample=False, num_beams=1,
                 max_new_tokens=max(ends), eos_token_id=self._end, pad_token_id=self._end,
-                temperature=None, top_p=None, top_k=None, repetition_penalty=None,
                 logits_processor=LogitsProcessorList([record]), stopping_criteria=StoppingCriteriaList([hopeless]))
         for i, prompt in enumerate(prompts):
             generated = out[i, width:width + ends[i]].tolist()  # what stands behind is padding, which looks like the closing token

@@ -38,8 +38,14 @@ def chosen(count: int, skip: int) -> list[Task]:
 def arm_settings(settings: Settings, arm: str) -> Settings:
     """The settings with an arm's `name=value,name=value` put in."""
     types = typing.get_type_hints(Settings)
-    given = dict(part.split("=", 1) for part in arm.split(","))
-    made = dataclasses.replace(settings, out=f"{settings.out}/{arm}", **{k: types[k](v) for k, v in given.items()})
+    given = dict(part.split("=", 1) if "=" in part else (part, "") for part in arm.split(","))
+    if unknown := given.keys() - types.keys():
+        raise SystemExit(f"--arm {arm}: no setting {', '.join(sorted(unknown))}: give name=value,name=value")
+    try:
+        values = {k: {"True": True, "False": False}[v] if types[k] is bool else types[k](v) for k, v in given.items()}
+    except (ValueError, KeyError) as error:
+        raise SystemExit(f"--arm {arm}: {error}: give values of the settings' types, True or False") from None
+    made = dataclasses.replace(settings, out=f"{settings.out}/{arm}", **values)
     return trained_prompt.resolved(made)
 
 

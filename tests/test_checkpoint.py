@@ -134,6 +134,17 @@ def test_folder_that_nothing_can_replace_is_an_error_and_one_that_another_proces
     assert [p.name for p in (tmp_path / "model").iterdir()] == ["theirs"]
 
 
+@pytest.mark.parametrize("changes, words", [
+    ({"quantization_config": {"quant_method": "gptq"}}, "config.json: weights are quantized (gptq): take the checkpoint"),
+    ({"hidden_act": "nothing"}, "model cannot be loaded: KeyError: 'nothing'")])
+def test_config_no_model_can_be_made_of_is_one_line(model_folder, tmp_path, changes, words):
+    folder = tiny_model(model_folder, tmp_path / "tiny")
+    (folder / "config.json").write_text(json.dumps(checkpoint.read_config(folder) | changes))
+    with pytest.raises(ArcKernelError) as raised:
+        checkpoint.load_model(checkpoint.open_model(str(folder)), "float32", "cpu")
+    assert words in str(raised.value) and "\n" not in str(raised.value)
+
+
 def test_what_a_killed_process_left_of_a_folder_is_removed_where_it_is_made_again(tmp_path):
     for name, age in {".model.old": 7200, ".model.new": 60, ".other.old": 7200}.items():
         (tmp_path / name).mkdir()

@@ -70,6 +70,13 @@ def test_model_that_float16_cannot_hold_is_shown_rescued_and_written(precision, 
     assert again.returncode == 1 and "exists: give another --rescaled" in again.stderr and not again.stdout
 
 
+def test_rescaled_model_that_is_refused_is_not_left_behind(precision, grown, tmp_path, monkeypatch):
+    monkeypatch.setattr(rescale, "TOLERANCE", -1.0)
+    done = precision(model=grown, dtype="float32", headroom=4, out=tmp_path / "out", rescaled=tmp_path / "model")
+    assert done.returncode == 1 and "model: not written: weights too small" in done.stderr and "float16 cannot hold it: weights too small for float16" in done.stdout
+    assert not (tmp_path / "model").exists() and (tmp_path / "out" / "report.html").is_file()
+
+
 def test_engine_that_fails_costs_its_dtype_this_time_only(tiny, tmp_path, monkeypatch):
     real, tried = chooser.start_engine, []
 

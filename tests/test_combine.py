@@ -141,6 +141,13 @@ def test_the_fallback_is_the_test_input_where_a_run_before_has_fewer_of_them(tmp
     assert combined(tmp_path, "vote", *sources)[0]["A", 1] == [[[0, 0]], [[1, 1]]]
 
 
+def test_solutions_a_run_was_scored_with_need_not_be_there(tmp_path, runs):
+    for run in runs:
+        stored = json.loads((run / "settings.json").read_text())
+        (run / "settings.json").write_text(json.dumps(stored | {"solutions": str(tmp_path / "gone.json")}))
+    assert main(["combine", *map(str, runs), "--rule", "vote", "--out", str(tmp_path / "out.json")]) == 0
+
+
 def test_each_fault_is_one_line(tmp_path, runs, capsys):
     good = submission(tmp_path / "good.json", t=[([[1]], [[2]])])
 
@@ -153,12 +160,14 @@ def test_each_fault_is_one_line(tmp_path, runs, capsys):
     assert "give two or more" in refused(good)
     assert "no.json: no such file" in refused(good, tmp_path / "no.json")
     (tmp_path / "list.json").write_text("[1]")
+    other = submission(tmp_path / "other.json", t=[([[3]], [[4]])])
     assert "list.json: [1] at the top" in refused(good, tmp_path / "list.json")
-    assert "good.json: is one of the sources" in refused(good, good, out=good)
+    assert "good.json: is one of the sources" in refused(good, tmp_path / "list.json", out=good)
+    assert "good.json: given twice" in refused(good, good)
     assert "is one of the sources" in refused(*runs, rule="vote", out=runs[0] / "submission.json")
     assert "rule vote counts completions: give the output folders" in refused(runs[0], good, rule="vote")
     assert "settings.json: no such file" in refused(runs[0], tmp_path, rule="vote")
-    assert "cannot be written" in refused(good, good, out=good / "below" / "out.json")
+    assert "cannot be written" in refused(good, other, out=good / "below" / "out.json")
     for name, grid in (("train", "[[1]]"), ("test", "[[0, 0]]")):
         (tmp_path / f"{name}.json").write_text((tmp_path / "x_tasks.json").read_text().replace(grid, "[[4]]"))
         other = write_run(tmp_path / name, tmp_path / f"{name}.json", {("t", 0): [np.array([[5]])]})

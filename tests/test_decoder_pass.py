@@ -33,6 +33,13 @@ def test_only_models_that_are_causal_fused_layers_and_no_more(name, may):
     assert fits(model.get_base_model(), fused_layer.install(model)) is may
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_model_whose_angles_go_by_the_length_of_a_pass_does_not_fit(kind):
+    model = network("llama")
+    model.get_base_model().model.rotary_emb.rope_type = kind
+    assert not fits(model.get_base_model(), fused_layer.install(model))
+
+
 def test_a_model_with_a_layer_that_is_not_fused_does_not_fit():
     model = network("llama", targets=("q_proj", "v_proj"))
     assert not fits(model.get_base_model(), fused_layer.install(model))

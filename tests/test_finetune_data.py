@@ -144,8 +144,28 @@ def test_a_damaged_archive_is_named(tmp_path):
 
 
 def test_a_path_may_have_a_colon(tmp_path):
-    path = lines(tmp_path / "a:b.jsonl", {"id": "a", "pairs": [pair(0), pair(1)]})
-    assert split(f"{path}:inputs:3") == (str(path), "inputs", 3.0)
+    for name in ("a:b.jsonl", "2024:05:01.jsonl"):
+        path = lines(tmp_path / name, {"id": "a", "pairs": [pair(0), pair(1)]})
+        assert split(f"{path}:inputs:3") == (str(path), "inputs", 3.0) and split(str(path)) == (str(path), "output", 1.0)
+
+
+def test_an_id_that_is_null_is_the_lines_number(tmp_path):
+    path = lines(tmp_path / "p.jsonl", *({"id": None, "pairs": [pair(n), pair(n + 1)]} for n in (0, 2)))
+    assert [g.id for g in open_source(str(path)).groups] == ["p.jsonl-1", "p.jsonl-2"]
+
+
+def test_broken_tasks_of_a_file_are_left_out_with_a_word(tmp_path):
+    task = {"train": [pair(0), pair(1)], "test": [pair(2)]}
+    (tmp_path / "t.json").write_text(json.dumps({"good": task, "odd": task | {"train": [{"input": [[11]], "output": [[1]]}]}}))
+    source = open_source(str(tmp_path / "t.json"))
+    assert [g.id for g in source.groups] == ["good"] and source.broken.startswith("1 broken task: ") and "odd" in source.broken
+
+
+def test_evaluation_task_that_cannot_be_read_stops_a_run(tmp_path, pool, model_folder):
+    task = {"train": [pair(0), pair(1)], "test": [pair(2)]}
+    (tmp_path / "e.json").write_text(json.dumps({"good": task, "odd": task | {"train": [{"input": [[11]], "output": [[1]]}]}}))
+    with pytest.raises(ArcKernelError, match="an evaluation task that cannot be looked for in the data: .*task odd"):
+        run.prepare(FinetuneSettings(data=(str(pool),), model=str(model_folder), prompt="compact", evaluation_tasks=str(tmp_path / "e.json")))
 
 
 def same(one, other):
@@ -340,3 +360,6 @@ def test_held_out_tasks_are_never_trained_on_and_solve_reads_them(pool, build, t
     assert not {t.id for t in tasks} & {g.id for g in open_source(str(pool)).without({t.id for t in tasks}).groups}
     with pytest.raises(ArcKernelError, match="hold out fewer"):
         run.hold_out([open_source(str(pool))], 13, 0, build(), 4096)
+    named = lines(tmp_path / "named.jsonl", {"id": "re arc/4", "pairs": [pair(n) for n in range(8)]})
+    with pytest.raises(ArcKernelError, match="'re arc/4' cannot be a task's id"):
+        run.hold_out([open_source(str(named))], 1, 0, build(), 4096)

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from arc_kernel import adapt, checkpoint
 from arc_kernel import merge as merging
 from arc_kernel.__main__ import main
-from arc_kernel.adapter_fit import adapter_rank, check_fit
+from arc_kernel.adapter_fit import adapter_rank, check_fit, check_served
 from arc_kernel.errors import ArcKernelError
 from arc_kernel.files import write_json
 from arc_kernel.grids import GridEncoder
@@ -217,6 +217,15 @@ def test_a_run_refuses_an_adapter_for_another_base_before_it_trains(bases, adapt
                  "--backend", "transformers"]) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith(f"error: {adapter}: changes 14 modules, but not model.layers.2.")
+
+
+@pytest.mark.parametrize("config, words", [({"init_lora_weights": "pissa_niter_4"}, "changes its base's weights as well"),
+                                           ({"lora_bias": True}, "has biases")])
+def test_adapter_that_cannot_be_taken_off_again_is_merged_only(bases, adapter, tmp_path, config, words):
+    folder = changed_adapter(adapter, tmp_path / "a", lambda t: None, **config)
+    check_fit(folder, bases[True])
+    with pytest.raises(ArcKernelError, match=words):
+        check_served(folder, bases[True])
 
 
 def test_what_is_in_the_way_stays(bases, adapter, tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import StableLmConfig, StableLmForCausalLM
 
 from arc_kernel import __main__, adapt, checkpoint, generate, trained_prompt
 from arc_kernel.engine import EngineSettings, Prompt
@@ -22,6 +23,7 @@ from arc_kernel.prepare import context, vocabulary
 from arc_kernel.prepare.make import prepare
 from arc_kernel.prompts import PromptBuilder
 from arc_kernel.tasks import Pair, Task
+from models import save
 from standins import CONFIGS, gguf_of, openelm_weights, standin
 
 IDS = torch.arange(3, 243)[None] % 300
@@ -99,6 +101,14 @@ def test_openelm_has_equal_logits_whatever_its_layers_heads_and_groups(copy_of, 
     torch.testing.assert_close(logits(tmp_path / "out"), wanted, atol=2e-5, rtol=1e-4)
 
 
+def test_openelm_loses_tokens_as_any_model_does(copy_of, tmp_path):
+    prepare(str(copy_of("OpenELM-270M")), str(tmp_path / "whole"))
+    assert not checkpoint.is_trimmed(tmp_path / "whole")
+    prepare(str(tmp_path / "whole"), str(tmp_path / "arc"), vocabulary="arc")
+    assert checkpoint.is_trimmed(tmp_path / "arc")
+    assert checkpoint.full_parameter_count(tmp_path / "arc") == checkpoint.full_parameter_count(tmp_path / "whole")
+
+
 def test_openelm_unprepared_without_a_tokenizer_or_a_tensor_is_told_what_to_do(copy_of, tmp_path, capsys):
     source = copy_of("OpenELM-270M")
     with pytest.raises(ArcKernelError, match="not run: python -m arc_kernel prepare --model"):
@@ -142,6 +152,8 @@ def test_first_missing_tensor_is_named_when_preparing_checking_and_loading(copy_
     with pytest.raises(ArcKernelError) as raised:
         checkpoint.load_model(source, "float32", "cpu")
     assert str(raised.value) == said and not (tmp_path / "out").exists()
+    save_file({n.replace("up_proj", "w3"): w for n, w in weights.items()}, source / "model.safetensors")
+    assert refused(["--model", source], capsys, "needs it: model.layers.0.mlp.w3.weight is there instead, a name that is not translated")
     save_file(weights | {lost[0]: weights[lost[0]][:-1]}, source / "model.safetensors")
     assert refused(["--model", source, "--out", tmp_path / "out"], capsys,
                    f"tensor {lost[0]} has shape [511, 448], config.json says [512, 448]")
@@ -276,6 +288,17 @@ def test_theta_that_is_not_named_is_the_architectures():
     by_layer = {"sliding_attention": {"rope_theta": 1e4}, "full_attention": {"rope_theta": 2e6}}  # as Gemma 3's
     assert context.theta_of({"model_type": "gemma3_text", "rope_parameters": by_layer}) == 2e6
     assert context.theta_of({"model_type": "gemma3_text"}) == 1e6
+
+
+def test_share_of_a_head_that_is_rotated_is_kept(model_folder, tmp_path):
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
+    assert checkpoint.portable_config({"rope_parameters": rope, "partial_rotary_factor": 0.5})["partial_rotary_factor"] == 0.75
+    torch.manual_seed(0)
+    config = StableLmConfig(vocab_size=49152, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                            num_key_value_heads=2, partial_rotary_factor=0.75, initializer_range=0.2)
+    made = save(StableLmForCausalLM(config), model_folder, tmp_path / "stablelm")
+    prepare(str(made), str(tmp_path / "out"))
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(made))
 
 
 def test_scaling_is_written_in_both_forms():

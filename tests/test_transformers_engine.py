@@ -3,6 +3,9 @@
 Quick, so that it runs on both transformers versions in CI: `make test-transformers-4-quick`.
 """
 
+import json
+import shutil
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -62,6 +65,16 @@ def test_answers_are_the_greedy_tokens_of_the_model_with_each_prompts_adapter(ti
         assert answer.logprob == pytest.approx(logprob, abs=1e-3) == pytest.approx(sum(answer.logprobs), abs=1e-3)
     for number in range(len(PROMPTS)):
         assert len({tuple(a.token_ids) for a in given[number::len(PROMPTS)]}) == 3  # base, two adapters, base again
+
+
+def test_what_a_models_generation_config_asks_for_changes_no_answer(tiny, tmp_path):
+    asked = [(ids, None) for ids in PROMPTS]
+    wanted = answers(started(tiny, "float32"), asked)
+    model = shutil.copytree(tiny, tmp_path / "model")
+    (model / "generation_config.json").write_text(json.dumps({
+        "eos_token_id": 2, "no_repeat_ngram_size": 1, "suppress_tokens": wanted[0].token_ids[:2], "bad_words_ids": [[wanted[1].token_ids[0]]],
+        "return_dict_in_generate": True, "do_sample": True, "temperature": 9.0, "repetition_penalty": 3.0}))
+    assert [a.token_ids for a in answers(started(model, "float32"), asked)] == [a.token_ids for a in wanted]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

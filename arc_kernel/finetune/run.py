@@ -23,7 +23,7 @@ from ..files import replacing
 from ..grids import GridEncoder
 from ..precision import verdict
 from ..prompts import PromptBuilder
-from ..tasks import Task, load_challenges, task_to_json
+from ..tasks import Task, is_task_id, load_challenges, task_to_json
 from . import overlap, page
 from .data import CONTEXT, Source, open_source
 from .settings import FinetuneSettings
@@ -52,21 +52,26 @@ def prepare(s: FinetuneSettings) -> Prepared:
     """
     folder, s = checkpoint.open_model(s.model), trained_prompt.resolved(s)
     longest = min(s.max_seq_len, checkpoint.context_length(folder))
+    limit = min(s.max_tokens or longest, longest)
     builder = PromptBuilder(checkpoint.load_tokenizer(folder), GridEncoder.from_name(s.grid_encoder), s.prompt)
     sources = [open_source(argument) for argument in s.data]
-    for source in (source for source in sources if source.tokens > min(s.max_tokens or longest, longest)):
-        raise ArcKernelError(f"--data {source.name}: longer than the {min(s.max_tokens or longest, longest)} tokens of an example: "
+    for source in (source for source in sources if source.tokens > limit):
+        raise ArcKernelError(f"--data {source.name}: longer than the {limit} tokens of an example: "
                              f"raise max_seq_len (and the model's context), or give fewer")
     notes = [f"{source.name}: {counted(len(source.groups), 'task')} as {source.kind}, weight {source.weight:g}" if source.groups else
              f"{source.name}: made as drawn, weight {source.weight:g}" for source in sources]
-    held_out = hold_out(sources, s.hold_out, s.seed, builder, s.max_tokens or longest)
+    notes += [f"{source.name}: left out: {source.broken}" for source in sources if source.broken]
+    held_out = hold_out(sources, s.hold_out, s.seed, builder, limit)
     if held_out:
         named = {t.id for t in held_out}
         twins = overlap.find(held_out, [source.without(named) for source in sources])  # the same under another name
         sources = [source.without(named | {f.group for f in twins if f.source == source.name}) for source in sources]
         notes.append(f"{counted(len(held_out), 'task')} held out: {HELD_OUT}")
     if s.evaluation_tasks and any(source.groups for source in sources):
-        found = overlap.find(load_challenges(s.evaluation_tasks).tasks.values(), sources)
+        evaluation = load_challenges(s.evaluation_tasks)
+        for error in evaluation.broken.values():
+            raise ArcKernelError(f"finetune: an evaluation task that cannot be looked for in the data: {error}")
+        found = overlap.find(evaluation.tasks.values(), sources)
         if found and not s.allow_overlap and not s.drop_overlap:
             raise ArcKernelError(f"finetune: {overlap.text(found)}: leave them out with --drop-overlap, or train on them knowingly "
                                  f"with --allow-overlap")
@@ -75,7 +80,7 @@ def prepare(s: FinetuneSettings) -> Prepared:
         notes.append(overlap.text(found) + ", left out" * bool(found and s.drop_overlap))
     stream = Stream(sources, builder, s.seed, longest, s.compose, s.max_tokens, s.loss == "all", s.background == "permuted")
     lengths = stream.lengths()
-    notes.append(check_lengths(lengths, min(s.max_tokens or longest, longest), s.max_too_long))
+    notes.append(check_lengths(lengths, limit, s.max_too_long))
     return Prepared(folder, stream, lengths, held_out, tuple(notes))
 
 
@@ -94,6 +99,8 @@ def hold_out(sources: list[Source], count: int, seed: int, builder: PromptBuilde
         if len(pairs) <= min(CONTEXT):
             continue
         if builder.fit_example(tuple(pairs[:-1]), pairs[-1], longest) == tuple(range(len(pairs) - 1)):
+            if not is_task_id(group.id):
+                raise ArcKernelError(f"finetune: hold_out {count}: {group.id!r} cannot be a task's id: use letters, digits, '_', '-', '.'")
             tasks.append(Task(group.id, tuple(pairs[:-1]), (pairs[-1],)))
         if len(tasks) == count:
             return tuple(tasks)

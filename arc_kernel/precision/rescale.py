@@ -209,7 +209,7 @@ def write_model(source: Path, rescale: Rescale, target: Path) -> None:
     with whole_folder(target) as fresh:
         copy_texts(source, fresh)
         config = read_config(source)
-        config["rms_norm_eps"] *= 4.0**-rescale.residual
+        config["rms_norm_eps"] = config.get("rms_norm_eps", 1e-6) * 4.0**-rescale.residual  # transformers' where it is not said
         tensors, embedding = {}, None
         for name, tensor in weight_tensors(source):
             if tensor.dtype == torch.float16:

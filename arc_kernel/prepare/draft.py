@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Iterator
 
-from ..checkpoint import (CARD, PICKLED, TRAINED_PROMPT, WEIGHTS, check_safetensors, copy_texts, load_tokenizer, portable_config,
+from ..checkpoint import (CARD, PICKLED, TRAINED_PROMPT, WEIGHTS, check_plain, check_safetensors, copy_texts, load_tokenizer, portable_config,
                           read_config, says_tied_by_mistake, weight_shapes, weight_tensors)
 from ..errors import ArcKernelError
 from ..files import write_json
@@ -51,9 +51,7 @@ class Draft:
         Raises ArcKernelError naming what is missing or not opened, with the mend.
         """
         config = portable_config(read_config(source))
-        if config.get("quantization_config"):
-            raise ArcKernelError(f"{source / 'config.json'}: weights are quantized ({config['quantization_config'].get('quant_method')}): "
-                                 "take the checkpoint they were made from")
+        check_plain(source, config)
         check_safetensors(source, WEIGHTS)
         backend, roles, special, template = _tokenizer(source, config)
         context = config.get("max_position_embeddings") or config.get("max_context_length") or 1 << 20

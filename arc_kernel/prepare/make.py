@@ -19,7 +19,7 @@ from ..files import whole_folder, write_json
 from . import context as longer
 from . import openelm, template
 from .draft import Draft
-from .needed import check_weights, needed_shapes
+from .needed import check_names, check_weights, needed_shapes
 from .vocabulary import shrink
 
 
@@ -111,8 +111,7 @@ def _check_source(draft: Draft) -> None:
         needed = needed_shapes(draft.folder)
     except ArcKernelError as error:
         raise ArcKernelError(str(error).replace(str(draft.folder), str(draft.source))) from None
-    if missing := needed.keys() - checkpoint.weight_shapes(draft.source).keys():
-        raise checkpoint.missing_tensors(draft.source, missing, (draft.config.get("architectures") or ["the architecture"])[0])
+    check_names(draft.source, needed, checkpoint.weight_shapes(draft.source), draft.config)
 
 
 def _refuse_other(target: Path, fresh: Path) -> None:

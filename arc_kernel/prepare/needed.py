@@ -40,11 +40,17 @@ def needed_shapes(folder: Path) -> dict[str, list[int]]:
     return {name: list(weight.shape) for name, weight in model.named_parameters()}
 
 
+def check_names(folder: Path, needed: dict[str, list[int]], there: dict[str, list[int]], config: dict) -> None:
+    """Raise ArcKernelError naming the first tensor that is needed and not there, and one that is there in its stead."""
+    if missing := needed.keys() - there.keys():
+        others = sorted(name for name in there.keys() - needed.keys() if not name.endswith("inv_freq"))  # a buffer of old files
+        raise missing_tensors(folder, missing, (config.get("architectures") or ["the architecture"])[0], others[:1])
+
+
 def check_weights(folder: Path) -> None:
     """Raise ArcKernelError naming the first tensor that is missing in a model folder or has another shape than its config says."""
     needed, there = needed_shapes(folder), weight_shapes(folder)
-    if missing := needed.keys() - there.keys():
-        raise missing_tensors(folder, missing, (read_config(folder).get("architectures") or ["the architecture"])[0])
+    check_names(folder, needed, there, read_config(folder))
     for name, shape in sorted(needed.items()):
         if there[name] != shape:
             raise wrong_shape(folder, name, there[name], shape)

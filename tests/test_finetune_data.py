@@ -164,8 +164,9 @@ def test_broken_tasks_of_a_file_are_left_out_with_a_word(tmp_path):
 def test_evaluation_task_that_cannot_be_read_stops_a_run(tmp_path, pool, model_folder):
     task = {"train": [pair(0), pair(1)], "test": [pair(2)]}
     (tmp_path / "e.json").write_text(json.dumps({"good": task, "odd": task | {"train": [{"input": [[11]], "output": [[1]]}]}}))
+    asked = FinetuneSettings(data=(str(pool),), model=str(model_folder), prompt="compact", evaluation_tasks=str(tmp_path / "e.json"))
     with pytest.raises(ArcKernelError, match="an evaluation task that cannot be looked for in the data: .*task odd"):
-        run.prepare(FinetuneSettings(data=(str(pool),), model=str(model_folder), prompt="compact", evaluation_tasks=str(tmp_path / "e.json")))
+        run.prepare(asked)
 
 
 def same(one, other):

@@ -72,7 +72,8 @@ def test_what_a_models_generation_config_asks_for_changes_no_answer(tiny, tmp_pa
     wanted = answers(started(tiny, "float32"), asked)
     model = shutil.copytree(tiny, tmp_path / "model")
     (model / "generation_config.json").write_text(json.dumps({
-        "eos_token_id": 2, "no_repeat_ngram_size": 1, "suppress_tokens": wanted[0].token_ids[:2], "bad_words_ids": [[wanted[1].token_ids[0]]],
+        "eos_token_id": 2, "no_repeat_ngram_size": 1, "suppress_tokens": wanted[0].token_ids[:2],
+        "bad_words_ids": [[wanted[1].token_ids[0]]],
         "return_dict_in_generate": True, "do_sample": True, "temperature": 9.0, "repetition_penalty": 3.0}))
     assert [a.token_ids for a in answers(started(model, "float32"), asked)] == [a.token_ids for a in wanted]
 

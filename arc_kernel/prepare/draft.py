@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Iterator
 
-from ..checkpoint import (CARD, PICKLED, TRAINED_PROMPT, WEIGHTS, check_plain, check_safetensors, copy_texts, load_tokenizer, portable_config,
-                          read_config, says_tied_by_mistake, weight_shapes, weight_tensors)
+from ..checkpoint import (CARD, PICKLED, TRAINED_PROMPT, WEIGHTS, check_plain, check_safetensors, copy_texts, load_tokenizer,
+                          portable_config, read_config, says_tied_by_mistake, weight_shapes, weight_tensors)
 from ..errors import ArcKernelError
 from ..files import write_json
 from ..progress import bar

@@ -136,7 +136,8 @@ def with_model(tmp_path, model, **options):
 def test_model_of_another_layout_is_told_what_it_can_be_used_for(tmp_path, model_folder):
     config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=49152, bos_token_id=0, eos_token_id=0)
     gpt2 = save(GPT2LMHeadModel(config), model_folder, tmp_path / "gpt2")
-    assert refused(with_model(tmp_path, gpt2), gpt2, "none of q_proj", "in this architecture: no LoRA can be trained on it", "ttt_steps=0")
+    done = with_model(tmp_path, gpt2, backend="transformers")
+    assert refused(done, gpt2, "none of q_proj", "in this architecture: no LoRA can be trained on it", "ttt_steps=0")
     config = PhiConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=49152)
     phi = save(PhiForCausalLM(config), model_folder, tmp_path / "phi")
     with pytest.raises(ArcKernelError, match="phi: PhiForCausalLM has no model.norm: .*: set ttt_steps=0"):

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import time
 import traceback
 from collections import defaultdict
@@ -179,6 +180,8 @@ class Run:
         self._stage("check model", time.perf_counter() - begun)
         adapters = Path(self.job.adapters)
         todo = {"adapt": [i for i in unanswered if adapt.steps_taken(adapters / i) < self.settings.ttt_steps], "answer": unanswered}
+        for i in todo["adapt"]:  # of fewer steps, or damaged: no engine is started on what is replaced meanwhile
+            shutil.rmtree(adapters / i, ignore_errors=True)
         if todo["adapt"]:
             disk.make(adapters, "scratch")
             if not self.settings.adapter:  # which may have modules of its own

@@ -189,6 +189,7 @@ def test_an_adapter_of_fewer_steps_than_asked_or_a_damaged_one_is_trained_anew(m
     os.truncate(tmp_path / "adapters" / "C" / "adapter_model.safetensors", 80)
     run.adapt()
     assert given == [{"adapt": ["B", "C"], "answer": ["A", "B", "C"]}]
+    assert [p.name for p in (tmp_path / "adapters").iterdir()] == ["A"], "no engine is started on what is replaced meanwhile"
 
 
 def test_first_event_after_a_line_cut_short_is_not_lost_with_it(made, tmp_path):

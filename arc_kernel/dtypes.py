@@ -14,7 +14,7 @@ from typing import Callable, Sequence
 
 from filelock import FileLock
 
-from .checkpoint import cache_folder, weights_sha256
+from .checkpoint import check_cache, weights_sha256
 from .engine import EngineSettings, Prompt
 from .files import write_json
 from .generate import start_engine
@@ -51,7 +51,7 @@ class Model:
         self.folder, self.adapter, self.builder, self.tasks = folder, adapter, builder, tasks
         self.device, self.max_seq_len, self.headroom = device, max_seq_len, headroom
         weights = {"weights": weights_sha256(folder), "adapter": adapter and weights_sha256(adapter)}
-        self.cache = cache_folder() / "precision" / verdict.digest(weights)
+        self.cache = check_cache() / "precision" / verdict.digest(weights)
         self._made = probe.examples(tasks, builder, min(max_seq_len, probe.PROBE_TOKENS))
         self._asked = probe.examples(tasks, builder, min(max_seq_len, verdict.CANARY_PROMPT))
         self.key = weights | {"examples": verdict.digest([e.input_ids.tolist() for e in self._made + self._asked])}

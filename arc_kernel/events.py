@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -27,9 +28,10 @@ class EventLog:
 
     def __post_init__(self):
         path = self.out / "events.jsonl"
-        if not self.silent and path.is_file() and not path.read_bytes()[-1:] in (b"", b"\n"):
-            with open(path, "a", encoding="utf-8") as file:
-                file.write("\n")  # a kill cut the last line short
+        with contextlib.suppress(OSError):  # whoever starts a run there says so
+            if not self.silent and path.is_file() and not path.read_bytes()[-1:] in (b"", b"\n"):
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write("\n")  # a kill cut the last line short
 
     def add(self, event: str, **facts) -> None:
         """Write a line: what happened, seconds since the run began, and `facts`."""

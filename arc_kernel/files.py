@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .errors import ArcKernelError
 
+MAKING = ".making-"  # in the name of a folder that is being made
 STALE = 3600  # seconds in which a folder being made has gained no file: nobody is at it any more
 
 
@@ -67,7 +68,7 @@ def whole_folder(folder: Path, replace: bool = False):
     `replace` the last."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     _forget_killed(folder)
-    fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}{MAKING}"))
     try:
         yield fresh
         readable(fresh)
@@ -84,7 +85,7 @@ def whole_folder(folder: Path, replace: bool = False):
 
 def _forget_killed(folder: Path) -> None:
     """Remove what processes that were killed left of a folder they were making."""
-    for left in [p for p in folder.parent.iterdir() if p.name.startswith(f".{folder.name}.")]:
+    for left in [p for p in folder.parent.iterdir() if p.name.startswith(f".{folder.name}{MAKING}")]:
         with contextlib.suppress(OSError):  # another process removes it
             if left.is_dir() and time.time() - left.stat().st_mtime > STALE:
                 shutil.rmtree(left, ignore_errors=True)

@@ -258,6 +258,7 @@ class Run:
                 or (event == "verdict" and message["dtype"] is None))
         loud = loud or bool(facts.get("error"))
         (self.log.say if loud else self.log.add)(event, **facts)
+        self._fresh = self._fresh and event not in ("adapted", "answered")
         if event in ("adapted", "answered") and not self._low:
             left, folder = min((disk.free_gb(folder), folder) for folder in (self.out, Path(self.job.adapters)))
             if left < disk.LOW_GB:

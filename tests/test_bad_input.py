@@ -79,7 +79,7 @@ def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == f"error: {tmp_path / 'locked'}: Permission denied: give another, or let it be read and written\n"
     monkeypatch.setenv("ARC_KERNEL_CACHE", str(good_file(tmp_path) / "below"))
     assert main(["inspect", "smollm2-135m"]) == 1
-    assert "tasks.json: set ARC_KERNEL_CACHE to a folder that can be written" in capsys.readouterr().err
+    assert "cannot be made (Not a directory): set ARC_KERNEL_CACHE to a folder that can be written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command, terminal, told", [("inspect", True, True), ("inspect", False, False), ("evaluate", True, False)])

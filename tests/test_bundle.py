@@ -257,9 +257,10 @@ def test_copies_of_challenges_are_fine_and_two_different_ones_are_both_named(tmp
     assert "b/arc/t.json and" in message and "a/deep/arc/t.json: two different challenges files" in message
 
 
-@pytest.mark.parametrize("own", ["competitions/arc", "arc-prize"])
-def test_the_competitions_challenges_go_before_a_copy_in_a_dataset(tmp_path, own):
-    for folder, tasks in (("a", TASKS.replace("one", "placeholder")), (own, TASKS)):
+@pytest.mark.parametrize("own, other", [("competitions/arc", "a"), ("arc-prize", "a"), ("competitions/arc-prize", "competitions/arc"),
+                                        ("competitions/arc-prize", "datasets/someone/arc-prize")])
+def test_the_competitions_challenges_go_before_a_copy_in_a_dataset(tmp_path, own, other):
+    for folder, tasks in ((other, TASKS.replace("one", "placeholder")), (own, TASKS)):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "t.json").write_text(tasks)
     assert bundle.find_challenges(tmp_path, "t.json", "arc-prize") == tmp_path / own / "t.json"

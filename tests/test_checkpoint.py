@@ -146,12 +146,12 @@ def test_config_no_model_can_be_made_of_is_one_line(model_folder, tmp_path, chan
 
 
 def test_what_a_killed_process_left_of_a_folder_is_removed_where_it_is_made_again(tmp_path):
-    for name, age in {".model.old": 7200, ".model.new": 60, ".other.old": 7200}.items():
+    for name, age in {".model.making-old": 7200, ".model.making-new": 60, ".model.mine": 7200, ".other.making-old": 7200}.items():
         (tmp_path / name).mkdir()
         os.utime(tmp_path / name, (time.time() - age,) * 2)
     with whole_folder(tmp_path / "model"):
         pass
-    assert {p.name for p in tmp_path.iterdir()} == {"model", ".model.new", ".other.old"}
+    assert {p.name for p in tmp_path.iterdir()} == {"model", ".model.making-new", ".model.mine", ".other.making-old"}
 
 
 @pytest.mark.parametrize("device, given, cuda, lost", [("cpu", "1", "12.8", True), ("cpu", "1", None, False), ("cpu", "", "12.8", False),

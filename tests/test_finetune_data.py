@@ -149,6 +149,13 @@ def test_a_path_may_have_a_colon(tmp_path):
         assert split(f"{path}:inputs:3") == (str(path), "inputs", 3.0) and split(str(path)) == (str(path), "output", 1.0)
 
 
+def test_hidden_files_beside_lines_are_passed_over(tmp_path):
+    lines(tmp_path / "p.jsonl", {"id": "a", "pairs": [pair(0), pair(1)]})
+    for name in ("._p.jsonl", "._t.json"):
+        (tmp_path / name).write_bytes(b"\0")
+    assert [g.id for g in open_source(str(tmp_path)).groups] == ["a"]
+
+
 def test_an_id_that_is_null_is_the_lines_number(tmp_path):
     path = lines(tmp_path / "p.jsonl", *({"id": None, "pairs": [pair(n), pair(n + 1)]} for n in (0, 2)))
     assert [g.id for g in open_source(str(path)).groups] == ["p.jsonl-1", "p.jsonl-2"]
@@ -165,7 +172,7 @@ def test_evaluation_task_that_cannot_be_read_stops_a_run(tmp_path, pool, model_f
     task = {"train": [pair(0), pair(1)], "test": [pair(2)]}
     (tmp_path / "e.json").write_text(json.dumps({"good": task, "odd": task | {"train": [{"input": [[11]], "output": [[1]]}]}}))
     asked = FinetuneSettings(data=(str(pool),), model=str(model_folder), prompt="compact", evaluation_tasks=str(tmp_path / "e.json"))
-    with pytest.raises(ArcKernelError, match="an evaluation task that cannot be looked for in the data: .*task odd"):
+    with pytest.raises(ArcKernelError, match="an evaluation task cannot be looked for in the data: .*task odd.*--allow-overlap"):
         run.prepare(asked)
 
 

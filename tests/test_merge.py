@@ -198,6 +198,13 @@ def test_adapter_of_several_ranks_or_of_some_layers_fits(bases, adapter, tmp_pat
     assert set(ranks.values()) == {4} and len(ranks) == modules and not others
 
 
+def test_adapter_of_the_embeddings_too_is_for_this_base(bases, adapter, tmp_path):
+    sides = {"A": (4, 49152), "B": (64, 4)}
+    add = lambda t: t.update({f"base_model.model.model.embed_tokens.lora_embedding_{k}": torch.ones(*shape) for k, shape in sides.items()})
+    changed = changed_adapter(adapter, tmp_path / "a", add, target_modules=[*adapt.TARGET_MODULES, "embed_tokens"])
+    assert len(check_fit(changed, bases[True])[1]) == 2
+
+
 @pytest.mark.parametrize("config, rank", [({}, 4), ({"r": 8}, 8), ({"r": 2, "rank_pattern": {"down_proj": 4, "up_proj": 3}}, 4)])
 def test_engine_is_asked_for_the_largest_rank_of_an_adapter(adapter, tmp_path, config, rank):
     assert adapter_rank(changed_adapter(adapter, tmp_path / "a", lambda t: None, **config)) == rank
@@ -219,7 +226,15 @@ def test_a_run_refuses_an_adapter_for_another_base_before_it_trains(bases, adapt
     assert said.startswith(f"error: {adapter}: changes 14 modules, but not model.layers.2.")
 
 
-@pytest.mark.parametrize("config, words", [({"init_lora_weights": "pissa_niter_4"}, "changes its base's weights as well"),
+@pytest.mark.parametrize("began", ["pissa_niter_4", "lora_ga"])
+def test_adapter_of_a_start_that_is_not_found_again_is_neither_served_nor_merged(bases, adapter, tmp_path, began):
+    folder = changed_adapter(adapter, tmp_path / "a", lambda t: None, init_lora_weights=began)
+    for refused in (lambda: check_served(folder, bases[True]), lambda: merge(bases[True], folder, tmp_path / "out")):
+        with pytest.raises(ArcKernelError, match="goes with a base that training changed .*save it as a plain LoRA"):
+            refused()
+
+
+@pytest.mark.parametrize("config, words", [({"init_lora_weights": "pissa"}, "changes its base's weights as well .*merge it"),
                                            ({"lora_bias": True}, "has biases")])
 def test_adapter_that_cannot_be_taken_off_again_is_merged_only(bases, adapter, tmp_path, config, words):
     folder = changed_adapter(adapter, tmp_path / "a", lambda t: None, **config)

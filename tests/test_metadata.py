@@ -254,6 +254,7 @@ def test_files_with_credentials_are_refused(kernel, name, words):
     (f"export WANDB_API_KEY={HEX}01234567", "a Weights & Biases API key"),
     (f'wandb.login(key="{HEX}01234567")', "a Weights & Biases API key"),
     (f'api_key = "sk-{"aB3" * 8}"', "an API key"), (f"AKIA{'AB34' * 4}", "an API key"),
+    (f"glpat-{'aB3_' * 5}", "an API key"), (f'api_key="{HEX}"', "a Kaggle API key"),
     ("-----BEGIN OPENSSH PRIVATE KEY-----", "a private key")])
 @pytest.mark.parametrize("name", ["notes.py", "submission.ipynb"])
 def test_text_that_looks_like_a_credential_is_refused(kernel, name, text, words):
@@ -269,7 +270,8 @@ def test_text_that_looks_like_a_credential_is_refused(kernel, name, text, words)
 
 @pytest.mark.parametrize("text", [f'"sha256": "{HEX}{HEX}"', f"image@sha256:{HEX}{HEX}", f'"key": "{HEX}{HEX}"',
                                   f'commit = "{HEX}01234567"', f'"cache_key": "{HEX}"', "KAGGLE_KEY=$KAGGLE_KEY", 'key = "value"',
-                                  "a-task-of-many-letters-and-words"])
+                                  f"AKIA{'AB34' * 5}",
+                                  "sk-learn-extra-helper-functions", "en-sk-opus-mt-tc-big-model-2023-01"])
 def test_text_that_is_no_credential_is_left_alone(kernel, text):
     (kernel / "notes.py").write_text(text)
     assert metadata.faults(kernel) == []

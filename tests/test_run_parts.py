@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from models import tiny_model
 from run_folders import write_run, write_tasks
 from safetensors.numpy import save_file
 
@@ -198,6 +199,17 @@ def test_first_event_after_a_line_cut_short_is_not_lost_with_it(made, tmp_path):
         file.write('[]\n{"event": "lo')
     made().log.add("loss", step=2)
     assert [e["step"] for e in read_events(tmp_path / "run") if e["event"] == "loss"] == [1, 2]
+
+
+def test_other_weights_are_refused_once_something_was_answered_and_the_folder_stays_theirs(made, fast, tmp_path, model_folder, monkeypatch):
+    monkeypatch.setattr(running, "Pool", lambda *_: pool(lambda *_: iter([{"event": "adapted", "task": "A"}])))
+    model = tiny_model(model_folder, tmp_path / "model")
+    run = made(model=str(model), backend="transformers", ttt_steps=1)
+    run.adapt()
+    tiny_model(model_folder, model, seed=1)
+    for _ in range(2):
+        with pytest.raises(ArcKernelError, match="holds a run with other weights"):
+            run.adapt()
 
 
 def test_adapting_again_stops_the_workers_of_before(made, monkeypatch):

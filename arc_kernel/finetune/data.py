@@ -135,17 +135,19 @@ def _read_tasks(path: str) -> tuple[tuple[Group, ...], str]:
     challenges = load_challenges(path)
     pairs = {task.id: (*task.train, *(p for p in task.test if p.output is not None)) for task in challenges.tasks.values()}
     groups = tuple(Group(i, (of,), True) for i, of in pairs.items() if len(of) > 1)
-    if not groups:
-        raise ArcKernelError(f"{path}: no task has two pairs with outputs: an example needs one to show and one to ask for")
     first = next(iter(challenges.broken.values()), "")
-    return groups, first and f"{counted(len(challenges.broken), 'broken task')}: {first}"
+    broken = first and f"{counted(len(challenges.broken), 'broken task')}: {first}"
+    if not groups:
+        raise ArcKernelError(f"{path}: no task has two pairs with outputs: an example needs one to show and one to ask for"
+                             + f" ({broken})" * bool(broken))
+    return groups, broken
 
 
 def _read_lines(path: Path) -> Iterator[Group]:
     """The groups of a file of JSON lines; an id that is missing is the file's name and the line's number."""
     number = 0
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
+        with gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield _group(json.loads(line), f"{path.name}-{number}", f"{path} line {number}")

@@ -69,8 +69,8 @@ def prepare(s: FinetuneSettings) -> Prepared:
         notes.append(f"{counted(len(held_out), 'task')} held out: {HELD_OUT}")
     if s.evaluation_tasks and any(source.groups for source in sources):
         evaluation = load_challenges(s.evaluation_tasks)
-        for error in evaluation.broken.values():
-            raise ArcKernelError(f"finetune: an evaluation task that cannot be looked for in the data: {error}")
+        for error in evaluation.broken.values() if not s.allow_overlap else ():
+            raise ArcKernelError(f"finetune: an evaluation task cannot be looked for in the data: {error}: mend it, or --allow-overlap")
         found = overlap.find(evaluation.tasks.values(), sources)
         if found and not s.allow_overlap and not s.drop_overlap:
             raise ArcKernelError(f"finetune: {overlap.text(found)}: leave them out with --drop-overlap, or train on them knowingly "

@@ -24,7 +24,7 @@ TEXTS = {"a Kaggle API token": rb"KGAT_[0-9A-Za-z_-]{16,}",
          "a Hugging Face token": rb"\bhf_[A-Za-z0-9]{30,}\b",
          "a GitHub token": rb"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{22,})\b",
          "a Weights & Biases API key": rb"(?i)(?:wandb_api_key|wandb\.login\(\s*key)\b" + SET + rb"[0-9a-f]{40}\b",
-         "an API key": rb"\b(?:sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16}|glpat-[A-Za-z0-9_-]{20,})(?![A-Za-z0-9_-])",
+         "an API key": rb"\b(?:sk-(?=[\w-]*[0-9])(?=[\w-]*[A-Z])[\w-]{20,}|AKIA[0-9A-Z]{16}\b|glpat-[\w-]{20,})",
          "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----"}
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..checkpoint import missing_tensors, read_config, weight_shapes, wrong_shape
+from ..checkpoint import HEAD, missing_tensors, read_config, weight_shapes, wrong_shape
 from ..errors import ArcKernelError
 
 
@@ -41,9 +41,9 @@ def needed_shapes(folder: Path) -> dict[str, list[int]]:
 
 
 def check_names(folder: Path, needed: dict[str, list[int]], there: dict[str, list[int]], config: dict) -> None:
-    """Raise ArcKernelError naming the first tensor that is needed and not there, and one that is there in its stead."""
+    """Raise ArcKernelError naming the first tensor that is needed and not there, and one of its shape that is there in its stead."""
     if missing := needed.keys() - there.keys():
-        others = sorted(name for name in there.keys() - needed.keys() if not name.endswith("inv_freq"))  # a buffer of old files
+        others = sorted(name for name in there.keys() - needed.keys() if name != HEAD and there[name] == needed[min(missing)])
         raise missing_tensors(folder, missing, (config.get("architectures") or ["the architecture"])[0], others[:1])
 
 

@@ -180,7 +180,8 @@ def _renumber_configs(draft: Draft, number: dict[int, int]) -> None:
         config |= {k: renumber(v) for k, v in config.items() if k.endswith("_token_id")}
     for name in OTHER_IDS:
         draft.generation.pop(name, None)
-    draft.config |= {"full_vocab_size": draft.config["vocab_size"], "vocab_size": len(number)}
+    draft.config.setdefault("full_vocab_size", draft.config["vocab_size"])
+    draft.config["vocab_size"] = len(number)
     draft.config.setdefault("full_parameters", parameter_count(draft.source))
 
 

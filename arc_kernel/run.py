@@ -183,7 +183,7 @@ class Run:
         for i in todo["adapt"]:  # of fewer steps, or damaged: no engine is started on what is replaced meanwhile
             shutil.rmtree(adapters / i, ignore_errors=True)
         if todo["adapt"]:
-            disk.make(adapters, "scratch")
+            disk.make(adapters, "scratch" if self.settings.scratch else "--out")
             if not self.settings.adapter:  # which may have modules of its own
                 size = disk.adapter_bytes(Path(self.job.model), self.job.lora_rank, adapt.TARGET_MODULES)
                 if not size:

@@ -19,12 +19,14 @@ def check_fit(adapter: Path, model: Path) -> tuple[dict[str, int], list[str]]:
     """The rank of each module a LoRA changes, and the names of tensors in it that are no LoRA matrix of a linear layer.
 
     Raises ArcKernelError naming adapter, tensor and both shapes where a matrix does not fit the model's weight, where the
-    ranks of a module's two differ, and where a module is in one of the folders only.
+    ranks of a module's two differ, where a module is in one of the folders only, and where the base it was trained on is not the
+    model's (see CHANGES_BASE).
     """
     check_adapter(adapter)
     config, shapes, base = _read_config(adapter), tensor_shapes(adapter, "adapter_model.safetensors"), weight_shapes(model)
     if EMBEDDINGS in base:
         base.setdefault(HEAD, base[EMBEDDINGS])  # tied, and not stored
+    _check_start(adapter, config)
     modules = dict.fromkeys(name.removesuffix(part) for name in shapes for part in (A, B) if name.endswith(part))
     others = [name for name in shapes if not name.endswith((A, B))]
     ranks = {}
@@ -53,7 +55,6 @@ def check_fit(adapter: Path, model: Path) -> tuple[dict[str, int], list[str]]:
 def check_served(adapter: Path, model: Path) -> None:
     """As `check_fit`; and raise ArcKernelError for a LoRA that cannot be put onto a model and taken off again, task by task."""
     check_fit(adapter, model)
-    check_start(adapter)
     config = _read_config(adapter)
     if config.get("init_lora_weights") in FOUND_AGAIN:
         raise ArcKernelError(f"{adapter}: changes its base's weights as well (init_lora_weights {config['init_lora_weights']}): "
@@ -62,9 +63,9 @@ def check_served(adapter: Path, model: Path) -> None:
         raise ArcKernelError(f"{adapter}: has biases (lora_bias), which no engine here serves: train it without")
 
 
-def check_start(adapter: Path) -> None:
+def _check_start(adapter: Path, config: dict) -> None:
     """Raise ArcKernelError for a LoRA whose base peft changes when it is opened, by a start that is another each time."""
-    began = _read_config(adapter).get("init_lora_weights")
+    began = config.get("init_lora_weights")
     if isinstance(began, str) and began.startswith(CHANGES_BASE) and began not in FOUND_AGAIN:
         raise ArcKernelError(f"{adapter}: goes with a base that training changed (init_lora_weights {began}): save it as a plain LoRA "
                              "(save_pretrained with peft's path_initial_model_for_weight_conversion)")

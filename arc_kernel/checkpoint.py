@@ -277,7 +277,7 @@ def cache_folder() -> Path:
 
 
 def check_cache() -> Path:
-    """The same folder, made; raises ArcKernelError where it cannot be."""
+    """`cache_folder`, made; raises ArcKernelError where it cannot be."""
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)

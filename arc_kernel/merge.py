@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from . import progress
-from .adapter_fit import check_fit, check_start
+from .adapter_fit import check_fit
 from .checkpoint import (HEAD, TRAINED_PROMPT, WEIGHTS, check_model, copy_texts, load_model, load_tokenizer, make_portable, read_config,
                          weight_shapes, weight_tensors)
 from .errors import ArcKernelError, first_line
@@ -31,7 +31,6 @@ def merge(model: Path, adapter: Path, out: Path, dtype: str = "auto") -> str:
     base with the adapter.
     """
     ranks, others = check_fit(adapter, model)
-    check_start(adapter)
     others = [name for name in others if "lora_magnitude_vector" not in name]  # DoRA's, which peft merges
     if others:
         raise ArcKernelError(f"{adapter}: holds {others[0]}: only a LoRA of linear layers is merged: use the adapter as it is")

@@ -25,7 +25,7 @@ class TransformersEngine:
         from transformers import GenerationConfig
 
         self._model, self._device, self._end = load_model(settings.model, settings.dtype, device), device, settings.end_token
-        self._model.generation_config = GenerationConfig()  # greedy, whatever the model's own says: vLLM is not told of that either
+        self._model.generation_config = GenerationConfig()  # greedy, whatever the model's own asks for
         self._max_seq_len, self._special, self._adapter = settings.max_seq_len, settings.special, None
         self.in_flight, self.adapters = settings.in_flight or IN_FLIGHT, ADAPTERS
         self._adapters, self._merge, self._old = ServedAdapters(settings.rescale, self.adapters), settings.dtype == "float32", {}

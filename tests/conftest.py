@@ -1,5 +1,6 @@
 """Fixtures of all tests: the embedded model, its tokenizer, real tasks; `python -m pytest` runs everything."""
 
+import gc
 import importlib
 import os
 import sys
@@ -17,6 +18,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.sched_setaffinity(0, {cores[number % len(cores)]})
     with memory.importing("torch"):
         importlib.import_module("peft")
+    gc.unfreeze = lambda: None  # where vLLM ends, it looks for garbage among what libraries define, 0.8 s each time; a run ends with it
 
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=30)
 hypothesis.settings.load_profile("repeatable")

@@ -143,7 +143,7 @@ def test_disk_that_is_full_leaves_nothing_and_says_so_in_one_line(published, tmp
 
 def test_first_missing_tensor_is_named_when_preparing_checking_and_loading(copy_of, tmp_path, capsys):
     source = copy_of("NanoLM-0.3B-Instruct-v2")
-    weights = load_file(source / "model.safetensors")
+    weights = {n: w.clone() for n, w in load_file(source / "model.safetensors").items()}  # the file is written over
     lost = ("model.layers.1.mlp.up_proj.weight", "model.layers.1.self_attn.k_proj.bias")
     save_file({n: w for n, w in weights.items() if n not in lost}, source / "model.safetensors")
     said = f"{source}: tensor {lost[0]} is missing, and 1 more: Qwen2ForCausalLM needs it: copy the model again"

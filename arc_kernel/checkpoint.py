@@ -400,7 +400,8 @@ def portable_config(config: dict) -> dict:
     if "rope_theta" in rope:  # not the layer-wise form of architectures with several thetas, which 4.x has no other form for
         del config["rope_parameters"]
         config["rope_theta"] = rope["rope_theta"]
-        config |= {k: rope[k] for k in ("partial_rotary_factor",) if k in rope}  # which 5.x reads there, and 4.x mostly at the top
+        if "partial_rotary_factor" in rope:  # which 5.x reads there, and 4.x mostly at the top
+            config["partial_rotary_factor"] = rope["partial_rotary_factor"]
         config["rope_scaling"] = ({k: v for k, v in rope.items() if k != "rope_theta"}
                                   if rope.get("rope_type", "default") != "default" else None)
     config["torch_dtype"] = config.pop("dtype", None) or config.get("torch_dtype")

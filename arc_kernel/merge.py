@@ -44,7 +44,7 @@ def merge(model: Path, adapter: Path, out: Path, dtype: str = "auto") -> str:
     try:
         with progress.bar(STEPS, "merge", "step") as bar, whole_folder(out) as fresh:
             return _write(model, adapter, {f"{m}.weight" for m in ranks}, dtype, out, fresh, bar)
-    except NotImplementedError as error:
+    except RuntimeError as error:  # an aLoRA, say, which peft loads and cannot merge
         raise ArcKernelError(f"{adapter}: peft does not merge such a LoRA ({first_line(error)}): use it as it is") from None
     except (OSError, SafetensorError) as error:
         raise ArcKernelError(f"{out}: cannot be written ({error}): free some space, or give another --out") from None

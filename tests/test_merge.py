@@ -184,6 +184,13 @@ def test_adapter_that_cannot_be_merged_is_one_line(bases, adapter, tmp_path, cha
     assert not (tmp_path / "out").exists()
 
 
+def test_adapter_that_peft_does_not_merge_is_one_line(bases, adapter, tmp_path):
+    folder = changed_adapter(adapter, tmp_path / "a", alora_invocation_tokens=[1, 2])
+    with pytest.raises(ArcKernelError, match="peft does not merge such a LoRA"):
+        merge(bases[True], folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def first_layer_only(tensors):
     for name in [n for n in tensors if ".layers.0." not in n]:
         del tensors[name]

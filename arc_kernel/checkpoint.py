@@ -39,6 +39,7 @@ TEXTS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_
          "merges.txt", "chat_template*", "model.safetensors.index.json", TRAINED_PROMPT,
          "LICENSE*")  # what a model folder holds beside weights
 CARD = ("LICENSE*", "README.md")  # what a person reads
+SAMPLE = "Input 12:\n9x17\n 0 123 a3  3\n\n"  # of all kinds that prompts have: words, numbers, spaces, ends of lines
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", TRAINED_PROMPT, "LICENSE*")  # what peft leaves, prompt, licence
 
 
@@ -208,11 +209,22 @@ def context_length(folder: Path) -> int:
 
 
 def load_tokenizer(folder: Path):
-    """The tokenizer of a model folder; raises ArcKernelError naming the folder."""
-    from transformers import AutoTokenizer
+    """The tokenizer of a model folder; raises ArcKernelError naming the folder.
 
+    Some classes of transformers 5 put rules of their own in place of those in tokenizer.json: LlamaTokenizer, which the config of models
+    with Qwen2's kind of tokens may name, drops spaces and newlines then. Where that is so for a prompt, tokenizer.json alone is asked.
+    """
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    published = folder / "tokenizer.json"
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if published.is_file():
+            wanted = Tokenizer.from_file(str(published)).encode(SAMPLE, add_special_tokens=False).ids
+            if loaded(SAMPLE, add_special_tokens=False).input_ids != wanted:
+                loaded = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        return loaded
     except Exception as error:  # tokenizers raise bare Exception on a damaged file
         raise ArcKernelError(f"{folder}: tokenizer cannot be loaded: {first_line(error)}") from None
 

@@ -108,6 +108,20 @@ def test_a_reason_that_begins_with_an_empty_line_is_told_and_one_without_words_b
             checkpoint.load_tokenizer(model_folder)
 
 
+@pytest.mark.parametrize("named", ["LlamaTokenizerFast", "GPT2Tokenizer"])
+def test_prompt_keeps_its_spaces_and_lines_whatever_class_the_config_names(model_folder, tmp_path, named):
+    folder = shutil.copytree(model_folder, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": named}))
+    text = [{"role": "user", "content": "Input 1:\n 3x3\n\n1 123 4\n"}]
+    asked, found = (checkpoint.load_tokenizer(f) for f in (model_folder, folder))
+    assert found.apply_chat_template(text, tokenize=False) == asked.apply_chat_template(text, tokenize=False)
+    prompt = found.apply_chat_template(text, tokenize=False)
+    ids = found(prompt, add_special_tokens=False).input_ids
+    assert ids == asked(prompt, add_special_tokens=False).input_ids and found.decode(ids) == prompt
+    assert (found.eos_token, found.eos_token_id) == (asked.eos_token, asked.eos_token_id)
+
+
 def test_shard_named_by_the_index_and_missing_is_named(model_folder, tmp_path):
     folder = shutil.copytree(model_folder, tmp_path / "model")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00002-of-00002.safetensors"}}))

@@ -109,8 +109,11 @@ if _bench:  # in a process of its own: it gives its GPU memory back
     _asks = ("model", "adapter", "tasks", "prompt", "grid_encoder", "backend")
     _command = [sys.executable, "-m", "arc_kernel", "precision", "--bench",
                 *(f"--{_name.replace('_', '-')}={getattr(settings, _name)}" for _name in _asks)]
-    measured = subprocess.run(_command, env={**os.environ, "PYTHONPATH": str(_code)}, capture_output=True, text=True)
-    print(measured.stdout or measured.stderr)
+    try:
+        measured = subprocess.run(_command, env={**os.environ, "PYTHONPATH": str(_code)}, capture_output=True, text=True, timeout=900)
+        print(measured.stdout or measured.stderr)
+    except subprocess.TimeoutExpired:
+        print("precision_bench: stopped after 15 minutes; the run goes on")
 
 # %% [markdown]
 # ## Look at the tasks

@@ -77,10 +77,12 @@ class VllmEngine:
         _load_class(settings.model)
         start = lambda: LLM(**args)
         self._llm, trouble = _started(start, args["enforce_eager"])
-        if trouble and not args["enforce_eager"]:  # compiling for this device, or its CUDA graphs, may be what fails
-            print(f"vLLM does not start in {settings.dtype} ({trouble}): tried without compiling", file=sys.stderr, flush=True)
-            args["enforce_eager"] = True
-            self._llm, trouble = _started(start, True)
+        # The CPU builds of 0.19 and before take no drafts; compiling for this device, or its CUDA graphs, may fail too.
+        for name, value, words in (("speculative_config", None, "without drafts"), ("enforce_eager", True, "without compiling")):
+            if trouble and args.get(name, value) != value:
+                print(f"vLLM does not start in {settings.dtype} ({trouble}): tried {words}", file=sys.stderr, flush=True)
+                args[name] = value
+                self._llm, trouble = _started(start, args["enforce_eager"])
         if trouble:
             raise ArcKernelError(f"{settings.model}: vLLM does not start in {settings.dtype}: {trouble}")
         self._end, self._special = settings.end_token, settings.special

@@ -106,11 +106,11 @@ def start_on_t4(stand_in, monkeypatch, tmp_path):
     monkeypatch.setattr(loopback, "ensure", lambda: None)
     monkeypatch.setattr(os, "environ", dict(os.environ))
 
-    def start(release, make, rank=8, config="{}"):
+    def start(release, make, rank=8, config="{}", device="cuda"):
         names = list(vllm_signatures.signature(RELEASES[release]["calls"][ENGINE_ARGS]).parameters)
         stand_in(**{"vllm.LLM": make, ENGINE_ARGS: make_dataclass("EngineArgs", names)})
         (tmp_path / "config.json").write_text(config)
-        return vllm_engine.VllmEngine(EngineSettings(tmp_path, "float16", 4096, 2, rank), "cuda")
+        return vllm_engine.VllmEngine(EngineSettings(tmp_path, "float16", 4096, 2, rank), device)
 
     return start
 
@@ -140,6 +140,19 @@ def test_vllm_that_cannot_compile_for_a_gpu_is_started_without(start_on_t4):
         return "an engine"
 
     assert start_on_t4("vllm==0.19.1", compiles)._llm == "an engine" and started == [False, True]
+
+
+def test_vllm_that_takes_no_drafts_on_a_cpu_is_started_without(start_on_t4):
+    started = []
+
+    def build(**arguments):
+        started.append(arguments)
+        assert not arguments["speculative_config"], "spec decode is not supported."
+        return "an engine"
+
+    assert start_on_t4("vllm==0.19.1", build, device="cpu")._llm == "an engine"
+    with_drafts, without = started
+    assert with_drafts.pop("speculative_config") and without.pop("speculative_config") is None and with_drafts == without
 
 
 @pytest.mark.parametrize("config, reads", [("{}", False), ('{"vision_config": {}}', True)])

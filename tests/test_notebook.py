@@ -11,17 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from arc_kernel import bundle, generate, notebook
+from arc_kernel import bundle, notebook
 from arc_kernel.device import gpu_count
 from arc_kernel.kaggle import datasets
 from arc_kernel.tasks import read_submission
 from models import tiny_model
-from runs import dry_run
+from runs import REPOSITORY, dry_run, needs_packages
 from small_wheels import make_wheel
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 SOURCE, BUILT = REPOSITORY / "notebooks" / "submission.py", REPOSITORY / "notebooks" / "submission.ipynb"
-needs_packages = pytest.mark.skipif(not generate.vllm_installed(), reason="the packages that the profile locks are not installed")
 
 
 @pytest.fixture(scope="module")

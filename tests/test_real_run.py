@@ -9,16 +9,13 @@ import time
 
 import pytest
 
-from arc_kernel import bundle, generate
+from arc_kernel import bundle
 from arc_kernel.kaggle import datasets
 from arc_kernel.tasks import read_submission
 from models import overflowing_model
-from runs import TRAINING, challenges, contents, digests, dry_run, events, solve
+from runs import TRAINING, challenges, contents, digests, dry_run, events, needs_packages, solve
 
 FILES = {"settings.json", "precision.json", "adapters", "completions", "submission.json", "metrics.json", "events.jsonl", "report.html"}
-
-
-needs_packages = pytest.mark.skipif(not generate.vllm_installed(), reason="the packages that the profile locks are not installed")
 
 
 @needs_packages

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from arc_kernel import generate
 from arc_kernel.errors import ArcKernelError
 from arc_kernel.kaggle import profiles, session
 from arc_kernel.kaggle.session import Gpu, Machine
 from arc_kernel.tasks import load_challenges, read_submission
+from runs import needs_packages
 from small_wheels import make_wheel
 
 T4, P100 = Gpu("Tesla T4", "7.5", 15.0, "550.90"), Gpu("Tesla P100-PCIE-16GB", "6.0", 16.0, "550.90")
@@ -75,7 +75,7 @@ def test_gpus_are_read_from_nvidia_smi_and_are_the_visible_ones(monkeypatch):
         assert session.look().gpus == found
 
 
-@pytest.mark.skipif(not generate.vllm_installed(), reason="the packages that the profile locks are not installed")
+@needs_packages
 def test_without_a_wheelhouse_what_is_missing_is_said_with_the_dataset_to_attach(tmp_path):
     wants = dataclasses.replace(profiles.load("local-cpu"), requirements=("no-such-distribution==1.0",))
     with pytest.raises(ArcKernelError,

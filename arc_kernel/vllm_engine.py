@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import gc
 import itertools
@@ -23,6 +24,9 @@ from .errors import ArcKernelError
 from .kaggle import profiles
 from .memory import free_memory, importing, keep_memory, mend_generators
 
+# How a T4's LoRA products are cut, as vLLM reads it (get_lora_op_configs in vllm/lora/ops/triton_ops/utils.py): as vLLM would cut them
+# 0.8 to 13 KB a thread spill out of its registers, as it is here nothing does (`benchmarks.t4_kernels`; not timed on a T4).
+LORA_TILES = Path(__file__).parent / "lora_tiles"
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, MaxLoRARanks
 CPU_BLOCK = 32  # tokens; a prompt is found in the prefix cache by whole blocks, of which vLLM's CPU build has 128 tokens unasked
 # Tokens that followed the same 2 to 6 tokens before, in prompt or answer, are checked together in one step (prompt lookup,
@@ -68,6 +72,8 @@ class VllmEngine:
             _hide_llvmlite()
         else:
             wide_sums()
+            if float(_capability(device)) < 8:
+                os.environ.setdefault("VLLM_TUNED_CONFIG_FOLDER", str(LORA_TILES))
             args.update(gpu_memory_utilization=_share(asked["gpu_memory_utilization"], *_gpu_memory()))
             if asked["attention_backend"]:
                 if "attention_backend" in known:
@@ -84,7 +90,7 @@ class VllmEngine:
                 args[name] = value
                 self._llm, trouble = _started(start, args["enforce_eager"])
         if trouble:
-            raise ArcKernelError(f"{settings.model}: vLLM does not start in {settings.dtype}: {trouble}")
+            raise ArcKernelError(f"{settings.model}: vLLM does not start in {settings.dtype}: {_lacking(device) or trouble}")
         self._end, self._special = settings.end_token, settings.special
         self._numbers = itertools.count(1)
         self._requests: dict[Path, object] = {}
@@ -237,13 +243,16 @@ def _started(make: Callable[[], object], eager: bool) -> tuple[object | None, st
 
 
 def _forget_compiled() -> None:
-    """Let go of what keeps a closed engine's compiled model, and with it the GPU's memory: torch's hooks on compiled code, and
-    objects that vLLM has frozen out of the garbage collector's sight (vLLM issue 21073). What others compile is compiled again."""
+    """Let go of what keeps a closed engine's compiled model, and with it the GPU's memory: torch's hooks on compiled code, slots of
+    adapters that vLLM's LoRA products know by address, and objects that vLLM has frozen out of the garbage collector's sight (vLLM issue
+    21073). What others compile is compiled again."""
     import torch
 
     torch.compiler.set_stance("default")
     torch._dynamo.reset()
     getattr(sys.modules.get("torch._dynamo.convert_frame"), "_bytecode_hooks", {}).clear()
+    for name in ("_LORA_A_PTR_DICT", "_LORA_B_PTR_DICT"):
+        getattr(sys.modules.get("vllm.lora.ops.triton_ops.utils"), name, {}).clear()
     gc.unfreeze()
 
 
@@ -264,6 +273,16 @@ def _gpu_memory() -> tuple[int, int]:
 def _share(asked: float, free: int, total: int) -> float:
     """Of a GPU's memory what was asked for, or a hundredth less than what is free: vLLM refuses to start where it is not there."""
     return min(asked, math.floor(1000 * free / total - 10) / 1000)
+
+
+def _lacking(device: str) -> str:
+    """The library that vLLM's CPU build needs of the system, where it is not there; vLLM goes on without its operators then."""
+    if device == "cpu":
+        try:
+            ctypes.CDLL("libnuma.so.1")
+        except OSError:
+            return "the system has no libnuma.so.1: install libnuma1 (Debian, Ubuntu) or numactl-libs (Fedora)"
+    return ""
 
 
 def _reason(error: BaseException) -> str:

@@ -8,7 +8,7 @@ Attention and LoRA of the profile `kaggle-t4` are Triton's, whose makers do not 
 kernel is compiled as vLLM launches it for SmolLM2-135M and Qwen2.5-0.5B with a LoRA of rank 32 in float16, down to machine code by the
 ptxas that Triton brings. Printed are the shared memory of a block, which must not pass what the device has (a T4: 64 KiB), registers,
 bytes that spill out of them, and whether products use tensor cores (mma) or not (fma). Tiles are those of vLLM's
-get_lora_op_configs and unified_attention; kernels that a release has no more are left out with a word.
+get_lora_op_configs and unified_attention, and ours (arc_kernel/lora_tiles); kernels that a release does not have are left out with a word.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 SHARED = {75: 64 << 10}  # bytes a block may have, where it is known here
 HEADER = "import triton\nimport triton.language as tl\n\n\nclass float8_info:\n    min, max = -448.0, 448.0\n"
 FILES = ("lora/ops/triton_ops/kernel_utils.py", "lora_shrink_op.py", "lora_expand_op.py", "ops/triton_unified_attention.py",
-         "ops/triton_reshape_and_cache_flash.py")
+         "ops/triton_reshape_and_cache_flash.py", "v1/sample/ops/topk_topp_triton.py", "v1/worker/block_table.py")
 HALF, FLOAT, LONG, INT = "*fp16", "*fp32", "i64", "*i32"
 TYPES = {  # of what is neither a constant nor a 32-bit integer
     "input_ptr": HALF, "token_indices_sorted_by_lora_ids": INT, "num_tokens_per_lora": INT, "lora_token_start_loc": INT, "lora_ids": INT,
@@ -34,7 +34,8 @@ TYPES = {  # of what is neither a constant nor a 32-bit integer
     "query_stride_1": LONG, "output_stride_0": LONG, "output_stride_1": LONG, "qq_bias_stride_0": LONG, "stride_k_cache_0": LONG,
     "stride_k_cache_1": LONG, "stride_k_cache_2": LONG, "stride_v_cache_0": LONG, "stride_v_cache_1": LONG, "stride_v_cache_2": LONG,
     "key_stride": LONG, "value_stride": LONG, "block_stride": LONG, "head_stride": LONG, "page_stride": LONG}
-ODD = ("M", "num_seqs", "qq_bias_stride_0", "slice_start_loc", "ls_d0_ptr", "ls_d1_ptr")  # integers that need not be multiples of 16
+ODD = ("M", "num_seqs", "num_tokens", "max_num_tokens", "BATCH_SIZE", "qq_bias_stride_0", "slice_start_loc", "ls_d0_ptr",
+       "ls_d1_ptr")  # integers that need not be multiples of 16
 
 
 def kernels(wheel: Path, folder: Path):
@@ -57,10 +58,10 @@ def lora_launches():
     """(kernel, label, types, constants, warps, stages) of vLLM's LoRA products; slices are q, k and v, gate and up, or one layer."""
     always = dict(USE_GDC=False, launch_pdl=False)
     shrink = always | dict(BLOCK_M=32, BLOCK_N=16, GROUP_SIZE_M=8, input_d1_stride=1, lora_d2_stride=1, output_d2_stride=1)
-    expand = always | dict(BLOCK_M=64, EVEN_K=True, ADD_INPUTS=True, CAST_TYPE=True, input_d2_stride=1, output_d1_stride=1)
+    expand = always | dict(EVEN_K=True, ADD_INPUTS=True, CAST_TYPE=True, input_d2_stride=1, output_d1_stride=1)
     for slices in (1, 2, 3):
         weights = {"lora_ptr": HALF if slices == 1 else "*u64"}
-        for tokens, wide, split in (("fewer than", 256, 64), ("from", 32, 8)):
+        for tokens, wide, split in (("fewer than", 256, 64), ("from", 32, 8)):  # the latter are ours at any number
             for inputs in (576, 1536):
                 tiles = dict(BLOCK_K=wide, SPLIT_K=split, EVEN_K=inputs % (wide * split) == 0, SLICE_NUM=slices)
                 label = f"{slices} x {inputs} wide, {tokens} 128 tokens"
@@ -68,9 +69,10 @@ def lora_launches():
         alike = slices < 3  # q is wider than k and v
         places = dict.fromkeys(("slice_start_loc", "output_hs_ptr"), "*i64") if slices > 1 else {}
         places |= {} if alike else dict.fromkeys(("ls_d0_ptr", "ls_d1_ptr", "ls_d2_ptr"), "*i64")
-        for wide, deep in ((128 if slices == 1 else 64, 32), (128, 16)):  # of 0.19.1, and of 0.11.2
-            tiles = dict(BLOCK_N=wide, BLOCK_K=deep, SLICE_NUM=slices, SAME_STRIDE=alike, **({"ls_d2_ptr": 1} if alike else {}))
-            label = f"{slices} layers, tiles of 64 x {wide} x {deep}"
+        for whose, rows, wide, deep in (("0.19.1's", 64, 128 if slices == 1 else 64, 32), ("0.11.2's", 64, 128, 16), ("our", 32, 64, 32)):
+            tiles = dict(BLOCK_M=rows, BLOCK_N=wide, BLOCK_K=deep, SLICE_NUM=slices, SAME_STRIDE=alike)
+            tiles |= {"ls_d2_ptr": 1} if alike else {}
+            label = f"{slices} layers, {whose} tiles of {rows} x {wide} x {deep}"
             yield "_lora_expand_kernel", label, weights | {"out_ptr": HALF, "input_ptr": FLOAT} | places, expand | tiles, 4, 2
 
 
@@ -89,6 +91,17 @@ def attention_launches(capability: int):
         yield "reduce_segments", model, {}, decode, 4, 3
         tile = min(512 if capability < 90 else 2048, 1 << (keys * 64 - 1).bit_length())
         yield "reshape_and_cache_kernel_flash", model, {}, written | dict(num_heads=keys, TILE_SIZE=tile), 16, 3
+
+
+def start_launches():
+    """The same of a token's place in the cache, and of top-k and top-p, which nothing here asks for and vLLM tries at its start."""
+    places = dict(query_start_loc_ptr=INT, positions_ptr="*i64", block_table_ptr=INT, slot_mapping_ptr="*i64", block_table_stride="i32")
+    one = dict(TOTAL_CP_WORLD_SIZE=1, TOTAL_CP_RANK=0, CP_KV_CACHE_INTERLEAVE_SIZE=1, PAD_ID=-1, BLOCK_SIZE=1024)
+    yield "_compute_slot_mapping_kernel", "any model", places, one, 4, 3
+    tables = dict.fromkeys(("LOGITS", "BUFFER", "PERCENTILE_TO_STD_TABLE", "NORMAL_CDF_TO_SIGMA_TABLE", "P"), FLOAT) | {"K": INT}
+    for tokens in (389, 49_152, 151_936):
+        both = dict(VOCAB_SIZE=tokens, MASK_VALUE=float("-inf"), BLOCK_SIZE=8192, BLOCK_SIZE_TRUNC=4096)
+        yield "_topk_topp_kernel", f"vocabulary of {tokens:,}", tables, both | dict(TOPK_ENABLED=True, TOPP_ENABLED=True), 4, 3
 
 
 def compiled(kernel, types: dict, constants: dict, warps: int, stages: int, capability: int) -> tuple[int, str]:
@@ -128,7 +141,8 @@ def main() -> None:
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:
         found = kernels(options.vllm, Path(folder))
-        for name, label, types, constants, warps, stages in [*lora_launches(), *attention_launches(options.capability)]:
+        for name, label, types, constants, warps, stages in [*lora_launches(), *attention_launches(options.capability),
+                                                             *start_launches()]:
             kernel = getattr(found, name, None)
             if kernel is None:
                 print(f"{name}: not in {options.vllm.name}")

@@ -118,7 +118,8 @@ def start_on_t4(stand_in, monkeypatch, tmp_path):
 @each_release
 @pytest.mark.parametrize("rank", [0, 8, 512])
 def test_gpu_before_ampere_gets_triton_attention_in_the_way_the_release_takes(release, rank, start_on_t4):
-    os.environ.pop("VLLM_ATTENTION_BACKEND", None)
+    for name in ("VLLM_ATTENTION_BACKEND", "VLLM_TUNED_CONFIG_FOLDER"):
+        os.environ.pop(name, None)
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = True  # as torch has it
     started = []
     start_on_t4(release, lambda **arguments: started.append(arguments), rank)
@@ -127,6 +128,7 @@ def test_gpu_before_ampere_gets_triton_attention_in_the_way_the_release_takes(re
     assert "TRITON_ATTN" in RELEASES[release]["attention_backends"].split()
     assert started[0].get("max_lora_rank", 8) in RELEASES[release]["lora_ranks"]
     assert started[0]["gpu_memory_utilization"] == 0.8
+    assert os.environ["VLLM_TUNED_CONFIG_FOLDER"] == str(vllm_engine.LORA_TILES)
     assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction, "a part of a product may pass 65,504"
 
 
@@ -293,3 +295,18 @@ def test_stored_signatures_are_those_of_the_installed_release():
     root = Path(importlib.util.find_spec("vllm").origin).parent.parent
     read = lambda path: (root / path).read_text() if (root / path).is_file() else None
     assert vllm_signatures.facts(read, package.read_text("METADATA")) == RELEASES[release]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM wheel for this platform")
+@pytest.mark.parametrize("slices", [1, 2, 3])
+@pytest.mark.parametrize("op, added, widest", [("shrink", None, 32), ("expand", True, 64)])
+def test_installed_vllm_cuts_lora_products_on_a_t4_as_our_files_say(op, added, widest, slices, monkeypatch):
+    from vllm import envs
+    from vllm.lora.ops.triton_ops import utils
+
+    monkeypatch.setattr(envs, "VLLM_TUNED_CONFIG_FOLDER", str(vllm_engine.LORA_TILES), raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Tesla T4")
+    monkeypatch.setattr(utils, "load_lora_op_config", utils.load_lora_op_config.__wrapped__)
+    cut = utils.get_lora_op_configs.__wrapped__
+    tiles = [cut(op, 16, batch, 576, rank, slices, added) for batch in (1, 128, 8192) for rank in (8, 256)]
+    assert all(max(t["block_m"], t["block_n"], t["block_k"]) == widest for t in tiles), tiles

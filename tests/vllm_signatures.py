@@ -34,7 +34,7 @@ CALLED = ("vllm.LLM", "vllm.SamplingParams", "vllm.TokensPrompt", "vllm.engine.a
 READ = ("vllm.CompletionOutput", "vllm.LLM", "vllm.LLMEngine", "vllm.ModelRegistry", "vllm.RequestOutput", "vllm.logprobs.Logprob",
         LISTED, WRAPPER)
 ENVIRONMENT = ("VLLM_ATTENTION_BACKEND", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL", "VLLM_NO_USAGE_STATS",
-               "VLLM_USE_FLASHINFER_SAMPLER")
+               "VLLM_TUNED_CONFIG_FOLDER", "VLLM_USE_FLASHINFER_SAMPLER")
 BACKENDS = ("vllm.v1.attention.backends.registry", "vllm.attention.backends.registry")  # the second in 0.11.2
 
 

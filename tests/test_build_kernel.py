@@ -16,7 +16,7 @@ import build_kernel
 import clone
 from arc_kernel import bundle
 from arc_kernel.checkpoint import load_model
-from arc_kernel.kaggle import datasets, metadata
+from arc_kernel.kaggle import datasets, metadata, profiles
 from models import tiny_model
 
 COMMANDS = ("all", "code", "weights", "adapter", "wheels", "notebook", "check", "push")
@@ -152,8 +152,8 @@ def test_an_adapter_becomes_a_dataset_that_the_notebook_names(kernel, tmp_path):
     assert kernel("check", "--out", out)[0] == 0 and (out / name / "LICENSE").is_file()
 
 
-def test_the_image_is_that_of_the_first_push_or_a_pinned_one(kernel, built, tmp_path):
-    assert kernel_metadata(built)["docker_image_pinning_type"] == "original" and "docker_image" not in kernel_metadata(built)
+def test_the_image_is_the_profiles_or_the_one_asked_for(kernel, built, tmp_path):
+    assert kernel_metadata(built)["docker_image"] == profiles.load("kaggle-t4").docker_image
     assert kernel("notebook", "--docker-image", IMAGE, "--username", "someone", "--out", tmp_path)[0] == 0
     assert kernel_metadata(tmp_path)["docker_image"] == IMAGE and "docker_image_pinning_type" not in kernel_metadata(tmp_path)
     assert metadata.faults(tmp_path / NOTEBOOK) == []

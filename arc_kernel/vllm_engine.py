@@ -25,7 +25,7 @@ from .kaggle import profiles
 from .memory import free_memory, importing, keep_memory, mend_generators
 
 # How a T4's LoRA products are cut, as vLLM reads it (get_lora_op_configs in vllm/lora/ops/triton_ops/utils.py): as vLLM would cut them
-# 0.8 to 13 KB a thread spill out of its registers, as it is here nothing does (`benchmarks.t4_kernels`; not timed on a T4).
+# 0.8 to 8 KB a thread spill out of its registers, as it is here nothing does (`benchmarks.t4_kernels`; not timed on a T4).
 LORA_TILES = Path(__file__).parent / "lora_tiles"
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, MaxLoRARanks
 CPU_BLOCK = 32  # tokens; a prompt is found in the prefix cache by whole blocks, of which vLLM's CPU build has 128 tokens unasked

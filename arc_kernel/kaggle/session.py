@@ -157,8 +157,9 @@ def _install(profile: Profile, wheels: Path, installed: dict[str, str], say: Cal
 
 def _pip(*arguments: str) -> None:
     # Isolated: an image's environment may hold PIP_CONSTRAINT, PIP_USER and the like, by which wheels of the lock would be refused.
-    command = [sys.executable, "-m", "pip", "--isolated", arguments[0], "--quiet", "--disable-pip-version-check", *arguments[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PIP_ROOT_USER_ACTION": "ignore"})
+    command = [sys.executable, "-m", "pip", "--isolated", arguments[0], "--quiet", "--disable-pip-version-check",
+               "--root-user-action", "ignore", *arguments[1:]]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         error = next((line for line in lines if "ERROR" in line), lines[-1] if lines else "it said nothing")

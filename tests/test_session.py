@@ -137,7 +137,7 @@ session._install(profile, Path({str(house)!r}), session.look().installed, print)
 print(sorted((k, v) for k, v in session.look().installed.items() if k.endswith(("one", "go"))))
 """
     site = [p for p in sys.path if p.endswith("site-packages")]
-    env = {**os.environ,
+    env = {**os.environ, "PIP_CONSTRAINT": "/no/such/file",  # as an image may have it; not for our wheels
            "PYTHONPATH": os.pathsep.join([str(Path(session.__file__).parents[2]), *_only(site, tmp_path, "packaging", "numpy")])}
     done = subprocess.run([python, "-c", script], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr

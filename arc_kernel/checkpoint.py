@@ -212,7 +212,8 @@ def load_tokenizer(folder: Path):
     """The tokenizer of a model folder; raises ArcKernelError naming the folder.
 
     Some classes of transformers 5 put rules of their own in place of those in tokenizer.json: LlamaTokenizer, which the config of models
-    with Qwen2's kind of tokens may name, drops spaces and newlines then. Where that is so for a prompt, tokenizer.json alone is asked.
+    with Qwen2's kind of tokens may name, drops spaces and newlines then, and with Llama's own the space after a special token. Where that is so for a prompt, tokenizer.json alone
+    is asked.
     """
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -221,9 +222,11 @@ def load_tokenizer(folder: Path):
     try:
         loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if published.is_file():
-            wanted = Tokenizer.from_file(str(published)).encode(SAMPLE, add_special_tokens=False).ids
-            if loaded(SAMPLE, add_special_tokens=False).input_ids != wanted:
-                loaded = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+            backend = Tokenizer.from_file(str(published))
+            sample = SAMPLE + "".join(f"{t.content}user\n{t.content} 0\n" for t in backend.get_added_tokens_decoder().values())
+            if loaded(sample, add_special_tokens=False).input_ids != backend.encode(sample, add_special_tokens=False).ids:
+                roles = {name: getattr(loaded, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+                loaded = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, **{k: v for k, v in roles.items() if v})
         return loaded
     except Exception as error:  # tokenizers raise bare Exception on a damaged file
         raise ArcKernelError(f"{folder}: tokenizer cannot be loaded: {first_line(error)}") from None

@@ -212,8 +212,8 @@ def load_tokenizer(folder: Path):
     """The tokenizer of a model folder; raises ArcKernelError naming the folder.
 
     Some classes of transformers 5 put rules of their own in place of those in tokenizer.json: LlamaTokenizer, which the config of models
-    with Qwen2's kind of tokens may name, drops spaces and newlines then, and with Llama's own the space after a special token. Where that is so for a prompt, tokenizer.json alone
-    is asked.
+    with Qwen2's kind of tokens may name, drops spaces and newlines then, and with Llama's own the space after a special token. Where that
+    is so for a prompt, tokenizer.json alone is asked.
     """
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer, PreTrainedTokenizerFast

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers.integrations import sdpa_attention
 
 from arc_kernel import checkpoint
@@ -19,6 +20,7 @@ from arc_kernel.device import repeat_keys, require_own_gpu
 from arc_kernel.errors import ArcKernelError
 from arc_kernel.files import whole_folder
 from models import tiny_model
+from standins import standin
 
 
 def test_embedded_model_is_whole_and_is_converted_only_once(model_folder):
@@ -120,6 +122,16 @@ def test_prompt_keeps_its_spaces_and_lines_whatever_class_the_config_names(model
     ids = found(prompt, add_special_tokens=False).input_ids
     assert ids == asked(prompt, add_special_tokens=False).input_ids and found.decode(ids) == prompt
     assert (found.eos_token, found.eos_token_id) == (asked.eos_token, asked.eos_token_id)
+
+
+@pytest.mark.parametrize("legacy", [False, True, None])
+def test_space_after_a_special_token_is_the_files_whatever_the_class_makes_of_legacy(tmp_path, legacy):
+    folder = standin("AMD-Llama-135m", tmp_path / "llama")
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | {"tokenizer_class": "LlamaTokenizerFast", "legacy": legacy}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    found, published = checkpoint.load_tokenizer(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    text = f"{found.bos_token}user\n1 2{found.eos_token}\n3"
+    assert found(text, add_special_tokens=False).input_ids == published.encode(text, add_special_tokens=False).ids
 
 
 def test_shard_named_by_the_index_and_missing_is_named(model_folder, tmp_path):

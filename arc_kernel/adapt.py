@@ -21,6 +21,7 @@ from typing import Callable, Iterator
 
 import numpy as np
 
+from .adapter_fit import open_adapter
 from .checkpoint import check_adapter, load_model
 from .errors import ArcKernelError, first_line
 from .files import whole_folder, write_json
@@ -269,10 +270,10 @@ def with_lora(base, folder: Path, rank: int, start: Path | None):
     """The model of `folder`, loaded as `base`, with a LoRA in fp32, whatever the model computes in: a fresh one of this
     `rank`, or the one in `start`.
 
-    Raises ArcKernelError where none of the architecture's layers can be adapted.
+    Raises ArcKernelError where none of the architecture's layers can be adapted, and where `start` is not opened.
     """
     import torch
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, get_peft_model
 
     if start is None:
         present = {name.rpartition(".")[2] for name, _ in base.named_modules()}
@@ -281,7 +282,7 @@ def with_lora(base, folder: Path, rank: int, start: Path | None):
             raise nothing_to_adapt(folder)
         model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM"))
     else:
-        model = PeftModel.from_pretrained(base, start, is_trainable=True)
+        model = open_adapter(base, start, is_trainable=True)
         model.peft_config["default"].lora_dropout = 0.0
         for module in (m for m in model.modules() if hasattr(m, "lora_dropout")):
             module.lora_dropout["default"] = torch.nn.Identity()

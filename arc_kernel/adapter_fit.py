@@ -1,12 +1,14 @@
-"""Whether a LoRA fits a model, from names and shapes in the headers: nothing is loaded."""
+"""Whether a LoRA fits a model, from names and shapes in the headers; and its opening, whole or not at all."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from pathlib import Path
 
 from .checkpoint import EMBEDDINGS, HEAD, check_adapter, tensor_shapes, weight_shapes
-from .errors import ArcKernelError
+from .errors import ArcKernelError, named_line
+from .memory import exhausted
 
 PREFIX = "base_model.model."  # of names in what peft saves
 # init_lora_weights with which peft takes the LoRA's start off the base's weights; with the first two it finds the same start again
@@ -64,6 +66,37 @@ def check_served(adapter: Path, model: Path) -> None:
                              "T4 passes over: merge it and give that model (python -m arc_kernel merge)")
     if config.get("lora_bias"):
         raise ArcKernelError(f"{adapter}: has biases (lora_bias), which no engine here serves: train it without")
+
+
+def open_adapter(base, adapter: Path, **options):
+    """The peft model of a causal language model `base` with the LoRA `adapter` on it; `options` are peft's.
+
+    Raises ArcKernelError where peft cannot open it, and where a part of the model stays without the matrices that `adapter` has for it:
+    experts, that transformers 4.57 has as layers each and 5 as one tensor. peft 0.21 translates for some architectures, passes over others.
+    """
+    from peft import PeftModel
+
+    try:
+        model = PeftModel.from_pretrained(base, adapter, **options)
+    except Exception as error:  # as many kinds as there are forms of LoRA
+        if exhausted(error):
+            raise
+        raise ArcKernelError(f"{adapter}: peft {importlib.metadata.version('peft')} cannot open it: {named_line(error)}") from None
+    layers = dict(model.get_base_model().named_modules())
+    carrying = {part for name, layer in layers.items() if hasattr(layer, "lora_A") for part in _ancestors(name)}
+    for name in tensor_shapes(adapter, "adapter_model.safetensors"):
+        if name.endswith(A):
+            wanted = name.removeprefix(PREFIX).removesuffix(A)
+            if next(part for part in _ancestors(wanted) if part in layers) not in carrying:
+                raise ArcKernelError(f"{adapter}: {wanted} would go without its LoRA, since transformers "
+                                     f"{importlib.metadata.version('transformers')} has no layer of that name: merge it where it was trained")
+    return model
+
+
+def _ancestors(name: str) -> list[str]:
+    """A module's name and those of the modules it is in, the whole model's, which is empty, last."""
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts), -1, -1)]
 
 
 def _check_start(adapter: Path, config: dict) -> None:

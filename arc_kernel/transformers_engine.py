@@ -6,11 +6,13 @@ import itertools
 from pathlib import Path
 from typing import Iterable, Iterator
 
-from .checkpoint import load_model
+from .adapter_fit import open_adapter
+from .checkpoint import load_model, on_transformers_4
 from .engine import Answer, EngineSettings, Prompt, ServedAdapters, Viable, Wanted, due, failed
 from .memory import free_memory
 
 BATCH = 8  # prompts decoded together, all with the same adapter
+ALONE = ("lfm2", "lfm2_moe")  # whose convolutions in transformers 4.57 see what a shorter prompt of a batch is padded with
 IN_FLIGHT, ADAPTERS = 4 * BATCH, 4  # so that a batch is not smaller because a task sends no more
 
 
@@ -25,6 +27,8 @@ class TransformersEngine:
         from transformers import GenerationConfig
 
         self._model, self._device, self._end = load_model(settings.model, settings.dtype, device), device, settings.end_token
+        padding_seen = self._model.config.model_type in ALONE and on_transformers_4()
+        self._size = 1 if padding_seen else BATCH
         self._model.generation_config = GenerationConfig()  # greedy, whatever the model's own asks for
         self._max_seq_len, self._special, self._adapter = settings.max_seq_len, settings.special, None
         self.in_flight, self.adapters = settings.in_flight or IN_FLIGHT, ADAPTERS
@@ -38,7 +42,7 @@ class TransformersEngine:
                 continue
             self._use(adapter)
             asked = (p for p in group if wanted is None or wanted(p))
-            while batch := list(itertools.islice(asked, BATCH)):
+            while batch := list(itertools.islice(asked, self._size)):
                 yield from self._batch(batch, max_new_tokens, viable)
 
     def _batch(self, prompts: list[Prompt], max_new_tokens: int, viable: Viable | None) -> Iterator[Answer]:
@@ -92,7 +96,7 @@ class TransformersEngine:
             self._model = self._model.unload()
         if adapter is not None:
             embedding = self._model.get_input_embeddings().weight
-            model = PeftModel.from_pretrained(self._model, self._adapters.folder(adapter), torch_device=self._device)
+            model = open_adapter(self._model, self._adapters.folder(adapter), torch_device=self._device)
             touched = [m.get_base_layer().weight for m in model.modules() if hasattr(m, "get_base_layer") and hasattr(m, "lora_A")]
             if self._merge and not any(weight is embedding for weight in touched):
                 self._old = {w: self._old[w] if w in self._old else w.detach().clone() for w in touched}

@@ -50,7 +50,7 @@ def test_model_of_transformers_5_is_refused_where_4_would_misread_it(model_folde
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.pop("rope_theta")}
     (folder / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.57.6")
-    with pytest.raises(ArcKernelError, match="rope theta"):
+    with pytest.raises(ArcKernelError, match="rope_parameters.*prepare"):
         checkpoint.check_model(folder)
     checkpoint.make_portable(folder)
     checkpoint.check_model(folder)
@@ -100,14 +100,27 @@ def test_tensor_of_another_shape_is_named_with_both(model_folder, tmp_path):
         checkpoint.load_model(folder, "float32", "cpu")
 
 
-def test_a_reason_that_begins_with_an_empty_line_is_told_and_one_without_words_by_its_name(model_folder, monkeypatch):
+def test_tokenizer_that_transformers_5_saved_opens_on_4(model_folder, tmp_path):
+    """Under the class it names there, with the special tokens without a role in a list."""
+    folder = shutil.copytree(model_folder, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers", "extra_special_tokens": ["<file_sep>"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    asked, found = (checkpoint.load_tokenizer(f) for f in (model_folder, folder))
+    text = [{"role": "user", "content": "Input 1:\n 3x3\n\n1 123 4\n"}]
+    assert found.apply_chat_template(text, tokenize=False) == asked.apply_chat_template(text, tokenize=False)
+    assert found(checkpoint.SAMPLE).input_ids == asked(checkpoint.SAMPLE).input_ids
+    assert found.eos_token == asked.eos_token and "<file_sep>" in found.all_special_tokens
+
+
+def test_a_reason_that_begins_with_an_empty_line_is_told_and_one_without_words_by_its_name(tmp_path, monkeypatch):
     for error, said in ((ImportError("\nneeds sentencepiece:\npip install it"), "needs sentencepiece:"), (RuntimeError(), "RuntimeError")):
         def fail(*args, **kwargs):
             raise error
 
         monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
         with pytest.raises(ArcKernelError, match=f"tokenizer cannot be loaded: {said}$"):
-            checkpoint.load_tokenizer(model_folder)
+            checkpoint.load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("named", ["LlamaTokenizerFast", "GPT2Tokenizer"])

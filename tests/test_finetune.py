@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM, get_scheduler
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Phi3Config, Phi3ForCausalLM, get_scheduler
 from transformers.integrations import sdpa_attention
 
 from arc_kernel import __main__ as command_line
@@ -161,6 +161,19 @@ def test_fully_trained_model_is_written_as_the_base_was_with_its_prompt(tiny, tm
     assert json.loads((result / "trained_prompt.json").read_text()) == prompt
     assert not (result / "model.safetensors.index.json").exists()
     assert {tensor.dtype for _, tensor in checkpoint.weight_tensors(result)} == {torch.bfloat16}
+
+
+def test_full_training_is_refused_where_the_result_would_not_be_read_as_this_model(model_folder, tmp_path):
+    """transformers 5 holds all experts of a layer in one tensor; vLLM and 4.57 read one each, as 4.57 has them."""
+    config = MixtralConfig(vocab_size=49152, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                           num_key_value_heads=1, num_local_experts=2)
+    folder = save(MixtralForCausalLM(config), model_folder, tmp_path / "experts")
+    if checkpoint.on_transformers_4():
+        assert Learner(folder, 0, None, "float32").result == "model"
+    else:
+        with pytest.raises(ArcKernelError, match="experts.* under a name that is none of the folder's.*train a LoRA"):
+            Learner(folder, 0, None, "float32")
+        assert Learner(folder, 4, None, "float32").result == "adapter"
 
 
 def test_checkpointed_layers_train_in_16_bits_whatever_attention_is_taken(settings, prepared, monkeypatch):

@@ -8,10 +8,10 @@ import shutil
 import pytest
 import torch
 import transformers
-from models import tiny_model
-from peft import PeftModel
+from models import save, tiny_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from arc_kernel import adapt, checkpoint
 from arc_kernel import merge as merging
@@ -191,6 +191,11 @@ def test_adapter_that_peft_does_not_merge_is_one_line(bases, adapter, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_adapter_that_peft_does_not_open_is_one_line(bases, adapter, tmp_path):
+    with pytest.raises(ArcKernelError, match=f"{tmp_path / 'a'}: peft .* cannot open it: .*error: "):
+        merge(bases[True], changed_adapter(adapter, tmp_path / "a", target_modules="(q_proj"), tmp_path / "out")
+
+
 def first_layer_only(tensors):
     for name in [n for n in tensors if ".layers.0." not in n]:
         del tensors[name]
@@ -250,6 +255,27 @@ def test_adapter_that_cannot_be_taken_off_again_is_merged_only(bases, adapter, t
     check_fit(folder, bases[True])
     with pytest.raises(ArcKernelError, match=words):
         check_served(folder, bases[True])
+
+
+def test_adapter_that_would_be_opened_in_part_is_one_line(model_folder, tmp_path):
+    """Trained on transformers 4.57, where experts are layers, which peft does not translate for this architecture."""
+    config = Qwen2MoeConfig(vocab_size=49152, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                            num_key_value_heads=1, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=64,
+                            shared_expert_intermediate_size=64)
+    base = save(Qwen2MoeForCausalLM(config), model_folder, tmp_path / "experts")
+    lora = LoraConfig(r=4, target_modules=["gate_proj", "up_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(checkpoint.load_model(base, "float32", "cpu"), lora).save_pretrained(tmp_path / "own", save_embedding_layers=False)
+    part = "base_model.model.model.layers.0.mlp.experts.{}.{}.lora_{}.weight"
+    experts = {part.format(i, name, k): torch.ones((4, 64) if k == "A" else (64, 4))
+               for i in (0, 1) for name in lora.target_modules for k in "AB"}
+    folder = changed_adapter(tmp_path / "own", tmp_path / "adapter", lambda tensors: tensors.update(experts))
+    opened = lambda: adapt.with_lora(checkpoint.load_model(base, "float32", "cpu"), base, 4, folder)
+    if checkpoint.on_transformers_4():
+        assert sum("lora_" in name for name, _ in opened().named_parameters()) == 18
+    else:
+        for refused in (opened, lambda: merge(base, folder, tmp_path / "out")):
+            with pytest.raises(ArcKernelError, match=f"{folder}: model.layers.0.mlp.experts.0.*_proj would go without its LoRA, since transformers"):
+                refused()
 
 
 def test_what_is_in_the_way_stays(bases, adapter, tmp_path):

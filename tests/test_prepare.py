@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import StableLmConfig, StableLmForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, StableLmConfig, StableLmForCausalLM
 
-from arc_kernel import __main__, adapt, checkpoint, generate, trained_prompt
+from arc_kernel import __main__, adapt, checkpoint, generate, rope, trained_prompt
 from arc_kernel.engine import EngineSettings, Prompt
 from arc_kernel.errors import ArcKernelError
 from arc_kernel.grids import GridEncoder
@@ -243,7 +243,7 @@ def test_longer_context_is_read_alike_in_both_forms_of_the_config_and_a_fallback
     assert torch.equal(logits(forms["old"]), wanted)
     assert (logits(forms["none"]) - wanted).abs().max() > 0.5  # what a reader that takes 10,000 gives
     if importlib.metadata.version("transformers").startswith("4."):
-        with pytest.raises(ArcKernelError, match="rope theta transformers 4 does not read"):
+        with pytest.raises(ArcKernelError, match="rope_parameters transformers 4 does not read.*arc_kernel prepare --model"):
             checkpoint.check_model(forms["new"])
     else:
         assert torch.equal(logits(forms["new"]), wanted)
@@ -284,10 +284,10 @@ def test_theta_goes_by_the_dimensions_that_are_rotated_and_a_shorter_context_lea
 
 
 def test_theta_that_is_not_named_is_the_architectures():
-    assert context.theta_of({"model_type": "mixtral"}) == 1e6 and context.theta_of({"model_type": "llama"}) == 1e4
+    assert rope.theta_of({"model_type": "mixtral"}) == 1e6 and rope.theta_of({"model_type": "llama"}) == 1e4
     by_layer = {"sliding_attention": {"rope_theta": 1e4}, "full_attention": {"rope_theta": 2e6}}  # as Gemma 3's
-    assert context.theta_of({"model_type": "gemma3_text", "rope_parameters": by_layer}) == 2e6
-    assert context.theta_of({"model_type": "gemma3_text"}) == 1e6
+    assert rope.theta_of({"model_type": "gemma3_text", "rope_parameters": by_layer}) == 2e6
+    assert rope.theta_of({"model_type": "gemma3_text"}) == 1e6
 
 
 def test_share_of_a_head_that_is_rotated_is_kept(model_folder, tmp_path):
@@ -304,8 +304,59 @@ def test_share_of_a_head_that_is_rotated_is_kept(model_folder, tmp_path):
 def test_scaling_is_written_in_both_forms():
     scaling = {"rope_type": "linear", "factor": 2.0}
     config = LLAMA | {"rope_scaling": scaling}
-    context.write_both_forms(config)
+    rope.write_both_forms(config)
     assert config["rope_parameters"] == scaling | {"rope_theta": 10_000.0} and config["rope_scaling"] == scaling
+
+
+def in_form_5(folder, **ropes):
+    """A folder whose config says its rope as transformers 5 writes it."""
+    edit(folder / "config.json", rope_theta="left out", rope_local_base_freq="left out", rope_scaling="left out",
+         rotary_pct="left out", rotary_emb_base="left out", partial_rotary_factor="left out", rope_parameters=ropes)
+    return folder
+
+
+ROPES = {  # form of transformers 4, and of 5
+    "scaled": (LlamaConfig, {"rope_theta": 5e4, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+               {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4}),
+    "gemma 3": (Gemma3TextConfig, {"rope_theta": 5e4, "rope_local_base_freq": 300.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+                {"full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4},
+                 "sliding_attention": {"rope_type": "default", "rope_theta": 300.0}}),
+    "gpt-neox": (GPTNeoXConfig, {"rotary_emb_base": 300, "rotary_pct": 0.75},
+                 {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.75})}
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_rope_is_the_same_in_the_form_of_transformers_4_and_5_and_after_preparation(name, model_folder, tmp_path):
+    """On transformers 4 the second form is refused, and prepared from there it is the first."""
+    kind, old, new = ROPES[name]
+    torch.manual_seed(0)
+    config = kind(vocab_size=49152, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, head_dim=32,
+                  num_key_value_heads=2, initializer_range=0.2, sliding_window=16, layer_types=["sliding_attention", "full_attention"])
+    made = save(AutoModelForCausalLM.from_config(config), model_folder, tmp_path / "made")
+    edit(made / "config.json", rope_parameters="left out", **old)
+    published = in_form_5(shutil.copytree(made, tmp_path / "new"), **new)
+    wanted = logits(made)
+    edit(made / "config.json", rope_scaling="left out", rope_theta="left out", rotary_pct="left out", rotary_emb_base="left out")
+    assert (logits(made) - wanted).abs().max() > 0.1  # what a reader that does not find it gives
+    checkpoint.make_portable(shutil.copytree(published, tmp_path / "portable"))  # as after a merge
+    folders = [tmp_path / "portable"]
+    if name != "gpt-neox" or checkpoint.on_transformers_4():  # which 5.19 holds under other names than the files do
+        for source, out in ((published, tmp_path / "out"), (tmp_path / "out", tmp_path / "again")):
+            prepare(str(source), str(out))
+            folders.append(out)
+    for folder in folders:
+        checkpoint.check_model(folder)
+        assert torch.equal(logits(folder), wanted)
+        written = checkpoint.read_config(folder)
+        assert {key: written[key] for key in old} == old
+    if checkpoint.on_transformers_4():
+        with pytest.raises(ArcKernelError, match="rope_parameters transformers 4 does not read"):
+            checkpoint.check_model(published)
+        edit(published / "config.json", rope_theta=5e4)  # by hand, which would lose the rest
+        with pytest.raises(ArcKernelError, match="rope_parameters transformers 4 does not read"):
+            checkpoint.check_model(published)
+    else:
+        assert torch.equal(logits(published), wanted)
 
 
 def test_code_and_pickles_of_a_checkpoint_are_refused_with_the_mend(copy_of, tmp_path, capsys):

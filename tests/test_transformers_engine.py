@@ -9,11 +9,12 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Lfm2Config, Lfm2ForCausalLM
 
 from arc_kernel import checkpoint, engine
 from arc_kernel.engine import CHECK_EVERY, EngineSettings, Prompt
 from arc_kernel.transformers_engine import TransformersEngine
-from models import nan_model, tiny_model
+from models import nan_model, save, tiny_model
 
 NEW_TOKENS, SEEN = 12, 64
 PROMPTS = [list(range(start, start + length)) for start, length in ((100, 40), (900, 7), (5000, 23))]
@@ -134,6 +135,19 @@ def test_looks_at_a_long_answer_are_further_apart_but_never_more_than_an_eighth_
 def test_answer_that_gains_several_tokens_at_once_is_looked_at_where_it_passed_a_look():
     passed = [length for length in range(5, 65, 5) if engine.due(length, 5)]
     assert passed == [10, 20, 25, 35, 40, 50, 60]
+
+
+def test_answer_is_the_same_beside_a_longer_prompt_where_layers_see_the_padding(model_folder, tmp_path):
+    """LFM2's convolutions do, in transformers 4.57."""
+    torch.manual_seed(0)
+    config = Lfm2Config(vocab_size=49152, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                        num_key_value_heads=1, layer_types=["conv", "full_attention"], initializer_range=0.2)
+    engine = started(save(Lfm2ForCausalLM(config), model_folder, tmp_path / "lfm2"), "float32")
+    alone = [answers(engine, [(ids, None)])[0] for ids in PROMPTS]
+    together = answers(engine, [(ids, None) for ids in PROMPTS])
+    engine.close()
+    assert [a.token_ids for a in together] == [a.token_ids for a in alone]
+    assert [a.logprob for a in together] == pytest.approx([a.logprob for a in alone], abs=1e-3)
 
 
 def test_prompt_that_is_not_wanted_when_its_batch_comes_is_not_answered(tiny):

@@ -16,7 +16,7 @@ from .. import decoder_pass, fused_layer
 from ..adapt import left_out, save_adapter, with_lora
 from ..adapter_fit import check_fit
 from ..answer_loss import LOOKED_AT, answer_losses, plain_head
-from ..checkpoint import TRAINED_PROMPT, copy_texts, load_model, read_config
+from ..checkpoint import TRAINED_PROMPT, copy_texts, load_model, read_config, weight_shapes
 from ..device import prepare_for
 from ..errors import ArcKernelError
 from ..files import whole_folder, write_json
@@ -33,7 +33,7 @@ class Learner(torch.nn.Module):
     A LoRA's passes are CUDA graphs (`decoder_pass`) where they can be: on a GPU, in one process (the hooks by which DDP sums gradients
     see nothing of a graph's), and where activations are kept.
     `left_out` says what gets none (see `adapt`). It is made on the CPU; `device` is where it will be trained. Raises ArcKernelError
-    where `start` was made for another model.
+    where `start` was made for another model, and where all weights of a model would be trained that transformers 5 holds under other names.
     """
 
     def __init__(self, folder: Path, rank: int, start: Path | None, dtype: str, gradient_checkpointing: bool = False, device: str = "cpu"):
@@ -43,6 +43,8 @@ class Learner(torch.nn.Module):
         if start is not None:
             check_fit(start, folder)
         base = load_model(folder, dtype if rank else "float32", "cpu")
+        if not rank:
+            _check_names(base, folder)
         base.config.use_cache = False
         plain_head(base, torch.arange(LOOKED_AT)[None])  # looked at now, as in `adapt`, and by no watched step
         self.left_out = left_out(base) if rank and start is None else ""
@@ -129,3 +131,11 @@ class Learner(torch.nn.Module):
             self.network.load_state_dict(weights, strict=False)
         if wrong:
             raise ArcKernelError(f"{file}: not of this run ({', '.join(wrong[:3])}): delete {folder} to go on from the one before it")
+
+
+def _check_names(base, folder: Path) -> None:
+    """Raise ArcKernelError where transformers holds weights under other names than the folder has, by which vLLM and 4.57 read them."""
+    there, prefix = weight_shapes(folder), f"{base.base_model_prefix}."  # which a model saved without its head lacks
+    if renamed := sorted(name for name, _ in base.named_parameters() if not {name, name.removeprefix(prefix)} & there.keys()):
+        raise ArcKernelError(f"{folder}: transformers has {renamed[0]} under a name that is none of the folder's, so that what is trained "
+                             "in full would not be read as this model: train a LoRA (--lora-rank above 0)")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import progress
-from ..adapter_fit import check_fit
+from ..adapter_fit import check_fit, open_adapter
 from ..checkpoint import load_model, load_tokenizer
 from ..errors import ArcKernelError
 from ..memory import free_memory
@@ -81,10 +81,8 @@ def recall_by_distance(model: Path, adapter: Path | None, lengths: list[int], co
     builder = default_builder(load_tokenizer(model), "digits")
     network = load_model(model, dtype, device)
     if adapter is not None:
-        from peft import PeftModel
-
         check_fit(adapter, model)
-        network = PeftModel.from_pretrained(network, adapter).eval()
+        network = open_adapter(network, adapter).eval()
     rows, shown = [], progress.bar(len(lengths) * count, "recall", "text")
     for tokens in lengths:
         made, right, lost, away = recall_examples(builder, tokens, count, seed), 0, 0.0, 0

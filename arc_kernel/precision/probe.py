@@ -15,6 +15,7 @@ from typing import Iterable, Iterator
 
 import numpy as np
 
+from ..adapter_fit import open_adapter
 from ..checkpoint import load_model, weight_tensors
 from ..errors import ArcKernelError
 from ..prompts import IGNORED, Example, PromptBuilder
@@ -112,13 +113,11 @@ def examples(tasks: list[Task], builder: PromptBuilder, longest: int) -> list[Ex
 def probe(model_folder: Path, made: list[Example], device: str, adapter: Path | None = None) -> Ranges:
     """Ranges of a model folder, with an adapter where one is given, over examples, in float32.
 
-    Raises ArcKernelError where the model cannot be loaded.
+    Raises ArcKernelError where the model cannot be loaded, or the adapter opened.
     """
     model = load_model(model_folder, "float32", device)
     if adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, adapter).eval()
+        model = open_adapter(model, adapter).eval()
     with recording(model, scores=True) as peaks:
         for example in made:
             label_logits(model, example, device)

@@ -1,4 +1,4 @@
-"""A longer context through rope theta, written so that transformers 4.57, 5.x and vLLM read the same angles.
+"""A longer context through rope theta.
 
 Knows configs only; no weight changes.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ..checkpoint import head_size
 from ..errors import ArcKernelError
+from ..rope import by_layer, names_of, theta_of
 from .draft import Draft
 
 
@@ -25,40 +26,6 @@ def window_of(config: dict) -> int | None:
     return config.get("sliding_window") if config.get("use_sliding_window", True) else None
 
 
-def theta_of(config: dict) -> float:
-    """The rope theta of a config, in whichever form; the architecture's own default where it names none. Where it goes by kind of
-    layer, that of the layers that see all the context."""
-    from transformers import AutoConfig
-
-    def stated(theta: float | None, parameters: dict | None) -> float | None:
-        parameters = parameters or {}
-        return theta or parameters.get("rope_theta") or parameters.get("full_attention", {}).get("rope_theta")
-
-    theta = stated(config.get("rope_theta"), config.get("rope_parameters"))
-    if theta is None:
-        made = AutoConfig.for_model(**config)
-        theta = stated(getattr(made, "rope_theta", None), getattr(made, "rope_parameters", None))
-    return float(theta or 10_000)
-
-
-def by_layer(config: dict) -> bool:
-    """Whether a config names several rope thetas, by kind of layer (Gemma 3's, as transformers 5 writes it)."""
-    return any(isinstance(part, dict) for part in (config.get("rope_parameters") or {}).values())
-
-
-def write_both_forms(config: dict) -> None:
-    """Write a config's rope theta as `rope_theta` (transformers 4) and inside `rope_parameters` (5).
-
-    4.57 looks only at the first, and takes 10,000 where it is missing; 5.x takes the second before the first.
-    """
-    scaling = config.get("rope_scaling")
-    if by_layer(config):
-        return
-    config["rope_theta"] = theta_of(config)
-    config["rope_scaling"] = scaling or None
-    config["rope_parameters"] = (dict(scaling) if scaling else {"rope_type": "default"}) | {"rope_theta": config["rope_theta"]}
-
-
 def stretch(draft: Draft, context: int, theta: float) -> None:
     """Set a context of `context` tokens with rope theta `theta` (0: by the NTK-aware rule where the context grows).
 
@@ -73,11 +40,12 @@ def stretch(draft: Draft, context: int, theta: float) -> None:
     kind = (config.get("rope_scaling") or {}).get("rope_type") or (config.get("rope_scaling") or {}).get("type")
     if kind not in (None, "default"):
         raise ArcKernelError(f"{where}: rope is scaled already ({kind}): leave out --context")
-    d = int(head_size(config) * float(config.get("partial_rotary_factor") or 1))
+    name, share = names_of(config)
+    d = int(head_size(config) * float(config.get(share) or 1))
     new, why = theta or old, "as asked" if theta else "unchanged"
     if not theta and context > before:
         new, why = ntk_theta(old, context / before, d), f"NTK-aware: {old:g} * {context / before:g}^({d}/{d - 2})"
-    config |= {"max_position_embeddings": context, "rope_theta": new, "rope_scaling": None}
+    config |= {"max_position_embeddings": context, name: new, "rope_scaling": None}
     config.pop("rope_parameters", None)
     draft.tokenizer["model_max_length"] = context
     draft.report.append(f"context: {before} -> {context} tokens, rope theta {old:g} -> {new:g} ({why})")

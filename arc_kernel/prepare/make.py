@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from .. import checkpoint
 from ..errors import ArcKernelError
 from ..files import whole_folder, write_json
+from ..rope import write_both_forms
 from . import context as longer
 from . import openelm, template
 from .draft import Draft
@@ -70,7 +71,7 @@ def _change(draft: Draft, chat_template: str, context: int, rope_theta: float) -
         template.add(draft, chat_template)
     if context:
         longer.stretch(draft, context, rope_theta)
-    longer.write_both_forms(draft.config)
+    write_both_forms(draft.config)
 
 
 def size(folder: Path) -> str:

@@ -14,6 +14,7 @@ from statistics import median
 from .. import checkpoint, trained_prompt
 from ..precision import probe, verdict
 from ..prompts import default_builder
+from ..rope import theta_of
 from ..tasks import Task, load_challenges
 from ..views import View
 from . import context
@@ -58,7 +59,7 @@ def _facts(name: str, sample: list[Task], encoder: str) -> dict:
     lengths = [len(builder.prompt(View.identity(len(task.train)), task, 0)) for task in sample]
     return {"model": name if name == checkpoint.EMBEDDED else folder.name, "parameters": checkpoint.parameter_count(folder),
             "without_embeddings": sum(math.prod(s) for n, s in shapes.items() if not n.endswith(ROWS)),
-            "context": checkpoint.context_length(folder), "rope_theta": context.theta_of(config), "heads": heads, "kv_heads": kv,
+            "context": checkpoint.context_length(folder), "rope_theta": theta_of(config), "heads": heads, "kv_heads": kv,
             "halves": heads % 2 == 0 and kv % 2 == 0, "head_size": checkpoint.head_size(config), "layers": config["num_hidden_layers"],
             "sliding_window": context.window_of(config), "vocabulary": len(tokenizer),
             "tied": not any(n.endswith(ROWS[1]) for n in shapes), "chat_template": _template(tokenizer.chat_template),

@@ -89,7 +89,7 @@ def open_adapter(base, adapter: Path, **options):
             wanted = name.removeprefix(PREFIX).removesuffix(A)
             if next(part for part in _ancestors(wanted) if part in layers) not in carrying:
                 raise ArcKernelError(f"{adapter}: {wanted} would go without its LoRA, since transformers "
-                                     f"{importlib.metadata.version('transformers')} has no layer of that name: merge it where it was trained")
+                                     f"{importlib.metadata.version('transformers')} has no such layer: merge it where it was trained")
     return model
 
 

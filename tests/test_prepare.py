@@ -318,7 +318,8 @@ def in_form_5(folder, **ropes):
 ROPES = {  # form of transformers 4, and of 5
     "scaled": (LlamaConfig, {"rope_theta": 5e4, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
                {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4}),
-    "gemma 3": (Gemma3TextConfig, {"rope_theta": 5e4, "rope_local_base_freq": 300.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "gemma 3": (Gemma3TextConfig,
+                {"rope_theta": 5e4, "rope_local_base_freq": 300.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
                 {"full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4},
                  "sliding_attention": {"rope_type": "default", "rope_theta": 300.0}}),
     "gpt-neox": (GPTNeoXConfig, {"rotary_emb_base": 300, "rotary_pct": 0.75},

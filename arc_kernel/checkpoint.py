@@ -277,6 +277,12 @@ def load_model(folder: Path, dtype: str, device: str):
     return model.to(device).eval()
 
 
+def stored_tensors(model) -> dict:
+    """What a model's file holds, by name: its weights, tied ones once, and buffers that are part of it, as Gemma 4's scale of a layer."""
+    every = dict(model.named_parameters(remove_duplicate=False))
+    return dict(model.named_parameters()) | {name: tensor for name, tensor in model.state_dict().items() if name not in every}
+
+
 @contextlib.contextmanager
 def without_bars() -> Iterator[None]:
     """While this lasts transformers shows no bars of its own, as `Loading weights` for each time a model is opened."""

@@ -17,6 +17,21 @@ def tiny_model(real: Path, folder: Path, tied: bool = True, seed: int = 0) -> Pa
     return save(LlamaForCausalLM(config).to(torch.bfloat16), real, folder)
 
 
+def model_with_buffers(real: Path, folder: Path) -> Path:
+    """A random Gemma 4 for text, which scales each layer by a number that is no parameter; transformers 5 only."""
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    torch.manual_seed(0)
+    config = Gemma4TextConfig(vocab_size=49152, vocab_size_per_layer_input=49152, hidden_size=64, hidden_size_per_layer_input=16,
+                              intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+                              global_head_dim=32, num_kv_shared_layers=0, layer_types=["sliding_attention", "full_attention"],
+                              sliding_window=16, initializer_range=0.2, max_position_embeddings=8192)
+    model = Gemma4ForCausalLM(config)
+    for layer in model.model.layers:
+        layer.layer_scalar.fill_(0.5)
+    return save(model, real, folder)
+
+
 def overflowing_model(real: Path, folder: Path, log2: int = 6) -> Path:
     """`real` with its residual stream times 2**log2: the same function, beyond float16's range at 6."""
     model = AutoModelForCausalLM.from_pretrained(real, dtype=torch.bfloat16)

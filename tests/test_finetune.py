@@ -27,7 +27,7 @@ from arc_kernel.finetune.learner import Learner
 from arc_kernel.finetune.settings import FinetuneSettings
 from arc_kernel.prepare import vocabulary
 from arc_kernel.prepare.make import prepare
-from models import save, tiny_model
+from models import model_with_buffers, save, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +161,18 @@ def test_fully_trained_model_is_written_as_the_base_was_with_its_prompt(tiny, tm
     assert json.loads((result / "trained_prompt.json").read_text()) == prompt
     assert not (result / "model.safetensors.index.json").exists()
     assert {tensor.dtype for _, tensor in checkpoint.weight_tensors(result)} == {torch.bfloat16}
+
+
+@pytest.mark.skipif(checkpoint.on_transformers_4(), reason="transformers 4 has no such model")
+def test_numbers_that_are_no_parameters_are_in_checkpoints_and_in_the_result(model_folder, tmp_path):
+    base = model_with_buffers(model_folder, tmp_path / "base")
+    made = Learner(base, 0, None, "float32")
+    made.base.model.layers[0].layer_scalar.fill_(3.0)
+    made.save(tmp_path / "checkpoint")
+    again = Learner(base, 0, None, "float32")
+    again.load(tmp_path / "checkpoint")
+    result = again.save_result(tmp_path / "out", {"prompt": "chat", "grid_encoder": "digits"})
+    assert checkpoint.load_model(result, "float32", "cpu").model.layers[0].layer_scalar == 3.0
 
 
 def test_full_training_is_refused_where_the_result_would_not_be_read_as_this_model(model_folder, tmp_path):

@@ -23,7 +23,7 @@ from arc_kernel.prepare import context, vocabulary
 from arc_kernel.prepare.make import prepare
 from arc_kernel.prompts import PromptBuilder
 from arc_kernel.tasks import Pair, Task
-from models import save
+from models import model_with_buffers, save
 from standins import CONFIGS, gguf_of, openelm_weights, standin
 
 IDS = torch.arange(3, 243)[None] % 300
@@ -299,6 +299,13 @@ def test_share_of_a_head_that_is_rotated_is_kept(model_folder, tmp_path):
     made = save(StableLmForCausalLM(config), model_folder, tmp_path / "stablelm")
     prepare(str(made), str(tmp_path / "out"))
     torch.testing.assert_close(logits(tmp_path / "out"), logits(made))
+
+
+@pytest.mark.skipif(checkpoint.on_transformers_4(), reason="transformers 4 has no such model")
+def test_numbers_that_are_no_parameters_are_kept(model_folder, tmp_path):
+    made = model_with_buffers(model_folder, tmp_path / "made")
+    prepare(str(made), str(tmp_path / "out"))
+    assert torch.equal(logits(tmp_path / "out"), logits(made))
 
 
 def test_scaling_is_written_in_both_forms():

@@ -16,7 +16,7 @@ from .. import decoder_pass, fused_layer
 from ..adapt import left_out, save_adapter, with_lora
 from ..adapter_fit import check_fit
 from ..answer_loss import LOOKED_AT, answer_losses, plain_head
-from ..checkpoint import TRAINED_PROMPT, copy_texts, load_model, read_config, weight_shapes
+from ..checkpoint import TRAINED_PROMPT, copy_texts, load_model, read_config, stored_tensors, weight_shapes
 from ..device import prepare_for
 from ..errors import ArcKernelError
 from ..files import whole_folder, write_json
@@ -97,7 +97,7 @@ class Learner(torch.nn.Module):
             save_adapter(self.network, folder / ADAPTER)
         else:
             (folder / MODEL).mkdir(parents=True, exist_ok=True)
-            save_file(dict(self.network.named_parameters()), folder / MODEL / "model.safetensors", metadata={"format": "pt"})
+            save_file(stored_tensors(self.network), folder / MODEL / "model.safetensors", metadata={"format": "pt"})
 
     def save_result(self, out: Path, prompt: dict[str, str]) -> Path:
         """Write what `solve` and vLLM load, by write-then-rename: `out`/adapter, or `out`/model in the dtype the model had; beside
@@ -108,7 +108,7 @@ class Learner(torch.nn.Module):
         config = read_config(self.folder)
         dtype = getattr(torch, str(config.get("torch_dtype") or config.get("dtype") or "float32"))
         with whole_folder(out / MODEL, replace=True) as fresh:
-            weights = {name: weight.detach().to(dtype) for name, weight in self.network.named_parameters()}
+            weights = {name: weight.detach().to(dtype) for name, weight in stored_tensors(self.network).items()}
             save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
             copy_texts(self.folder, fresh)
             write_json(fresh / TRAINED_PROMPT, prompt)
@@ -127,7 +127,7 @@ class Learner(torch.nn.Module):
             left = set_peft_model_state_dict(self.network, weights)
             wrong = [*left.unexpected_keys, *(k for k in left.missing_keys if "lora_" in k)]
         else:
-            wrong = sorted(set(weights) ^ {name for name, _ in self.network.named_parameters()})
+            wrong = sorted(weights.keys() ^ stored_tensors(self.network).keys())
             self.network.load_state_dict(weights, strict=False)
         if wrong:
             raise ArcKernelError(f"{file}: not of this run ({', '.join(wrong[:3])}): delete {folder} to go on from the one before it")
@@ -136,6 +136,6 @@ class Learner(torch.nn.Module):
 def _check_names(base, folder: Path) -> None:
     """Raise ArcKernelError where transformers holds weights under other names than the folder has, by which vLLM and 4.57 read them."""
     there, prefix = weight_shapes(folder), f"{base.base_model_prefix}."  # which a model saved without its head lacks
-    if renamed := sorted(name for name, _ in base.named_parameters() if not {name, name.removeprefix(prefix)} & there.keys()):
+    if renamed := sorted(name for name in stored_tensors(base) if not {name, name.removeprefix(prefix)} & there.keys()):
         raise ArcKernelError(f"{folder}: transformers has {renamed[0]} under a name that is none of the folder's, so that what is trained "
                              "in full would not be read as this model: train a LoRA (--lora-rank above 0)")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..checkpoint import HEAD, missing_tensors, read_config, weight_shapes, wrong_shape
+from ..checkpoint import HEAD, missing_tensors, read_config, stored_tensors, weight_shapes, wrong_shape
 from ..errors import ArcKernelError
 
 
@@ -37,7 +37,7 @@ def needed_shapes(folder: Path) -> dict[str, list[int]]:
             model = AutoModelForCausalLM.from_config(made, trust_remote_code=False)
     except Exception as error:  # a config's values can be wrong in as many ways as there are architectures
         raise ArcKernelError(f"{folder / 'config.json'}: no model can be made of it: {_line(error)}: copy the model again") from None
-    return {name: list(weight.shape) for name, weight in model.named_parameters()}
+    return {name: list(weight.shape) for name, weight in stored_tensors(model).items()}
 
 
 def check_names(folder: Path, needed: dict[str, list[int]], there: dict[str, list[int]], config: dict) -> None:

@@ -64,6 +64,9 @@ def check_served(adapter: Path, model: Path) -> None:
     if config.get("rank_pattern") or config.get("alpha_pattern"):  # vllm/lora/peft_helper.py: read in 0.32, not in 0.19.1
         raise ArcKernelError(f"{adapter}: gives some modules a rank or alpha of their own (rank_pattern, alpha_pattern), which vLLM for a "
                              "T4 passes over: merge it and give that model (python -m arc_kernel merge)")
+    if config.get("use_dora"):
+        raise ArcKernelError(f"{adapter}: is a DoRA (use_dora), which vLLM does not serve: merge it and give that model "
+                             "(python -m arc_kernel merge)")
     if config.get("lora_bias"):
         raise ArcKernelError(f"{adapter}: has biases (lora_bias), which no engine here serves: train it without")
 

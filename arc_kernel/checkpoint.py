@@ -256,13 +256,15 @@ def load_model(folder: Path, dtype: str, device: str):
     Raises ArcKernelError where it cannot be loaded, and where a tensor is missing or of another shape, which transformers would make up.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        capped = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}  # which sdpa passes over
         with without_bars():
             model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True,
                                                                use_safetensors=True, trust_remote_code=False, output_loading_info=True,
-                                                               ignore_mismatched_sizes=True)
+                                                               ignore_mismatched_sizes=True, **capped)
     except Exception as error:  # a config's values can be wrong in as many ways as there are architectures
         if exhausted(error):
             raise

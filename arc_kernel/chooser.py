@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -213,8 +214,13 @@ class Chooser:
             return self.model.plan()
 
     def _peaks(self) -> dict[Path, Peaks]:
-        """The peaks of each task's adapter by its folder; what is being written lies in folders that begin with a dot."""
-        return {file.parent.resolve(): json.loads(file.read_text())["peaks"] for file in sorted(self.adapters.glob("[!.]*/range.json"))}
+        """The peaks of each task's adapter by its folder; what is being written lies in folders that begin with a dot. A damaged file is
+        that of a task that is answered already: the others' are looked at when a run starts."""
+        found = {}
+        for file in sorted(self.adapters.glob("[!.]*/range.json")):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                found[file.parent.resolve()] = json.loads(file.read_text(encoding="utf-8"))["peaks"]
+        return found
 
     def _backends(self, dtype: str) -> list[str]:
         """Backends in the order in which they are tried: transformers comes after vLLM where the device has the dtype.

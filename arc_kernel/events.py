@@ -49,9 +49,9 @@ class EventLog:
 
 
 def read_events(out: Path) -> list[dict]:
-    """The events of a run folder; a line cut short by a kill is left out."""
+    """The events of a run folder; a line that a kill cut short, or that is damaged, is left out."""
     path, events = out / "events.jsonl", []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             event = json.loads(line)
         except ValueError:

@@ -44,9 +44,12 @@ RIGHT, WRONG = "outline:3px solid #2a2", "outline:3px solid #c33"
 
 
 def read_verdict(out: Path) -> dict | None:
-    """The precision.json of a run folder; None where no dtype was needed yet."""
-    path = out / "precision.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """The precision.json of a run folder; None where no dtype was needed yet, or the file is damaged."""
+    try:
+        verdict = json.loads((out / "precision.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return verdict if isinstance(verdict, dict) else None
 
 
 def picture(grid: Grid, caption: str = "", style: str = "", width: int = 150) -> str:

@@ -30,8 +30,9 @@ from .kaggle import profiles
 from .pool import Pool
 from .precision import probe
 from .precision.verdict import Precision, digest
-from .run_folder import completions_file, stored_settings, tasks_digest
+from .run_folder import stored_settings, tasks_digest
 from .settings import Settings
+from .stored import Stored
 from .tasks import Attempts, cells, load_challenges, task_to_json, write_submission
 
 ADAPT_SHARE = 0.6  # of the time budget; the rest is for engine and answers, which took 0.28 of a run's seconds on a CPU (README)
@@ -56,13 +57,14 @@ class Run:
         if not self.challenges.tasks:
             raise ArcKernelError(next(iter(self.challenges.broken.values())))
         self.encoder = GridEncoder.from_name(settings.grid_encoder)
+        self._stored = Stored(self.out, self.challenges, self.encoder, self.log)
         self._lock = FileLock(self.out / ".lock", timeout=0)
         self._fresh = self._claim_folder()
         self._low = False  # a disk is nearly full, which was said
-        self._untrained: set[str] = set()  # tasks for whose training there was no time, or no disk
+        self._untrained: set[str] = set()  # tasks that were not trained for want of time or disk, or since workers died of it
+        self._trained: set[str] = set()  # tasks that have an adapter
         self._notes: set[str] = set()  # what workers noted: of the model that they share each notes the same
-        self.candidates = self._stored_candidates()
-        self._write_submission()
+        self._read_stored()
         for task_id, error in self.challenges.broken.items():
             self.log.say("broken-task", task=task_id, error=error)
         for task_id, text in self.challenges.unscored.items():
@@ -77,13 +79,15 @@ class Run:
         """
         if self._pool is not None:  # a notebook's cell is run again
             self.stop()
-        unanswered = self._unanswered()
-        if not unanswered:
-            return
         try:
             self._lock.acquire()
         except Timeout:
             raise ArcKernelError(f"{self.out}: another run is at work on this folder: wait for it, or give another --out") from None
+        self._read_stored()  # of another run that came to its end meanwhile
+        unanswered = self._unanswered()
+        if not unanswered:
+            self._lock.release()
+            return
         try:
             todo = self._start(unanswered)
         except BaseException as error:
@@ -99,6 +103,8 @@ class Run:
                 if event == "loss":
                     tokens[task], done[task] = message["tokens"], message["step"]
                 elif event in ("adapted", "adapt-failed"):
+                    if event == "adapted":
+                        self._trained.add(task)
                     if message.get("again"):
                         self._untrained.add(task)
                     done[task], finished = self.job.ttt_steps, finished + 1
@@ -130,8 +136,10 @@ class Run:
                 elif message["event"] == "answered":
                     done[message["task"]] = expected[message["task"]]
                     answered.add(message["task"])
-                    self._set_aside(message["task"])
-                    self.candidates[message["task"]] = self._read_candidates(message["task"])
+                    self._check_adapter(message["task"])
+                    if message["task"] in self._untrained:
+                        self._stored.set_aside(message["task"])
+                    self.candidates[message["task"]] = self._stored.candidates(message["task"])
                     if message["cut"] and not message.get("error"):
                         cut.append(message["cut"])
                     if time.perf_counter() - written > SUBMISSION_SECONDS:
@@ -143,7 +151,7 @@ class Run:
             self.log.say("note", text=f"time budget: fewer predictions for {len(cut)} of {len(expected)} tasks: "
                                    f"{min(cut)} to {max(cut)} less than asked")
         unheard = expected.keys() - answered  # of workers that died or hang: what there is votes
-        self.candidates |= {i: found for i in unheard if (found := self._read_candidates(i)) is not None}
+        self.candidates |= {i: found for i in unheard if (found := self._stored.candidates(i)) is not None}
         self._write_submission()
         if given_up:
             self.stop()
@@ -154,9 +162,13 @@ class Run:
             for message in self._pool.close():
                 self._note(message)
             self._pool = None
-        self._lock.release(force=True)
         begun = time.perf_counter()
-        attempts = self._write_submission()
+        if not self._lock.is_locked:
+            self._read_stored()
+        attempts = self.attempts()
+        if self._lock.is_locked:
+            self._write_submission()
+            self._lock.release(force=True)
         metrics = score.score(self.challenges, attempts, self.candidates)
         if metrics:
             write_json(self.out / "metrics.json", metrics)
@@ -189,6 +201,7 @@ class Run:
                 if not size:
                     raise adapt.nothing_to_adapt(self.job.model)
                 self.log.say("disk", text=disk.forecast(len(todo["adapt"]), size, adapters))
+        self._trained = {i for i in unanswered if (adapters / i).is_dir()}
         tasks = {i: task_to_json(self.challenges.tasks[i]) for i in todo["answer"]}
         self._pool = Pool(self.devices, dataclasses.asdict(self.job), tasks, todo, self.out, self._share)
         return todo
@@ -251,6 +264,8 @@ class Run:
             return
         if event == "note":
             self._notes.add(facts["text"])
+        if event == "worker-died":
+            self._untrained.update(message["given_up"]["adapt"])
         if event == "verdict":
             Precision(*(message[f.name] for f in dataclasses.fields(Precision))).save(self.out / "precision.json")
             facts = {k: v for k, v in facts.items() if k not in ("peaks", "key")}
@@ -344,25 +359,24 @@ class Run:
             order = order[: self.devices]
         if not self.settings.time_budget:
             order.sort(key=cells, reverse=True)
-        return [t.id for t in order if not self._completions(t.id).is_file()]
+        return [t.id for t in order if not self._stored.whole(t.id).is_file()]
 
-    def _stored_candidates(self) -> dict[str, list]:
-        """Candidates of the tasks answered, in whole or in part, by an earlier start on this folder."""
-        return {i: found for i in self.challenges.tasks if (found := self._read_candidates(i)) is not None}
+    def _read_stored(self) -> None:
+        """Take what earlier starts on this folder answered, and write a submission of it; where another run is at work here, it does."""
+        try:
+            with self._lock:
+                self.candidates = self._stored.all_candidates(mine=not self.log.silent)
+                self._write_submission()
+        except Timeout:
+            self.candidates = self._stored.all_candidates(mine=False)
 
-    def _completions(self, task_id: str) -> Path:
-        return self.out / "completions" / f"{task_id}.jsonl"
-
-    def _read_candidates(self, task_id: str) -> list | None:
-        path = completions_file(self.out, task_id)
-        return None if path is None else select.all_candidates(self.challenges.tasks[task_id], select.read_completions(path), self.encoder)
-
-    def _set_aside(self, task_id: str) -> None:
-        """Where there was no time or disk to train a task that is answered now, put its completions with those that a next start makes
-        anew."""
-        whole = self._completions(task_id)
-        if task_id in self._untrained and whole.is_file():
-            whole.replace(whole.with_name(whole.name + select.PARTIAL))
+    def _check_adapter(self, task_id: str) -> None:
+        """Count a task as not trained whose adapter is gone: it was answered without."""
+        folder = Path(self.job.adapters) / task_id
+        if task_id in self._trained and not folder.is_dir():
+            self._untrained.add(task_id)
+            self.log.say("note", task=task_id, text=f"{folder}: gone since the task was trained: it is trained and answered again by a next "
+                                                    "start")
 
     def _write_submission(self) -> dict[tuple[str, int], Attempts]:
         attempts = self.attempts()

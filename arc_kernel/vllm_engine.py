@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import dataclasses
 import gc
+import inspect
 import itertools
 import logging
 import math
@@ -253,7 +254,24 @@ def _forget_compiled() -> None:
     getattr(sys.modules.get("torch._dynamo.convert_frame"), "_bytecode_hooks", {}).clear()
     for name in ("_LORA_A_PTR_DICT", "_LORA_B_PTR_DICT"):
         getattr(sys.modules.get("vllm.lora.ops.triton_ops.utils"), name, {}).clear()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("transformers.models.") and ".modeling_" in name:
+            for kind in [k for k in vars(module).values() if isinstance(k, type) and k.__module__ == name and _vllms(k.__init__)]:
+                _undecorate(kind)
     gc.unfreeze()
+
+
+def _vllms(part) -> bool:
+    return (getattr(part, "__module__", None) or "").startswith("vllm.")
+
+
+def _undecorate(kind: type) -> None:
+    """Give a decoder class of transformers back what vLLM decorated for torch.compile where it opens architectures through transformers
+    (SmolLM3, OLMo, ...): no model of that class could be opened in this process otherwise, by the next backend, say."""
+    kind.__init__ = inspect.getclosurevars(kind.__init__).nonlocals["old_init"]
+    kind.__bases__ = tuple(base for base in kind.__bases__ if not _vllms(base))
+    for name in [name for name, part in vars(kind).items() if inspect.isfunction(part) and _vllms(part)]:
+        delattr(kind, name)
 
 
 def _capability(device: str) -> str:

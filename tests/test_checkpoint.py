@@ -13,13 +13,15 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from transformers import Gemma2Config, Gemma2ForCausalLM
 from transformers.integrations import sdpa_attention
 
 from arc_kernel import checkpoint
 from arc_kernel.device import repeat_keys, require_own_gpu
 from arc_kernel.errors import ArcKernelError
-from arc_kernel.files import whole_folder
-from models import tiny_model
+from arc_kernel.files import whole_folder, write_json
+from arc_kernel.precision import probe
+from models import save, tiny_model
 from standins import standin
 
 
@@ -89,6 +91,25 @@ def test_old_gpus_attend_with_a_key_for_every_query_and_compute_the_same(model_f
         repeat_keys()
         assert torch.allclose(model(input_ids=ids).logits, before, atol=1e-5)
     assert heads == [(2, 2)] * 2
+
+
+def test_scores_are_capped_where_the_config_says_so_and_looking_at_them_changes_nothing(model_folder, tmp_path):
+    """Gemma 2's attention: transformers' sdpa passes the cap over."""
+    torch.manual_seed(0)
+    config = Gemma2Config(vocab_size=49152, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, head_dim=32,
+                          num_key_value_heads=1, initializer_range=0.5, query_pre_attn_scalar=1, attn_logit_softcapping=50.0)
+    folder, ids, found = save(Gemma2ForCausalLM(config), model_folder, tmp_path / "gemma2"), torch.arange(100, 140)[None], []
+    for cap in (50.0, 0.5):
+        write_json(folder / "config.json", checkpoint.read_config(folder) | {"attn_logit_softcapping": cap})
+        model = checkpoint.load_model(folder, "float32", "cpu")
+        with torch.no_grad():
+            before = model(input_ids=ids).logits
+            with probe.recording(model, scores=True) as peaks:
+                during = model(input_ids=ids).logits
+            after = model(input_ids=ids).logits
+        assert torch.equal(before, during) and torch.equal(before, after) and probe.collected(peaks)["scores"][0] > 0.5
+        found.append(before)
+    assert (found[0] - found[1]).abs().max() > 0.1
 
 
 def test_tensor_of_another_shape_is_named_with_both(model_folder, tmp_path):

@@ -8,9 +8,11 @@ import types
 import numpy as np
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import Olmo2Config, Olmo2ForCausalLM
 
-from arc_kernel import adapt, cpu_drafts, generate
+from arc_kernel import adapt, cpu_drafts, generate, vllm_engine
 from arc_kernel.engine import CHECK_EVERY, EngineSettings, Prompt, ServedAdapters
 from arc_kernel.errors import ArcKernelError
 from arc_kernel.grids import GridEncoder
@@ -18,7 +20,7 @@ from arc_kernel.precision import verdict
 from arc_kernel.prompts import PromptBuilder
 from arc_kernel.views import random_view, task_rng
 from arc_kernel.vllm_engine import VllmEngine
-from models import nan_model, tiny_model
+from models import nan_model, save, tiny_model
 
 TASKS = ("d037b0a7", "3c9b0459", "25ff71a9")
 NEW_TOKENS = 16
@@ -227,3 +229,19 @@ def test_last_engine_goes_with_its_process_unless_it_would_outlive_it(last, proc
 def resident() -> float:
     """MiB of this process in memory."""
     return psutil.Process().memory_info().rss / 2**20
+
+
+@needs_vllm
+def test_transformers_answers_after_vllm_had_opened_the_architecture_through_it(model_folder, tmp_path, monkeypatch):
+    """As where a canary finds vLLM wrong: vLLM changes transformers' own class of the decoder."""
+    torch.manual_seed(0)
+    config = Olmo2Config(vocab_size=49152, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                         num_key_value_heads=1, initializer_range=0.2, max_position_embeddings=512)
+    folder = save(Olmo2ForCausalLM(config), model_folder, tmp_path / "olmo2")
+    monkeypatch.setattr(vllm_engine, "CPU_KV_BYTES", 1 << 27)
+    settings, given = EngineSettings(folder, "float32", 256, 2, 0), {}
+    for backend in ("vllm", "transformers", "vllm"):
+        engine = generate.start_engine(backend, settings, "cpu")
+        given[backend, len(given)] = [a.token_ids for a in engine.answer([Prompt((0,), list(range(100, 140)))], NEW_TOKENS)]
+        engine.close()
+    assert len({str(found) for found in given.values()}) == 1

@@ -249,6 +249,7 @@ def test_adapter_of_a_start_that_is_not_found_again_is_neither_served_nor_merged
 @pytest.mark.parametrize("config, words", [({"init_lora_weights": "pissa"}, "changes its base's weights as well .*merge it"),
                                            ({"alpha_pattern": {"q_proj": 64}}, "alpha of their own .*merge it"),
                                            ({"rank_pattern": {"q_proj": 4}}, "alpha of their own .*merge it"),
+                                           ({"use_dora": True}, "is a DoRA .*merge it"),
                                            ({"lora_bias": True}, "has biases")])
 def test_adapter_that_cannot_be_taken_off_again_is_merged_only(bases, adapter, tmp_path, config, words):
     folder = changed_adapter(adapter, tmp_path / "a", lambda t: None, **config)

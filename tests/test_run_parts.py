@@ -13,7 +13,7 @@ from models import tiny_model
 from run_folders import write_run, write_tasks
 from safetensors.numpy import save_file
 
-from arc_kernel import disk, select
+from arc_kernel import disk, report, select
 from arc_kernel import run as running
 from arc_kernel.errors import ArcKernelError
 from arc_kernel.events import read_events
@@ -136,7 +136,77 @@ def test_next_start_submits_at_once_what_an_earlier_one_answered(made, tmp_path,
     assert submitted(tmp_path) == [[0, 0]]
     made()
     assert submitted(tmp_path) == [[7]]
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"settings.json", "submission.json", "events.jsonl", "completions"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"settings.json", "submission.json", "events.jsonl", "completions", ".lock"}
+
+
+def test_damaged_answers_are_put_aside_and_cost_the_others_nothing(made, tmp_path, capsys):
+    """A line cut short, bytes that are no text, and a file that lost what was written to it, or a part of it."""
+    run = made(views=2)
+    run.job = JOB
+    for name in "ABC":
+        answered(tmp_path, f"{name}.jsonl")
+        run._note({"event": "answered", "task": name, "cut": 0, "statuses": {"ok": 1}})
+    folder = tmp_path / "run" / "completions"
+    whole = (folder / "A.jsonl").read_bytes()
+    for damaged in (whole[:-7], b"\xc8\xc9\n", b""):
+        (folder / "A.jsonl").write_bytes(damaged)
+        capsys.readouterr()
+        assert made(views=2)._unanswered() == ["A"] and submitted(tmp_path) == [[7]]
+        assert f"task A is answered again, A.jsonl is put aside as A.jsonl.damaged: {folder / 'A.jsonl'}" in capsys.readouterr().err
+        assert (folder / "A.jsonl.damaged").read_bytes() == damaged
+        assert made(views=2)._unanswered() == ["A"] and not capsys.readouterr().err
+    answered(tmp_path, "A.jsonl.part")  # it never was whole
+    made(views=2)
+    assert (folder / "A.jsonl.part").is_file()
+
+
+def test_a_start_beside_a_run_that_ends_meanwhile_submits_what_that_has(made, tmp_path):
+    first, second = made(views=2), made(views=2)
+    first._lock.acquire()
+    answered(tmp_path, "B.jsonl")
+    first.candidates["B"] = first._stored.candidates("B")
+    first.finish()
+    assert submitted(tmp_path) == [[7]]
+    second.adapt = lambda: None  # nothing is left
+    second.answer()
+    second.finish()
+    assert submitted(tmp_path) == [[7]] and second.candidates.keys() == {"B"}
+
+
+def test_submission_of_a_run_at_work_is_left_to_it(made, tmp_path):
+    first = made(views=2)
+    answered(tmp_path, "B.jsonl")
+    first._lock.acquire()
+    for look in (lambda: made(views=2), lambda: running.write_report_again(tmp_path / "run")):
+        look()
+        assert submitted(tmp_path) == [[0, 0]]
+    with pytest.raises(ArcKernelError, match="another run is at work"):
+        made(views=2).adapt()
+
+
+def test_a_task_that_workers_died_of_or_whose_adapter_is_gone_is_trained_by_a_next_start(made, tmp_path, capsys):
+    def events(*_):
+        yield {"event": "worker-died", "worker": 0, "text": "died", "given_up": {"adapt": ["B"], "answer": []}}
+        for name in "BC":
+            answered(tmp_path, f"{name}.jsonl")
+            yield {"event": "answered", "task": name, "cut": 0, "statuses": {"ok": 1}}
+
+    run = made(views=2)
+    run.job, run._pool, run._trained = dataclasses.replace(JOB, adapters=str(tmp_path / "gone")), pool(events), {"C"}
+    run.answer()
+    assert f"{tmp_path / 'gone' / 'C'}: gone since the task was trained" in capsys.readouterr().err
+    assert sorted(p.name for p in (tmp_path / "run" / "completions").iterdir()) == ["B.jsonl.part", "C.jsonl.part"]
+    assert submitted(tmp_path) == [[7]] and len(made(views=2)._unanswered()) == 3
+
+
+def test_a_folder_with_damaged_events_and_verdict_has_a_report(made, tmp_path):
+    run = made(views=2)
+    answered(tmp_path, "B.jsonl")
+    (tmp_path / "run" / "precision.json").write_text('{"dtype": ')
+    with open(tmp_path / "run" / "events.jsonl", "ab") as file:
+        file.write(b'\xc8\xc9\n{"event": "note", "text": "afterwards"}\n')
+    assert run.finish()["report"] and report.read_verdict(tmp_path / "run") is None
+    assert run.events()[-1]["event"] == "stage" and "afterwards" in [e.get("text") for e in run.events()]
 
 
 def test_what_a_lost_worker_left_of_a_task_votes(made, tmp_path):
@@ -150,7 +220,7 @@ def test_what_a_lost_worker_left_of_a_task_votes(made, tmp_path):
 def test_a_task_answered_in_whole_votes_though_its_worker_died_before_it_said_so(made, tmp_path):
     def events(*_):
         answered(tmp_path, "B.jsonl")
-        yield {"event": "worker-died", "text": ""}
+        yield {"event": "worker-died", "text": "", "given_up": {"adapt": [], "answer": ["B"]}}
 
     run = made(views=2)
     run.job, run._pool = JOB, pool(events)

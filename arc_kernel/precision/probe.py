@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,10 +189,12 @@ def recording(model, scores: bool = False) -> Iterator[dict]:
 def _record_scores(base, keep, undo: contextlib.ExitStack) -> None:
     """Give `base` an attention that hands q, k (rotated) and the largest causal score of each layer to `keep`."""
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    kind = base.config._attn_implementation
+    own = getattr(sys.modules[type(base).__module__], "eager_attention_forward", None)  # each architecture has its own
+    plain = own if kind == "eager" else ALL_ATTENTION_FUNCTIONS[kind]
 
     def attention(module, query, key, value, attention_mask, **kwargs):
         keep("q rotated", module.layer_idx, query)
@@ -200,9 +203,9 @@ def _record_scores(base, keep, undo: contextlib.ExitStack) -> None:
         return plain(module, query, key, value, attention_mask, **kwargs)
 
     AttentionInterface.register(ATTENTION, attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS[kind])
     undo.callback(AttentionInterface.register, ATTENTION, plain)  # lets go of the model
-    undo.callback(base.set_attn_implementation, "sdpa")
+    undo.callback(base.set_attn_implementation, kind)
     base.set_attn_implementation(ATTENTION)
 
 

@@ -26,7 +26,8 @@ from .draft import ROWS
 from .make import prepare
 from .vocabulary import USE_FULL, byte_tokens
 
-CODE = ("*.py", "../prompts.py", "../grids.py")  # what a copy is made by, from this folder: another one is made where it changes
+# what a copy is made by, from this folder: another one is made where it changes
+CODE = ("*.py", "../checkpoint.py", "../grids.py", "../prompts.py", "../rope.py")
 FORGOTTEN = 7  # days without use after which a copy is removed where another is made; a run on a CPU can take some of them
 DATED = b"strftime_now"  # the function by which a chat template tells the day, in tokens another day may not have
 

@@ -375,8 +375,7 @@ class Run:
         folder = Path(self.job.adapters) / task_id
         if task_id in self._trained and not folder.is_dir():
             self._untrained.add(task_id)
-            self.log.say("note", task=task_id, text=f"{folder}: gone since the task was trained: it is trained and answered again by a next "
-                                                    "start")
+            self.log.say("note", task=task_id, text=f"{folder}: gone since the task was trained: a next start trains and answers it again")
 
     def _write_submission(self) -> dict[tuple[str, int], Attempts]:
         attempts = self.attempts()

@@ -192,5 +192,6 @@ def read_completions(path: Path) -> list[Completion]:
                 raise TypeError(f"{name} is {getattr(made, name)!r}")
             rows.append(made)
         except (ValueError, TypeError, KeyError) as error:
-            raise ArcKernelError(f"{path} line {number}: not a completion ({error}): start its run again, which answers the task anew") from None
+            raise ArcKernelError(f"{path} line {number}: not a completion ({error}): start its run again, "
+                                 "which answers the task anew") from None
     return rows

@@ -1,4 +1,5 @@
-"""The answers that lie in a run's folder: read back, put aside where they are damaged or to be made anew. Knows nothing of how they are made."""
+"""The answers that lie in a run's folder: read back, put aside where they are damaged or to be made anew. Knows nothing of how they are
+made."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ class Stored:
     def all_candidates(self, mine: bool) -> dict[str, list]:
         """Candidates of the tasks that were answered, in whole or in part. Where the folder is `mine`, what is damaged, or has fewer
         predictions than its events say, is renamed: those tasks are answered again."""
-        made = {e["task"]: sum(e.get("statuses", {}).values()) for e in read_events(self.out) if e["event"] == "answered" and not e.get("cut")}
+        answered = (e for e in read_events(self.out) if e["event"] == "answered" and not e.get("cut"))
+        made = {e["task"]: sum(e.get("statuses", {}).values()) for e in answered}
         found = {i: self.candidates(i, made.get(i, 0), mine) for i in self.challenges.tasks}
         return {i: candidates for i, candidates in found.items() if candidates is not None}
 

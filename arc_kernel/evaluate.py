@@ -99,8 +99,9 @@ def run_names(runs: list[RunFolder]) -> list[str]:
     """A name for each run: its folder's, or its whole path where two folders have one name."""
     count = Counter(run.path.resolve().name for run in runs)
     names = [str(run.path) if count[run.path.resolve().name] > 1 else run.path.resolve().name for run in runs]
-    if len(set(names)) < len(names):
-        raise ArcKernelError(f"{next(n for n in names if names.count(n) > 1)}: given twice: give each run once")
+    paths = [run.path.resolve() for run in runs]
+    if len(set(paths)) < len(paths):
+        raise ArcKernelError(f"{next(p for p in paths if paths.count(p) > 1)}: given twice: give each run once")
     return names
 
 

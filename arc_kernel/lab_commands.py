@@ -7,6 +7,8 @@ from pathlib import Path
 from .errors import ArcKernelError
 from .settings import DTYPES, Help
 
+MOST = 1_000_000  # draws of the bootstrap
+
 
 def add_commands(commands) -> None:
     """Add the parsers of evaluate, merge and combine."""
@@ -80,8 +82,10 @@ def _compare(runs: list[Path], json: Path | None, out: Path | None, tasks: str, 
     from .evaluate import evaluate, table
     from .run_folder import read_run
 
-    if resamples < 1 or seed < 0:
-        raise ArcKernelError(f"evaluate: --resamples {resamples}, --seed {seed}: give 1 or more resamples and a seed of 0 or more")
+    if not 1 <= resamples <= MOST or seed < 0:
+        raise ArcKernelError(f"evaluate: --resamples {resamples}, --seed {seed}: give 1 to {MOST:,} resamples and a seed of 0 or more")
+    if json and out and json.resolve() == out.resolve():
+        raise ArcKernelError(f"evaluate: --json and --out are both {out}: give two files")
     for file in filter(None, (json, out)):
         check_writable(file)
     read = [read_run(path, tasks, solutions) for path in runs]

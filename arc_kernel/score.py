@@ -11,7 +11,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from .errors import ArcKernelError
+from .errors import ArcKernelError, counted
 from .select import Candidate
 from .tasks import Attempts, Challenges, Grid
 
@@ -64,11 +64,12 @@ def score_submission(challenges: Challenges, attempts: dict[tuple[str, int], Att
     """
     result = score(challenges, attempts)
     if result is None:
-        raise ArcKernelError(f"{challenges.source}: no solutions known: give --solutions")
+        why = next(iter([*challenges.unscored.values(), *challenges.broken.values()]), "give --solutions")
+        raise ArcKernelError(f"{challenges.source}: no solutions known: {why}")
     has = {i for i, _ in attempts}
     own = score(dataclasses.replace(challenges, tasks={i: t for i, t in challenges.tasks.items() if i in has}), attempts)
     return result | {"missing_outputs": sum((i, k) not in attempts for i, n in challenges.outputs.items() for k in range(n)),
-                     "of_its_tasks": own and own["counts"]}
+                     "of_its_tasks": own and own["counts"], "left_out": {**challenges.broken, **challenges.unscored}}
 
 
 def table(metrics: dict) -> str:
@@ -79,6 +80,8 @@ def table(metrics: dict) -> str:
         own = metrics["of_its_tasks"]
         lines.insert(0, f"{missing} outputs are missing in the submission and count as wrong"
                         + (f"; of the tasks it has: {solved(own)}" if own else ""))
+    if left := metrics.get("left_out"):
+        lines.insert(0, f"{counted(len(left), 'task')} left out of the figures: {next(iter(left.values()))}")
     lines += [f"{k:16}{v:12.4f}{metrics['per_task'][k]:12.4f}  {FIGURES[k]}" for k, v in metrics["per_output"].items()]
     return "\n".join(lines)
 

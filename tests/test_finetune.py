@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from safetensors.numpy import load_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Phi3Config, Phi3ForCausalLM, get_scheduler
 from transformers.integrations import sdpa_attention
 
@@ -108,6 +109,51 @@ def test_20_steps_at_once_are_10_and_10_more_after_a_kill(settings, prepared, tm
     assert one.keys() == other.keys() and all(np.array_equal(one[k], other[k]) for k in one)
     assert sorted(p.name for p in (again.out_path / "checkpoints").iterdir()) == ["checkpoint-15", "checkpoint-20"]
     assert run.finetune(again, prepared)["step"] == 20 and len(losses_of(again)) == 20  # a finished run is left as it is
+
+
+def test_other_data_or_weights_under_the_same_name_are_refused(settings, tiny, pool, tmp_path, killed_at):
+    """As a pool that grew: what was held out of the first would be other tasks than what is held out now."""
+    mine, model = shutil.copy(pool, tmp_path / "mine.jsonl"), shutil.copytree(tiny, tmp_path / "model")
+    own = dataclasses.replace(settings, data=(str(mine),), model=str(model), hold_out=2, steps=4, save_every=2)
+    killed_at(3)
+    with pytest.raises(KeyboardInterrupt):
+        run.finetune(own)
+    held_out = (own.out_path / "held_out.json").read_text()
+    lines = pool.read_text()
+    mine.write_text(lines + lines.splitlines()[0].replace('"t0"', '"t8"') + "\n")
+    with pytest.raises(ArcKernelError, match="holds a run with other data under the same name"):
+        run.finetune(own)
+    assert (own.out_path / "held_out.json").read_text() == held_out
+    mine.write_text(lines)
+    weights = {name: tensor * 2 for name, tensor in checkpoint.weight_tensors(model)}
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ArcKernelError, match="holds a run with other weights under the same name"):
+        run.finetune(own)
+    shutil.copy(tiny / "model.safetensors", model)
+    assert run.finetune(own)["step"] == 4
+
+
+def test_two_runs_on_one_folder_are_one_and_a_refusal(settings, prepared, killed_at):
+    first = run.Run(dataclasses.replace(settings, steps=2), prepared)
+    with pytest.raises(ArcKernelError, match="another run is at work on this folder"):
+        run.finetune(first.s, prepared)
+    first.stop()
+    assert run.finetune(first.s, prepared)["step"] == 2
+
+
+@pytest.mark.parametrize("name, change, words", [
+    ("optimizer.pt", lambda file: file.unlink(), "not there"), ("scheduler.pt", lambda file: file.unlink(), "not there"),
+    ("optimizer.pt", lambda file: file.write_bytes(file.read_bytes()[:900] + b"?" * 64 + file.read_bytes()[964:]), "damaged"),
+    ("trainer_state.json", lambda file: file.write_text("{}"), "cannot be read")])
+def test_a_checkpoint_that_lacks_something_is_named(settings, prepared, killed_at, name, change, words):
+    killed_at(7)
+    with pytest.raises(KeyboardInterrupt):
+        run.finetune(settings, prepared)
+    folder = settings.out_path / "checkpoints" / "checkpoint-5"
+    shutil.copytree(folder, folder.with_name("checkpoint-5-old"))  # as a person may keep one
+    change(folder / name)
+    with pytest.raises(ArcKernelError, match=f"{folder / name}: {words}.*delete {folder} to go on"):
+        run.finetune(settings, prepared)
 
 
 def test_a_run_learns_and_leaves_an_adapter_a_report_and_figures(settings, prepared, monkeypatch):
@@ -418,6 +464,11 @@ def test_a_study_goes_on_after_a_rate_whose_gradients_are_not_finite(settings, m
     rows = json.loads((settings.out_path / "study.json").read_text())
     assert [(r["lr"], r["diverged"]) for r in rows] == [(1e-2, True), (1e-3, False)]
     assert "lr 0.01: finetune: step 3: gradients are not finite" in capsys.readouterr().err
+    assert study.study(dataclasses.replace(settings, steps=5, batch=1), [1e-2]) == settings.out_path / "study.html"  # nothing is run
+    with pytest.raises(ArcKernelError, match="lr-0.01: holds a run with other settings .*clip"):
+        study.study(dataclasses.replace(settings, steps=5, batch=1, clip=0.1), [1e-2])
+    with pytest.raises(ArcKernelError, match="are called alike"):
+        study.study(settings, [1e-2, 1.0000001e-2])
 
 
 def test_a_run_whose_loss_rises_again_or_is_nan_has_diverged():

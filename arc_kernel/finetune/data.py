@@ -13,6 +13,7 @@ or `recall:<tokens>`. Knows files and grids; nothing of tokens, views or models.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import math
 import zlib
@@ -67,6 +68,15 @@ class Source:
             pairs = [p for p in pairs if (p.input.size + p.output.size) * count <= cells]
         return tuple(pairs[i] for i in rng.permutation(len(pairs))[:count]) if len(pairs) > 1 else ()
 
+    def sha256(self) -> str:
+        """Of what is drawn from: ids and grids of all groups."""
+        digest = hashlib.sha256(f"{self.kind} {self.weight!r} {self.tokens}".encode())
+        for group in self.groups:
+            digest.update(f"{group.id!r} {[len(pairs) for pairs in group.variations]}".encode())
+            for grid in (side for pairs in group.variations for pair in pairs for side in (pair.input, pair.output)):
+                digest.update(f"{grid.shape}".encode() + grid.tobytes())
+        return digest.hexdigest()
+
     def without(self, ids: set[str]) -> "Source":
         """The same source without the groups of these ids; raises ArcKernelError where none is left."""
         kept = tuple(g for g in self.groups if g.id not in ids)
@@ -106,7 +116,7 @@ def split(argument: str) -> tuple[str, str, float]:
                              (f"give one of {', '.join(KINDS)}" if prefix != "recall:" else "recall has one kind only"))
     if rest:
         weight = float(rest.pop(0)) if _number(rest[0]) else math.nan
-    if rest or not 0 < weight < math.inf:
+    if rest or not 0 < weight < math.inf or not path:
         raise ArcKernelError(f"--data {argument}: give PATH[:kind][:weight] with a weight above 0")
     return prefix + path, kind, weight
 
@@ -120,10 +130,13 @@ def _number(text: str) -> bool:
 
 
 def _line_files(path: Path) -> list[Path]:
-    """The files of JSON lines that a path names: itself, or those in it where it is a folder without ARC JSON."""
-    if path.is_dir() and not any(path.glob("[!.]*.json")):
-        files = sorted(f for f in path.glob("[!.]*") if f.name.endswith(LINES))
-        if not files:
+    """The files of JSON lines that a path names: itself, or those in it where it is a folder; none in a folder of ARC JSON."""
+    if path.is_dir():
+        files, tasks = sorted(f for f in path.glob("[!.]*") if f.name.endswith(LINES)), any(path.glob("[!.]*.json"))
+        if files and tasks:
+            raise ArcKernelError(f"{path}: holds tasks (.json) and JSON lines ({files[0].name}): give the files of lines by themselves, "
+                                 "or put them into a folder of their own")
+        if not files and not tasks:
             raise ArcKernelError(f"{path}: neither .json nor {' nor '.join(LINES)} in this folder: give a folder of tasks")
         return files
     return [path] if path.name.endswith(LINES) else []

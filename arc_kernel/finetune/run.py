@@ -14,14 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from .. import ceilings, checkpoint, progress, trained_prompt
 from ..device import device_model, device_name
 from ..errors import ArcKernelError, counted
 from ..events import EventLog, read_events
-from ..files import replacing
+from ..files import replacing, write_json
 from ..grids import GridEncoder
 from ..precision import verdict
+from ..precision.verdict import digest
 from ..prompts import PromptBuilder
 from ..tasks import Task, is_task_id, load_challenges, task_to_json
 from . import overlap, page
@@ -119,6 +121,7 @@ class Run:
         self.s, self.prepared, self.out = trained_prompt.resolved(settings), prepared, settings.out_path
         self.log = EventLog(self.out, time.perf_counter(), silent=not MAIN)
         self.tokens, self.seconds, self._shown = 0, 0.0, time.perf_counter()
+        self._lock = FileLock(self.out / ".lock", timeout=0)
         if MAIN:
             self._claim_folder()
         for text in prepared.notes:
@@ -192,21 +195,35 @@ class Run:
 
     def _claim_folder(self) -> None:
         """Make the output folder this run's: refuse one that cannot be written, or holds a run with other settings."""
-        path = self.out / "settings.json"
+        path, prepared = self.out / "settings.json", self.prepared
         try:
             self.out.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+            weights = [checkpoint.weights_sha256(folder) for folder in (prepared.folder, *[Path(self.s.adapter)] * bool(self.s.adapter))]
+            data = [[source.sha256() for source in prepared.stream.sources], [with_solutions(t) for t in prepared.held_out]]
+            made_of = {"data_sha256": digest(data), "weights_sha256": digest(weights)}
             if path.is_file():
-                lines = self.s.differences(stored_settings(self.out))
-                if lines:
-                    raise ArcKernelError(f"{self.out}: holds a run with other settings ({'; '.join(lines)}): "
-                                         f"give another --out, or delete it")
-            with replacing(path) as file:
-                file.write(self.s.to_json())
+                check_settings(self.s)
+                stored = json.loads(path.read_text(encoding="utf-8"))
+                if changed := [name for name in made_of if stored.get(name, made_of[name]) != made_of[name]]:
+                    raise ArcKernelError(f"{self.out}: holds a run with other {' and '.join(n.removesuffix('_sha256') for n in changed)} "
+                                         "under the same name: give another --out, or delete it")
+            write_json(path, json.loads(self.s.to_json()) | made_of)
             if self.prepared.held_out:
                 with replacing(self.out / HELD_OUT) as file:
                     json.dump({t.id: with_solutions(t) for t in self.prepared.held_out}, file)
+        except Timeout:
+            raise ArcKernelError(f"{self.out}: another run is at work on this folder: wait for it, or give another --out") from None
         except OSError as error:
+            self.stop()
             raise ArcKernelError(f"{self.out}: cannot be written ({error.strerror}): give another --out") from None
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Let others have the folder."""
+        self._lock.release(force=True)
 
 
 def training_dtype(wanted: str, device: str) -> str:
@@ -229,14 +246,21 @@ def with_solutions(task: Task) -> dict:
     return made
 
 
+def check_settings(s: FinetuneSettings) -> None:
+    """Raise ArcKernelError where the output folder of these settings holds a run with others."""
+    if lines := trained_prompt.resolved(s).differences(stored_settings(s.out_path)):
+        raise ArcKernelError(f"{s.out_path}: holds a run with other settings ({'; '.join(lines)}): give another --out, or delete it")
+
+
 def stored_settings(out: Path) -> FinetuneSettings:
     """The settings of a run folder; raises ArcKernelError naming the file."""
     path = out / "settings.json"
     try:
-        return FinetuneSettings.from_parameters(json.loads(path.read_text(encoding="utf-8")))
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return FinetuneSettings.from_parameters({k: v for k, v in stored.items() if not k.endswith("_sha256")})
     except FileNotFoundError:
         raise ArcKernelError(f"{path}: no such file: give the output folder of a fine-tuning run") from None
-    except (OSError, ValueError, TypeError, ArcKernelError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, ArcKernelError) as error:
         raise ArcKernelError(f"{path}: not the settings of a fine-tuning run ({error}): give another --out") from None
 
 
@@ -244,8 +268,13 @@ def finetune(settings: FinetuneSettings, prepared: Prepared | None = None) -> di
     """The whole run; returns what `Run.train` returns. Raises ArcKernelError in one line."""
     from safetensors import SafetensorError
 
+    run = None
     try:
-        return Run(settings, prepared or prepare(settings)).train()
+        run = Run(settings, prepared or prepare(settings))
+        return run.train()
     except (OSError, SafetensorError) as error:
         raise ArcKernelError(f"{settings.out}: cannot be written ({error}): free some disk and start again: it goes on from its "
                              f"last checkpoint") from None
+    finally:
+        if run is not None:
+            run.stop()

@@ -20,7 +20,7 @@ class FinetuneSettings(Checked):
     adapter: str = setting("", "folder of a LoRA to start from; empty: fresh")
     out: str = setting("runs/finetune", "output folder; a killed run started again on it continues from its last checkpoint", resume=False,
                        needed=True)
-    seed: int = setting(0, "seed of the stream of examples and of the LoRA", low=0)
+    seed: int = setting(0, "seed of the stream of examples and of the LoRA", low=0, high=2**32 - 1)
     dtype: str = setting("auto", "of the products; what is trained stays float32; float16 needs a GPU", choices=DTYPES)
     grid_encoder: str = setting(AUTO, f"grid text: {GRID_TEXT}; auto: as adapter or model were fine-tuned before, "
                                       "else shape+rows+digits")
@@ -28,7 +28,7 @@ class FinetuneSettings(Checked):
     background: str = setting("kept", BACKGROUND, choices=BACKGROUNDS)
     max_seq_len: int = setting(8192, "tokens of an example; a longer one loses context pairs, its largest first", low=16)
     lora_rank: int = setting(32, "rank of the LoRA (ignored with `adapter`); 0: full training", low=0, high=512)
-    steps: int = setting(1000, "optimizer steps", low=1)
+    steps: int = setting(1000, "optimizer steps", low=1, high=10**9)
     batch: int = setting(16, "examples per optimizer step, on all GPUs together", low=1)
     micro_tokens: int = setting(8192, "tokens of a pass: examples of like length are put together up to so many", low=1)
     lr: float = setting(5e-4, "peak learning rate; for full training (lora_rank 0) give a fifth of it; several with commas: a study",

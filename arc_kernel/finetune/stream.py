@@ -44,7 +44,7 @@ class Stream:
         self.sources, self.builder, self.seed, self.longest, self.compose = sources, builder, seed, longest, compose
         self.limit, self.all_outputs, self.permute_background = limit, all_outputs, permute_background
         weights = np.array([s.weight for s in sources])
-        self._weights = weights / weights.sum()
+        self._weights = (weights / weights.max()) / (weights / weights.max()).sum()
 
     def draw(self, index: int, limit: int = 0) -> Drawn:
         """Example `index`, at most `limit` tokens long (0: the stream's own limit). One that is too long loses context pairs, the
@@ -62,9 +62,14 @@ class Stream:
 
     def lengths(self, count: int = SAMPLE) -> np.ndarray:
         """Tokens, int64 [count], of the first draw of each of `count` examples, as long as the data makes them."""
-        rngs = (np.random.default_rng((self.seed, index)) for index in range(count))
-        drawn = [next(filter(None, (self._draw(rng, self.limit, fit=False) for _ in range(DRAWS))), None) for rng in rngs]
-        return np.array([d.tokens for d in drawn if d is not None])
+        tokens = []
+        for rng in (np.random.default_rng((self.seed, index)) for index in range(count)):
+            drawn = next(filter(None, (self._draw(rng, self.limit, fit=False) for _ in range(DRAWS))), None)
+            if drawn is not None:
+                tokens.append(drawn.tokens)
+            elif not tokens:  # nothing fits, and the others would say so one by one
+                break
+        return np.array(tokens)
 
     def _draw(self, rng: np.random.Generator, limit: int, fit: bool = True) -> Drawn | None:
         """One try at an example; None where a pool has no pairs small enough for `limit` tokens (a cell is a token or more),

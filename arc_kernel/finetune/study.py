@@ -6,10 +6,11 @@ import dataclasses
 import sys
 from pathlib import Path
 
+from ..errors import ArcKernelError
 from ..events import read_events
 from ..memory import free_memory
 from . import page
-from .run import MAIN, finetune, prepare
+from .run import MAIN, check_settings, finetune, prepare
 from .settings import FinetuneSettings
 
 
@@ -23,15 +24,21 @@ def study(settings: FinetuneSettings, rates: list[float]) -> Path | None:
 
     prepared, written = prepare(settings), None
     folders = {rate: settings.out_path / f"lr-{rate:g}" for rate in rates}
+    if len(set(folders.values())) < len(rates):
+        raise ArcKernelError(f"finetune: two of the learning rates {', '.join(map(str, rates))} are called alike: give rates further apart")
     for rate, folder in folders.items():
+        own = dataclasses.replace(settings, lr=rate, out=str(folder))
         if any(e["event"] == "diverged" for e in read_events(folder)):
+            check_settings(own)
             continue
         try:
-            finetune(dataclasses.replace(settings, lr=rate, out=str(folder)), prepared)
+            finetune(own, prepared)
         except Diverged as error:
             print(f"lr {rate:g}: {error}", file=sys.stderr)
         free_memory()  # of this run's model and graphs
         if MAIN:
             written = page.write_study(settings.out_path, {r: read_events(f) for r, f in folders.items() if f.is_dir()})
+    if written is None and MAIN:  # of an earlier start, all of them
+        written = page.write_study(settings.out_path, {r: read_events(f) for r, f in folders.items()})
     return written
 

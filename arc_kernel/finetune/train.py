@@ -246,17 +246,26 @@ def train(learner: Learner, stream: Stream, settings: FinetuneSettings, lengths:
 
 def found_checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints in a folder, oldest first."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda f: int(f.name.rpartition("-")[2]))
+    numbered = [f for f in folder.glob("checkpoint-*") if f.name.removeprefix("checkpoint-").isdecimal() and f.is_dir()]
+    return sorted(numbered, key=lambda f: int(f.name.rpartition("-")[2]))
 
 
 def check_whole(checkpoint: Path) -> None:
-    """Raise ArcKernelError where a file of the Trainer's broke off, as in a copy that was not finished. `Learner.load` looks at weights."""
-    for file in sorted(checkpoint.glob("*.pt*")):  # torch's archives, whose table of contents comes last
-        if not zipfile.is_zipfile(file):
-            raise ArcKernelError(f"{file}: broken off: delete {checkpoint} to go on from the one before it")
+    """Raise ArcKernelError where a file of the Trainer's is missing, broke off, as in a copy that was not finished, or is damaged.
+    `Learner.load` looks at weights."""
+    for file in sorted({*checkpoint.glob("*.pt*"), checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"}):
+        try:  # torch's archives: the table of contents comes last, and each part has a checksum
+            with zipfile.ZipFile(file) as archive:
+                wrong = archive.testzip() and "damaged"
+        except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:  # the last two: flags and methods that are none
+            wrong = f"broken off ({first_line(error)})" if file.is_file() else "not there"
+        if wrong:
+            raise ArcKernelError(f"{file}: {wrong}: delete {checkpoint} to go on from the one before it")
     file = checkpoint / "trainer_state.json"
     try:
-        json.loads(file.read_text(encoding="utf-8"))
+        state = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(state, dict) or state.get("global_step") != int(checkpoint.name.rpartition("-")[2]):
+            raise ValueError("not of this step")
     except (OSError, ValueError) as error:
         seen = first_line(error)
         raise ArcKernelError(f"{file}: cannot be read ({seen}): delete {checkpoint} to go on from the one before it") from None

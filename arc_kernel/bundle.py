@@ -16,6 +16,7 @@ from pathlib import Path
 from .errors import ArcKernelError
 
 MANIFEST, METADATA, KIND = "manifest.json", "dataset-metadata.json", "arc_kernel_bundle"
+KINDS = ("code", "weights", "adapter", "wheels")
 DATASETS = {"code": "arc-kernel-code", "weights": "arc-kernel-<model>"}
 DEPTH = 8  # folders below the input root that are looked into; Kaggle mounts a dataset 1 to 3 below it, a model 6
 AGAIN = "build the bundle again (python build_kernel.py) and upload it"
@@ -66,7 +67,7 @@ def verify(bundle: Bundle) -> None:
     files = sorted(bundle.manifest["files"].items())
     for name, expected in files:  # sizes first: a missing file is told without hashing gigabytes
         path = bundle.folder / name
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise ArcKernelError(f"{bundle.folder}: {name} is missing: {AGAIN}")
         if path.stat().st_size != expected["bytes"]:
             raise ArcKernelError(f"{bundle.folder}: {name} has {path.stat().st_size} bytes, expected {expected['bytes']}: {AGAIN}")
@@ -147,10 +148,10 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
             seen.add(real)
             try:
                 entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-                files = [entry.name for entry in entries if entry.is_file()]
-                below += [folder / entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
             except OSError:  # an unreadable folder of somebody else's dataset
                 continue
+            files = [entry.name for entry in entries if os.path.isfile(entry)]  # entry.is_file() raises for a link to itself
+            below += [folder / entry.name for entry in entries if os.path.isdir(entry) and not entry.name.startswith(".")]
             yield folder, files
         level = below
 

@@ -37,7 +37,7 @@ class EventLog:
         """Write a line: what happened, seconds since the run began, and `facts`."""
         if not self.silent:
             line = json.dumps({"event": event, "at": round(time.perf_counter() - self.begun, 3), **facts})
-            with open(self.out / "events.jsonl", "a", encoding="utf-8") as file:
+            with contextlib.suppress(OSError), open(self.out / "events.jsonl", "a", encoding="utf-8") as file:  # a full disk costs a line
                 file.write(line + "\n")
 
     def say(self, event: str, **facts) -> None:

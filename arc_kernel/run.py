@@ -162,21 +162,26 @@ class Run:
             for message in self._pool.close():
                 self._note(message)
             self._pool = None
-        begun = time.perf_counter()
-        if not self._lock.is_locked:
-            self._read_stored()
-        attempts = self.attempts()
-        if self._lock.is_locked:
-            self._write_submission()
+        begun, metrics = time.perf_counter(), None
+        try:
+            if self._lock.is_locked:
+                self._write_submission()
+                self._lock.release(force=True)
+            else:
+                self._read_stored()
+            if metrics := score.score(self.challenges, self.attempts(), self.candidates):
+                write_json(self.out / "metrics.json", metrics)
+        except OSError as error:  # Kaggle takes no submission of a notebook that ends with an error
+            if not disk.fault(error):
+                raise
+            self.log.say("note", text=f"{self.out}: the last votes are not written ({error.strerror}): free some disk and start again")
             self._lock.release(force=True)
-        metrics = score.score(self.challenges, attempts, self.candidates)
-        if metrics:
-            write_json(self.out / "metrics.json", metrics)
+        attempts = self.attempts()
         self._stage("vote, score", time.perf_counter() - begun)
         rows = stage_rows(self.events())
         try:
             path = report.write_report(self.out, self.settings, self.challenges, self.candidates, attempts, metrics, self.events())
-        except Exception as error:  # Kaggle takes no submission of a notebook that ends with an error
+        except Exception as error:  # as above
             if not disk.fault(error):
                 traceback.print_exc()
             self.log.say("note", text=f"report.html is not written: {named_line(error)}")

@@ -53,25 +53,47 @@ _parameters = {k: v for k, v in dict(globals()).items() if isinstance(v, _plain)
 import dataclasses, hashlib, json, os, subprocess, sys
 from pathlib import Path
 
+def folders(root: Path):
+    """Folders from `root` down, shallowest first, no hidden one and none twice: links are followed, and may lead in a circle."""
+    level, seen = [root], set()
+    for _ in range(9):
+        below = []
+        for folder in level:
+            if (real := os.path.realpath(folder)) not in seen:
+                seen.add(real)
+                yield folder
+                try:
+                    below += sorted(Path(e) for e in os.scandir(folder) if os.path.isdir(e) and not e.name.startswith("."))
+                except OSError:  # an unreadable folder of somebody else's dataset, or no folder at all
+                    continue
+        level = below
+
+
 def code_files(manifest: Path) -> dict:
-    """The sha256 and bytes by file of a code bundle's manifest; empty for any other manifest.json."""
+    """The sha256 by file of a code bundle's manifest; empty for any other manifest.json, and for a damaged one."""
     try:
-        content = json.loads(manifest.read_text())
-        return content["files"] if content["arc_kernel_bundle"] == "code" else {}
-    except (OSError, ValueError, TypeError, KeyError):
+        content = json.loads(manifest.read_bytes())
+        return {n: f["sha256"] for n, f in content["files"].items()} if content["arc_kernel_bundle"] == "code" else {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
+
+
+def sha256(file: Path) -> str:
+    """Of a file's bytes; empty where it cannot be read."""
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 if not isinstance(input_root, str):
     raise SystemExit(f"input_root is {input_root!r}: give a value of type str: the folder in which datasets are mounted")
 root = Path(_parameters.pop("input_root"))
-_manifests = (m for _depth in range(9) for m in sorted(root.glob("*/" * _depth + "manifest.json")))  # links are followed so far
-found = ((m.parent, _files) for m in _manifests if (_files := code_files(m)))
-_code, _files = next(found, (None, {}))
+_code, _files = next(((f, _found) for f in folders(root) if (_found := code_files(f / "manifest.json"))), (None, {}))
 if _code is None:
-    raise SystemExit(f"{root}: no arc-kernel code bundle: attach the dataset that build_kernel.py made")
+    raise SystemExit(f"{root}: no arc-kernel code bundle, or a damaged one: attach the dataset that build_kernel.py made")
 for _name, _expected in _files.items():
-    if not (_code / _name).is_file() or hashlib.sha256((_code / _name).read_bytes()).hexdigest() != _expected["sha256"]:
+    if sha256(_code / _name) != _expected:
         raise SystemExit(f"{_code / _name}: missing, or not the file that was bundled: upload the code bundle again")
 sys.path.insert(0, str(_code))
 sys.dont_write_bytecode = True
@@ -122,6 +144,8 @@ if _bench:  # in a process of its own: it gives its GPU memory back
 from arc_kernel import events, report, score
 from arc_kernel.run import Run
 
+if isinstance(globals().get("run"), Run):  # this cell is run again
+    run.stop()
 run = Run(settings)
 for task in list(run.challenges.tasks.values())[:5]:
     print(task.id)

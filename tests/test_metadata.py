@@ -111,7 +111,11 @@ def test_each_kind_has_a_template_kaggle_takes(kind, tmp_path):
     filled = templates.fill(kind, f"arc-kernel-{kind}", "someone", templates.SMOLLM2)
     (tmp_path / "dataset-metadata.json").write_text(json.dumps(filled))
     (tmp_path / "a.txt").write_text("a")
-    (tmp_path / "manifest.json").write_text(json.dumps({"name": f"arc-kernel-{kind}", "files": {"a.txt": ENTRY}}))
+    manifest = {"arc_kernel_bundle": kind, "name": f"arc-kernel-{kind}", "files": {"a.txt": ENTRY}}
+    for of in ("another", ["code"]):  # none that the notebook would find
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"arc_kernel_bundle": of}))
+        assert "manifest.json is missing or damaged" in metadata.faults(tmp_path)[0]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert metadata.faults(tmp_path) == []
     assert filled["subtitle"] and "licence" in filled["description"].lower()
 

@@ -71,8 +71,20 @@ def test_bundles_are_found_behind_links_and_a_loop_ends(mounted, tmp_path):
     for folder in mounted.iterdir():
         (tmp_path / "input" / folder.name).symlink_to(folder)
     (tmp_path / "input" / "loop").symlink_to(tmp_path / "input")
-    done = run_cells(first_cells(tmp_path / "input", tmp_path / "out"), tmp_path)
+    (tmp_path / "input" / "itself").symlink_to(tmp_path / "input" / "itself")
+    (tmp_path / "input" / "another's").mkdir()
+    (tmp_path / "input" / "another's" / "manifest.json").write_text("[" * 100_000)
+    shutil.copytree(next(f for f in mounted.rglob("arc_kernel") if f.is_dir()).parent, tmp_path / "input" / ".old")
+    done = run_cells([*first_cells(tmp_path / "input", tmp_path / "out"), "print('code of', _code)"], tmp_path)
     assert done.returncode == 0 and "scoring run: 2 tasks" in done.stdout, done.stderr
+    assert "code of" in done.stdout and "/.old" not in done.stdout
+
+
+def test_a_run_that_is_made_again_lets_its_folder_go(mounted, tmp_path):
+    cells = ["".join(c["source"]) for c in json.loads(BUILT.read_text())["cells"] if c["cell_type"] == "code"]
+    look = next(c for c in cells if "run = Run(settings)" in c)
+    done = run_cells([*first_cells(mounted, tmp_path), look, "run._lock.acquire()", look, "run._lock.acquire()"], tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("given, said", [

@@ -375,6 +375,21 @@ def test_a_report_that_fails_costs_no_submission_and_is_told(made, tmp_path, mon
         running.write_report_again(tmp_path / "run")
 
 
+def test_a_disk_that_is_full_at_the_end_leaves_the_submission_of_before(made, tmp_path, monkeypatch, capsys):
+    run = made(views=2)
+    run._lock.acquire()
+    answered(tmp_path, "B.jsonl")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(running, "write_submission", full)
+    assert run.finish()["submission"].is_file() and submitted(tmp_path) == [[0, 0]]
+    assert "the last votes are not written (No space left on device)" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert made(views=2).finish() and submitted(tmp_path) == [[7]]
+
+
 def test_run_begun_with_a_path_from_its_folder_is_continued_and_reported_from_any(tmp_path, monkeypatch):
     write_tasks(tmp_path / "tasks.json", {"A": [None]})
     monkeypatch.chdir(tmp_path)

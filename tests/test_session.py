@@ -189,8 +189,12 @@ def test_fallback_submission_is_complete_and_an_earlier_one_is_kept(challenges, 
     found = load_challenges(str(path))
     written = session.write_fallback(found, tmp_path / "out")
     assert set(read_submission(written)) == {("a", 0), ("b", 0)}
-    written.write_text("better")
-    assert session.write_fallback(found, tmp_path / "out").read_text() == "better"
+    better = json.dumps({i: [{"attempt_1": [[7]], "attempt_2": [[8]]}] for i in "ab"})
+    for stale in ("{", json.dumps({"other": [{"attempt_1": [[1]], "attempt_2": [[1]]}]}), better[:-1] + ', "c": []}'):
+        written.write_text(stale)  # of other tasks, or broken
+        assert set(read_submission(session.write_fallback(found, tmp_path / "out"))) == {("a", 0), ("b", 0)}
+    written.write_text(better)
+    assert session.write_fallback(found, tmp_path / "out").read_text() == better
     (tmp_path / "file").touch()
     with pytest.raises(ArcKernelError, match="submission.json: cannot be written"):
         session.write_fallback(found, tmp_path / "file")

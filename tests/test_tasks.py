@@ -52,6 +52,17 @@ def test_a_kaggle_file_is_read_with_the_solutions_beside_it(tmp_path, name):
     assert [p.input.tolist() for p in task.test] == [[[7]], [[8, 9]]] and [p.output.tolist() for p in task.test] == ANSWERS
 
 
+@pytest.mark.parametrize("damaged", ["{nope", "[]"])
+def test_damaged_solutions_nobody_named_cost_no_task(tmp_path, damaged):
+    (tmp_path / "a_solutions.json").write_text(damaged)
+    source = write(tmp_path / "a_challenges.json", {"t1": GOOD, "t2": GOOD})
+    read = load_challenges(source)
+    said = read.unscored["t1"]
+    assert list(read.tasks) == ["t1", "t2"] and "a_solutions.json" in said and said.endswith("no task is scored")
+    with pytest.raises(ArcKernelError, match="a_solutions.json"):
+        load_challenges(source, str(tmp_path / "a_solutions.json"))
+
+
 def test_a_kaggle_file_without_solutions_leaves_the_test_outputs_unknown(tmp_path):
     read = load_challenges(write(tmp_path / "arc-agi_test_challenges.json", {"t": GOOD}))
     assert [p.output for p in read.tasks["t"].test] == [None, None]

@@ -134,7 +134,7 @@ def _contents(folder: Path, data: dict) -> Iterator[str]:
     """Faults of what a dataset folder holds: the notebook finds a bundle by its manifest and reads what that lists."""
     try:
         manifest = json.loads((folder / bundle.MANIFEST).read_bytes())
-        files, name = manifest["files"], manifest["name"]
+        files, name = manifest["files"] if manifest[bundle.KIND] in bundle.KINDS else None, manifest["name"]
     except (OSError, ValueError, KeyError, TypeError):
         files = name = None
     if not bundle.complete(files):

@@ -24,7 +24,7 @@ from packaging.utils import canonicalize_name
 from ..disk import LOW_GB, free_gb
 from ..errors import ArcKernelError
 from ..select import vote
-from ..tasks import Challenges, write_submission
+from ..tasks import Challenges, read_submission, write_submission
 from . import check, lock, templates
 from .profiles import Profile
 
@@ -168,18 +168,26 @@ def _pip(*arguments: str) -> None:
 
 
 def write_fallback(challenges: Challenges, out: Path) -> Path:
-    """Write a complete submission.json of fallback answers into `out`, unless a submission is there; its path.
+    """Write a complete submission.json of fallback answers into `out`, unless one for these tasks is there; its path.
 
     Raises ArcKernelError where `out` cannot be written.
     """
     path = out / "submission.json"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if not path.is_file():
+        if not _answers(path, challenges):
             write_submission(path, challenges.outputs, vote(challenges, {}))
     except OSError as error:
         raise ArcKernelError(f"{path}: cannot be written ({error.strerror}): free some disk, or give another out") from None
     return path
+
+
+def _answers(path: Path, challenges: Challenges) -> bool:
+    """Whether a file is a submission that has all test outputs of these tasks, and no other."""
+    try:
+        return set(read_submission(path)) == {(i, k) for i, count in challenges.outputs.items() for k in range(count)}
+    except (ArcKernelError, OSError):
+        return False
 
 
 def is_commit(challenges: Path, environment: dict[str, str] | None = None) -> bool:

@@ -268,7 +268,10 @@ def _vllms(part) -> bool:
 def _undecorate(kind: type) -> None:
     """Give a decoder class of transformers back what vLLM decorated for torch.compile where it opens architectures through transformers
     (SmolLM3, OLMo, ...): no model of that class could be opened in this process otherwise, by the next backend, say."""
-    kind.__init__ = inspect.getclosurevars(kind.__init__).nonlocals["old_init"]
+    own = inspect.getclosurevars(kind.__init__).nonlocals.get("old_init")
+    if own is None:  # decorated otherwise, by a release that is not known here
+        return
+    kind.__init__ = own
     kind.__bases__ = tuple(base for base in kind.__bases__ if not _vllms(base))
     for name in [name for name, part in vars(kind).items() if inspect.isfunction(part) and _vllms(part)]:
         delattr(kind, name)

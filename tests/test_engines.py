@@ -239,6 +239,7 @@ def test_transformers_answers_after_vllm_had_opened_the_architecture_through_it(
                          num_key_value_heads=1, initializer_range=0.2, max_position_embeddings=512)
     folder = save(Olmo2ForCausalLM(config), model_folder, tmp_path / "olmo2")
     monkeypatch.setattr(vllm_engine, "CPU_KV_BYTES", 1 << 27)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, which vLLM 0.19 goes by
     settings, given = EngineSettings(folder, "float32", 256, 2, 0), {}
     for backend in ("vllm", "transformers", "vllm"):
         engine = generate.start_engine(backend, settings, "cpu")

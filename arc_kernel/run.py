@@ -382,10 +382,8 @@ class Run:
             self._untrained.add(task_id)
             self.log.say("note", task=task_id, text=f"{folder}: gone since the task was trained: a next start trains and answers it again")
 
-    def _write_submission(self) -> dict[tuple[str, int], Attempts]:
-        attempts = self.attempts()
-        write_submission(self.out / "submission.json", self.challenges.outputs, attempts)
-        return attempts
+    def _write_submission(self) -> None:
+        write_submission(self.out / "submission.json", self.challenges.outputs, self.attempts())
 
 
 def solve(settings: Settings) -> dict:

@@ -44,6 +44,16 @@ def write_json(path: Path, value) -> None:
         json.dump(value, file, indent=1)
 
 
+def take_folder(lock, folder: Path) -> None:
+    """Hold a run's output folder by its `lock`, a filelock.FileLock; raises ArcKernelError where another run does."""
+    from filelock import Timeout
+
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ArcKernelError(f"{folder}: another run is at work on this folder: wait for it, or give another --out") from None
+
+
 def check_writable(path: Path) -> None:
     """Make the folder of a file that is written later; raises ArcKernelError where it cannot be, or `path` is a folder."""
     try:

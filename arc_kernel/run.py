@@ -23,7 +23,7 @@ from . import adapt, adapter_fit, checkpoint, disk, generate, progress, report, 
 from .device import gpu_count
 from .errors import ArcKernelError, named_line
 from .events import EventLog, read_events, stage_rows
-from .files import write_json
+from .files import take_folder, write_json
 from .grids import GridEncoder
 from .job import Job
 from .kaggle import profiles
@@ -79,10 +79,7 @@ class Run:
         """
         if self._pool is not None:  # a notebook's cell is run again
             self.stop()
-        try:
-            self._lock.acquire()
-        except Timeout:
-            raise ArcKernelError(f"{self.out}: another run is at work on this folder: wait for it, or give another --out") from None
+        take_folder(self._lock, self.out)
         self._read_stored()  # of another run that came to its end meanwhile
         unanswered = self._unanswered()
         if not unanswered:

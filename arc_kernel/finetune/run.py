@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from .. import ceilings, checkpoint, progress, trained_prompt
 from ..device import device_model, device_name
 from ..errors import ArcKernelError, counted
 from ..events import EventLog, read_events
-from ..files import replacing, write_json
+from ..files import replacing, take_folder, write_json
 from ..grids import GridEncoder
 from ..precision import verdict
 from ..precision.verdict import digest
@@ -198,7 +198,7 @@ class Run:
         path, prepared = self.out / "settings.json", self.prepared
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
+            take_folder(self._lock, self.out)
             weights = [checkpoint.weights_sha256(folder) for folder in (prepared.folder, *[Path(self.s.adapter)] * bool(self.s.adapter))]
             data = [[source.sha256() for source in prepared.stream.sources], [with_solutions(t) for t in prepared.held_out]]
             made_of = {"data_sha256": digest(data), "weights_sha256": digest(weights)}
@@ -212,8 +212,6 @@ class Run:
             if self.prepared.held_out:
                 with replacing(self.out / HELD_OUT) as file:
                     json.dump({t.id: with_solutions(t) for t in self.prepared.held_out}, file)
-        except Timeout:
-            raise ArcKernelError(f"{self.out}: another run is at work on this folder: wait for it, or give another --out") from None
         except OSError as error:
             self.stop()
             raise ArcKernelError(f"{self.out}: cannot be written ({error.strerror}): give another --out") from None

@@ -24,7 +24,7 @@ import numpy as np
 from .adapter_fit import open_adapter
 from .checkpoint import check_adapter, load_model
 from .errors import ArcKernelError, first_line
-from .files import whole_folder, write_json
+from .files import read_json, whole_folder, write_json
 from .memory import exhausted
 from .passes import answer_tokens, padded, together
 from .precision.probe import UnknownLayout, check_layout, collected, recording
@@ -298,7 +298,7 @@ def save_adapter(model, folder: Path, beside: dict[str, dict] | None = None) -> 
         model.save_pretrained(fresh, save_embedding_layers=False)  # "auto" asks a hub
         with contextlib.suppress(FileNotFoundError):
             (fresh / "README.md").unlink()  # peft's empty model card
-        config = json.loads((fresh / "adapter_config.json").read_text())
+        config = read_json(fresh / "adapter_config.json")
         if isinstance(config["target_modules"], list):  # peft's set, in another order each time; a start adapter's may be a pattern
             config["target_modules"].sort()
         (fresh / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
@@ -310,7 +310,7 @@ def steps_taken(folder: Path) -> int:
     """The steps a task's saved adapter was trained for; 0 where there is none, none that says so, or a damaged one."""
     try:
         check_adapter(folder)
-        return int(json.loads((folder / "range.json").read_text(encoding="utf-8"))["steps"])
+        return int(read_json(folder / "range.json")["steps"])
     except (ArcKernelError, OSError, ValueError, TypeError, KeyError):
         return 0
 

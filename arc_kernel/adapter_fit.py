@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from pathlib import Path
 
 from .checkpoint import EMBEDDINGS, HEAD, check_adapter, tensor_shapes, weight_shapes
 from .errors import ArcKernelError, named_line
+from .files import read_json
 from .memory import exhausted
 
 PREFIX = "base_model.model."  # of names in what peft saves
@@ -126,7 +126,7 @@ def _left_out(config: dict, changed: set[str], base: dict[str, list[int]]) -> li
 def _read_config(adapter: Path) -> dict:
     path = adapter / "adapter_config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except (OSError, ValueError) as error:
         raise ArcKernelError(f"{path}: not JSON: {error}") from None
     if not isinstance(config, dict):

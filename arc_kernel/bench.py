@@ -24,7 +24,7 @@ from . import trained_prompt
 from .checkpoint import open_model
 from .device import cores, device_model, device_name
 from .errors import ArcKernelError
-from .files import check_writable, write_json
+from .files import check_writable, read_json, write_json
 from .generate import chosen_backend
 from .precision import verdict
 from .prepare.trimmed import trimmed
@@ -154,7 +154,7 @@ def _against(f: Figure, old: Figure) -> str:
 def read(path: Path) -> dict:
     """An earlier run's JSON, its figures as `Figure`s; raises ArcKernelError naming the file."""
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = read_json(path)
         names = {f.name for f in dataclasses.fields(Figure)}
         figures = [Figure(**{k: tuple(v) if isinstance(v, list) else v for k, v in f.items() if k in names}) for f in stored["figures"]]
         return stored | {"figures": figures}

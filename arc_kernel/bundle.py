@@ -7,13 +7,13 @@ imports only the standard library, which a bare Kaggle image has.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import ArcKernelError
+from .files import parse_json, read_json
 
 MANIFEST, METADATA, KIND = "manifest.json", "dataset-metadata.json", "arc_kernel_bundle"
 KINDS = ("code", "weights", "adapter", "wheels")
@@ -100,8 +100,8 @@ def find_inputs(root: Path, weights: bool = True) -> Inputs:
 def find_challenges(root: Path, name: str, competition: str = "") -> Path:
     """The challenges file called `name` below `root`, the shallowest one; copies of the same content are fine.
 
-    One of the `competition` (a slug), or below Kaggle's folder of competitions, goes before others: a copy in a dataset is that of
-    the placeholder, which in a scoring run is another file. Raises ArcKernelError where there is none that holds ARC tasks (what was
+    One of the `competition` (a slug), or in Kaggle's folder of competitions at the top of `root`, goes before others: a copy in a dataset
+    is that of the placeholder, which in a scoring run is another file. Raises ArcKernelError where there is none that holds ARC tasks (what was
     found, and where), or two that differ.
     """
     named = [folder / name for folder, files in _walk(root) if name in files]
@@ -110,9 +110,8 @@ def find_challenges(root: Path, name: str, competition: str = "") -> Path:
         others = [str(folder / f) for folder, files in _walk(root) for f in files if f.endswith("challenges.json")]
         seen = f"{named[0]} holds no ARC tasks" if named else f"no {name} in it" + (f", but {', '.join(others[:3])}" if others else "")
         raise ArcKernelError(f"{root}: {seen}: attach the competition, or set tasks to the file")
-    within = lambda path, place: place <= set(path.relative_to(root).parts[:-1])
-    places = {"competitions", competition}, {"competitions"}, {competition}, set()  # the surest first
-    first, *rest = next(own for place in places if (own := [path for path in found if within(path, place)]))
+    standing = {path: _standing(path.relative_to(root).parts[:-1], competition) for path in found}
+    first, *rest = [path for path in found if standing[path] == min(standing.values())]
     if other := next((path for path in rest if found[path] != found[first]), None):
         raise ArcKernelError(f"{first} and {other}: two different challenges files: detach one, or set tasks to the file")
     return first
@@ -124,13 +123,20 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _standing(folders: tuple[str, ...], competition: str) -> int:
+    """How far a file in `folders` below the root is from being the competition's own, 0: surely its own."""
+    at_the_top = ("competitions", competition), ("competitions",), (competition,)  # the last as older sessions mount it
+    signs = [*(folders[: len(top)] == top for top in at_the_top), competition in folders, True]
+    return signs.index(True)
+
+
 def _tasks_in(path: Path) -> bytes | None:
     """A file's bytes where it looks like ARC tasks by id, some of which may be broken, else None."""
     try:
         content = path.read_bytes()
-        tasks = json.loads(content)
+        tasks = parse_json(content)
         return content if any(isinstance(task, dict) and {"train", "test"} <= set(task) for task in tasks.values()) else None
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
 
 
@@ -161,8 +167,8 @@ def _manifests(root: Path) -> Iterator[tuple[Path, object]]:
     for folder, files in _walk(root):
         if MANIFEST in files:
             try:
-                yield folder, json.loads((folder / MANIFEST).read_bytes())
-            except (OSError, ValueError, RecursionError):
+                yield folder, read_json(folder / MANIFEST)
+            except (OSError, ValueError):
                 yield folder, None
 
 

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import math
 import os
 import shutil
@@ -22,7 +21,7 @@ from typing import Iterable, Iterator
 
 from .device import prepare_for
 from .errors import ArcKernelError, first_line, named_line
-from .files import whole_folder, write_json
+from .files import read_json, whole_folder, write_json
 from .memory import exhausted
 from .rope import lost_on_transformers_4, portable_rope
 
@@ -114,7 +113,7 @@ def check_safetensors(folder: Path, pattern: str) -> None:
         raise ArcKernelError(f"{folder}: no {pattern}: convert the weights to safetensors (pickled weights are not loaded)")
     index, names = folder / "model.safetensors.index.json", set()
     try:
-        indexed = dict(json.loads(index.read_text())["weight_map"]) if index.is_file() else {}
+        indexed = dict(read_json(index)["weight_map"]) if index.is_file() else {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArcKernelError(f"{index}: damaged ({error}): copy the model again") from None
     if missing := set(indexed.values()) - {f.name for f in files}:
@@ -134,7 +133,7 @@ def check_safetensors(folder: Path, pattern: str) -> None:
 def read_config(folder: Path) -> dict:
     """The parsed config.json of a model folder; raises ArcKernelError where there is none, or none that holds fields."""
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
     except FileNotFoundError:
         raise ArcKernelError(f"{folder}: no config.json: give a folder saved by save_pretrained") from None
     except (OSError, ValueError) as error:
@@ -246,7 +245,7 @@ def load_tokenizer(folder: Path):
 def _special_tokens(folder: Path) -> dict:
     """Those without a role which a tokenizer_config.json of transformers 5 lists, under the name transformers 4 has for them."""
     path = folder / "tokenizer_config.json"
-    listed = json.loads(path.read_text(encoding="utf-8")).get("extra_special_tokens") if path.is_file() else None
+    listed = read_json(path).get("extra_special_tokens") if path.is_file() else None
     return {"extra_special_tokens": {}, "additional_special_tokens": listed} if isinstance(listed, list) else {}
 
 
@@ -427,7 +426,7 @@ def make_portable(folder: Path) -> None:
     """
     write_json(folder / "config.json", portable_config(read_config(folder)))
     path = folder / "tokenizer_config.json"
-    tokenizer = json.loads(path.read_text())
+    tokenizer = read_json(path)
     if isinstance(tokenizer.get("extra_special_tokens"), list):
         tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
     drop = ("backend", "is_local", "local_files_only")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import traceback
 from pathlib import Path
@@ -15,6 +14,7 @@ from .device import device_model, native_bfloat16, require_device
 from .dtypes import Model, Peaks, Variant, canary
 from .engine import EngineSettings, Prompt
 from .errors import ArcKernelError, named_line
+from .files import read_json
 from .generate import start_engine
 from .precision import verdict
 from .precision.rescale import Refused, Rescale
@@ -219,7 +219,7 @@ class Chooser:
         found = {}
         for file in sorted(self.adapters.glob("[!.]*/range.json")):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                found[file.parent.resolve()] = json.loads(file.read_text(encoding="utf-8"))["peaks"]
+                found[file.parent.resolve()] = read_json(file)["peaks"]
         return found
 
     def _backends(self, dtype: str) -> list[str]:

@@ -7,7 +7,6 @@ once; a model folder may be a read-only mount, or a bundle whose every byte is c
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Sequence
@@ -16,7 +15,7 @@ from filelock import FileLock
 
 from .checkpoint import check_cache, weights_sha256
 from .engine import EngineSettings, Prompt
-from .files import write_json
+from .files import read_json, write_json
 from .generate import start_engine
 from .memory import exhausted, free_memory
 from .precision import probe, rescale, verdict
@@ -156,7 +155,7 @@ class Model:
         logits through float16's underflow. Raises Refused where that is more than TOLERANCE."""
         if not folder.is_dir():
             rescale.write_model(self.folder, made, folder)
-        facts = json.loads((folder / "precision.json").read_text())
+        facts = read_json(folder / "precision.json")
         if "logit_change" not in facts:
             facts |= _where_it_fits(self.device, lambda device: rescale.underflow(self.folder, folder, self._made[:2], device))
             facts |= {"weights": self.key["weights"], "tolerance": rescale.TOLERANCE}
@@ -175,7 +174,7 @@ class Model:
         with self._lock():
             if not path.is_file():
                 write_json(path, measure())
-            return json.loads(path.read_text())
+            return read_json(path)
 
 
 def _where_it_fits(device: str, measure: Callable[[str], object]):

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from .files import parse_json
+
 STAGE_COUNTS = ("seconds", "tokens", "prompt_tokens", "cached_tokens", "predictions", "repeated", "decided")
 COLUMNS = {"cached": "share of the prompts' tokens known from an earlier prompt", "repeated": "had the answer of an equal prompt",
            "decided": "not made, as they could change no vote"}
@@ -53,7 +55,7 @@ def read_events(out: Path) -> list[dict]:
     path, events = out / "events.jsonl", []
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
-            event = json.loads(line)
+            event = parse_json(line)
         except ValueError:
             continue
         if isinstance(event, dict) and "event" in event:

@@ -38,6 +38,20 @@ def replacing(path: Path):
         raise
 
 
+def parse_json(text: str | bytes):
+    """The value of a JSON text, with or without a mark of its coding before it; raises ValueError for whatever is none, such as lists in
+    lists in lists deeper than Python goes."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("lists or objects within each other without end") from None
+
+
+def read_json(path: Path):
+    """The value of a JSON file; raises OSError, and ValueError as `parse_json` does."""
+    return parse_json(path.read_bytes())
+
+
 def write_json(path: Path, value) -> None:
     """Write a value as JSON to `path`, through `replacing`."""
     with replacing(path) as file:

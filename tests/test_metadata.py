@@ -231,6 +231,8 @@ def test_folders_that_are_none(tmp_path):
     assert "neither dataset-metadata.json nor kernel-metadata.json" in only_fault(tmp_path)
     (tmp_path / "dataset-metadata.json").write_text('{"title": ')
     assert "not JSON" in only_fault(tmp_path)
+    (tmp_path / "dataset-metadata.json").write_text("[" * 100_000)
+    assert "not JSON" in only_fault(tmp_path)
     (tmp_path / "dataset-metadata.json").write_text("[]")
     assert "not a JSON object" in only_fault(tmp_path)
 
@@ -299,8 +301,9 @@ def test_a_notebook_that_was_run_is_refused(kernel, cell, top, words):
     assert words in only_fault(kernel)
 
 
-def test_a_file_that_is_no_notebook_is_refused(kernel):
-    (kernel / "submission.ipynb").write_text("{}")
+@pytest.mark.parametrize("text", ["{}", "[]", "[" * 100_000, '{"cells": [], "metadata": 1}'])
+def test_a_file_that_is_no_notebook_is_refused(kernel, text):
+    (kernel / "submission.ipynb").write_text(text)
     assert "not a notebook" in only_fault(kernel)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import typing
 
 from ..errors import ArcKernelError
+from ..files import read_json
 from ..settings import LongHelp
 from .settings import FinetuneSettings
 
@@ -52,7 +52,7 @@ def _finetune(lr: str, **options) -> None:
 
         page = study(settings[0], [s.lr for s in settings])
         if page:
-            print(f"{study_text(json.loads(page.with_name('study.json').read_text()), page.parent)}\nstudy: {page}")
+            print(f"{study_text(read_json(page.with_name('study.json')), page.parent)}\nstudy: {page}")
         return
     from .run import finetune
 

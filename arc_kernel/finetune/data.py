@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import json
 import math
 import zlib
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from typing import Iterator
 import numpy as np
 
 from ..errors import ArcKernelError, counted
+from ..files import parse_json
 from ..tasks import COLOURS, MAX_SIDE, Grid, Pair, check_grid, load_challenges
 
 KINDS = ("output", "inputs", "outputs")  # output from examples; a new input from inputs; a new output from outputs
@@ -163,12 +163,12 @@ def _read_lines(path: Path) -> Iterator[Group]:
         with gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield _group(json.loads(line), f"{path.name}-{number}", f"{path} line {number}")
+                    yield _group(parse_json(line), f"{path.name}-{number}", f"{path} line {number}")
     except FileNotFoundError:
         raise ArcKernelError(f"{path}: no such file: give a path to JSON lines") from None
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise ArcKernelError(f"{path}: cannot be read: {error}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
+    except ValueError as error:
         raise ArcKernelError(f"{path} line {number}: not JSON: {error}") from None
 
 

@@ -20,7 +20,7 @@ from .. import ceilings, checkpoint, progress, trained_prompt
 from ..device import device_model, device_name
 from ..errors import ArcKernelError, counted
 from ..events import EventLog, read_events
-from ..files import replacing, take_folder, write_json
+from ..files import read_json, replacing, take_folder, write_json
 from ..grids import GridEncoder
 from ..precision import verdict
 from ..precision.verdict import digest
@@ -204,7 +204,7 @@ class Run:
             made_of = {"data_sha256": digest(data), "weights_sha256": digest(weights)}
             if path.is_file():
                 check_settings(self.s)
-                stored = json.loads(path.read_text(encoding="utf-8"))
+                stored = read_json(path)
                 if changed := [name for name in made_of if stored.get(name, made_of[name]) != made_of[name]]:
                     raise ArcKernelError(f"{self.out}: holds a run with other {' and '.join(n.removesuffix('_sha256') for n in changed)} "
                                          "under the same name: give another --out, or delete it")
@@ -254,7 +254,7 @@ def stored_settings(out: Path) -> FinetuneSettings:
     """The settings of a run folder; raises ArcKernelError naming the file."""
     path = out / "settings.json"
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = read_json(path)
         return FinetuneSettings.from_parameters({k: v for k, v in stored.items() if not k.endswith("_sha256")})
     except FileNotFoundError:
         raise ArcKernelError(f"{path}: no such file: give the output folder of a fine-tuning run") from None

@@ -8,7 +8,6 @@ draw all of them, so that the number of GPUs changes nothing but the order of su
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import shutil
@@ -27,6 +26,7 @@ from transformers.trainer_callback import PrinterCallback
 from ..adapt import SKIPS
 from ..ceilings import Shape, train_flop
 from ..errors import ArcKernelError, first_line
+from ..files import read_json
 from ..memory import exhausted
 from ..passes import answer_tokens, padded, together
 from ..precision.probe import UnknownLayout, check_layout, collected, recording
@@ -263,7 +263,7 @@ def check_whole(checkpoint: Path) -> None:
             raise ArcKernelError(f"{file}: {wrong}: delete {checkpoint} to go on from the one before it")
     file = checkpoint / "trainer_state.json"
     try:
-        state = json.loads(file.read_text(encoding="utf-8"))
+        state = read_json(file)
         if not isinstance(state, dict) or state.get("global_step") != int(checkpoint.name.rpartition("-")[2]):
             raise ValueError("not of this step")
     except (OSError, ValueError) as error:

@@ -6,14 +6,15 @@ It does what `pip check` does after an install, for a Python and a platform that
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PathDistribution
 from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
-from packaging.specifiers import InvalidSpecifier, SpecifierSet
-from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from ..errors import ArcKernelError, first_line
 from . import target
@@ -43,7 +44,7 @@ def read_wheel(path: Path) -> Wheel:
             metadata = PathDistribution(zipfile.Path(archive, f"{folders.pop()}/"))
             requires = tuple(Requirement(line) for line in metadata.requires or ())
             python = SpecifierSet(metadata.metadata["Requires-Python"] or "")
-    except (InvalidWheelFilename, InvalidRequirement, InvalidSpecifier, zipfile.BadZipFile, OSError, KeyError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, ValueError, RuntimeError) as error:  # as zipfile raises them
         raise ArcKernelError(f"{path}: not a wheel that can be read ({error}): remove it and build again") from None
     return Wheel(path, name, str(version), tags, requires, python)
 

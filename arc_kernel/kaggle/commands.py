@@ -6,12 +6,13 @@ The notebook's kernel-metadata.json says what belongs together. Knows folders an
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 from .. import bundle
 from ..errors import ArcKernelError
+from ..files import read_json
 from . import datasets, metadata, profiles, push, templates, wheels
 
 NOTEBOOK = "arc-kernel-notebook"
@@ -38,6 +39,8 @@ def check(out: Path, say: Callable[[str], None] = print) -> list[str]:
     found = []
     for folder, expected in (*_datasets(out), (Path(out) / NOTEBOOK, "")):
         faults = metadata.faults(folder) or (_of_dataset(folder, expected) if folder.name != NOTEBOOK else [])
+        if not faults and folder.name == NOTEBOOK:
+            faults = _of_notebook(folder, [] if found else [folder for folder, _ in _datasets(out)])
         if not faults:
             say(f"{folder}: no fault")
         found += faults
@@ -59,7 +62,7 @@ def push_all(out: Path, message: str = "", dry_run: bool = False, say: Callable[
 def _datasets(out: Path) -> list[tuple[Path, str]]:
     """Folder and id of each dataset that the notebook in `out` names and its user owns; without a notebook, each there is."""
     try:
-        data = json.loads((Path(out) / NOTEBOOK / metadata.KERNEL).read_text(encoding="utf-8"))
+        data = read_json(Path(out) / NOTEBOOK / metadata.KERNEL)
         owner = data["id"].split("/")[0]
         ids = [source.split("/") for source in data["dataset_sources"]]
         return [(Path(out) / name, f"{user}/{name}") for user, name, *_ in ids if user == owner]
@@ -67,10 +70,31 @@ def _datasets(out: Path) -> list[tuple[Path, str]]:
         return [(file.parent, "") for file in sorted(Path(out).glob(f"*/{metadata.DATASET}"))]
 
 
+def _of_notebook(folder: Path, datasets: list[Path]) -> list[str]:
+    """Faults between the sound files of the notebook's `folder` and its sound datasets: what its session would refuse."""
+    path = folder / metadata.KERNEL
+    data = read_json(path)
+    manifests = [read_json(dataset / bundle.MANIFEST) for dataset in datasets]
+    made_for = {manifest[bundle.KIND]: manifest.get("profile") for manifest in manifests}
+    named = re.search(metadata.PROFILE_LINE, (folder / data["code_file"]).read_bytes())
+    name = named[2].decode(errors="replace") if named else ""
+    if name not in profiles.names():  # `auto`, or a notebook of somebody's own
+        return []
+    faults, mend = [], "build all with one --profile"
+    if (given := data.get("machine_shape") or "") != (shape := profiles.load(name).accelerator):
+        faults.append(f"{path}: machine_shape is {given!r}, that of the notebook's profile {name} is {shape!r}: {mend}")
+    if made_for.get("wheels", name) != name:
+        faults.append(f"{path}: its wheels are those of profile {made_for['wheels']}, the notebook's is {name}: {mend}")
+    if datasets and len(datasets) == len(data["dataset_sources"]):  # else what is missing may be somebody else's
+        faults += [f"{path}: no dataset of {kind} among its dataset_sources: build the notebook again"
+                   for kind in ("code", "weights", "wheels") if kind not in made_for]
+    return faults
+
+
 def _of_dataset(folder: Path, expected: str) -> list[str]:
     """What `metadata.faults` does not see: another id than the notebook's, changed bytes, wheels that would not work."""
-    manifest = json.loads((folder / bundle.MANIFEST).read_bytes())
-    actual = json.loads((folder / metadata.DATASET).read_text(encoding="utf-8"))["id"]
+    manifest = read_json(folder / bundle.MANIFEST)
+    actual = read_json(folder / metadata.DATASET)["id"]
     if expected and actual != expected:
         return [f"{folder / metadata.DATASET}: its id is {actual}, the notebook names {expected}: build all with one --username"]
     try:

@@ -5,10 +5,11 @@ Reads the files it is given and nothing else; never reads or compares with a rea
 
 from __future__ import annotations
 
-import json
 import re
 from fnmatch import fnmatch
 from pathlib import Path
+
+from ..files import read_json
 
 SMALL = 1 << 20  # bytes; larger files are tokenizers and weights
 # Where Kaggle's client keeps credentials: kaggle_env.py and kaggle_creds.py in kagglesdk 0.1.38, kaggle_api_extended.py.
@@ -57,16 +58,17 @@ def _of_file(path: Path) -> list[str]:
 def _of_notebook(path: Path) -> tuple[list[str], list[bytes]]:
     """Faults of an .ipynb, and the text of each cell as a person reads it; one that is no JSON, or has no cells, is named too."""
     try:
-        notebook = json.loads(path.read_bytes())
+        notebook = read_json(path)
         texts = ["".join(cell["source"]).encode(errors="replace") for cell in notebook["cells"]]
         cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    except (OSError, ValueError, KeyError, TypeError):
+        named = "kaggle" in (notebook.get("metadata") or ())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return [f"{path}: not a notebook: write it again (python -m arc_kernel notebook)"], []
     lines = []
     if any(cell.get("outputs") for cell in cells):
         lines.append(f"{path}: has outputs of a run: write it again (python -m arc_kernel notebook)")
     if any(cell.get("execution_count") is not None for cell in cells):
         lines.append(f"{path}: has execution counts of a run: write it again (python -m arc_kernel notebook)")
-    if "kaggle" in notebook.get("metadata", {}):  # can win over kernel-metadata.json (Kaggle/kaggle-cli issue 1197)
+    if named:  # can win over kernel-metadata.json (Kaggle/kaggle-cli issue 1197)
         lines.append(f"{path}: names a machine (metadata.kaggle): write it again (python -m arc_kernel notebook)")
     return lines, texts

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .. import bundle
 from ..errors import ArcKernelError, counted
+from ..files import read_json
 from .leaks import leaks
 from .profiles import Profile
 from .templates import LICENCES, USERNAME, check_username, slug
@@ -23,7 +24,7 @@ SHAPES = ("NvidiaTeslaT4", "NvidiaL4")  # https://github.com/Kaggle/kaggle-cli/b
 SLUG = r"[a-z0-9]+(?:-[a-z0-9]+)*"
 REF = rf"[A-Za-z0-9_-]+/{SLUG}"
 PINNED = r"\S+@sha256:[0-9a-f]{64}"  # an image that stays the same
-PROFILE_LINE = re.compile(rb'("profile = \\")[^"\\]*(\\")')  # of the notebook's first code cell, in the JSON text
+PROFILE_LINE = re.compile(rb'("profile = \\")([^"\\]*)(\\")')  # of the notebook's first code cell, in the JSON text
 STAYS = "original"  # docker_image_pinning_type: the first push's image; valid_push_pinning_types in kaggle_api_extended.py
 LEFT_OUT = (".git", ".cache", ".huggingface")  # folders the client skips: DEFAULT_IGNORE_PATTERNS in kaggle_api_extended.py
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z")  # unpacked on arrival: https://www.kaggle.com/docs/datasets
@@ -55,7 +56,7 @@ def write_kernel(folder: Path, notebook: Path, profile: Profile, username: str, 
     folder, notebook = Path(folder), Path(notebook)
     text = json.dumps(kernel(profile, username, datasets, notebook.name), indent=1) + "\n"
     try:
-        code = PROFILE_LINE.sub(rb"\g<1>" + profile.name.encode() + rb"\2", notebook.read_bytes())
+        code = PROFILE_LINE.sub(rb"\g<1>" + profile.name.encode() + rb"\3", notebook.read_bytes())
         files = {folder / notebook.name: code, folder / KERNEL: text.encode()}
         fresh = [file for file, data in files.items() if not file.is_file() or file.read_bytes() != data]
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,8 +77,8 @@ def faults(folder: Path) -> list[str]:
     if not path.is_file():
         return [f"{folder}: neither {DATASET} nor {KERNEL} in it: build it first (python build_kernel.py)"]
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        data = read_json(path)
+    except (OSError, ValueError) as error:
         return [f"{path}: not JSON ({error}): build it again"]
     if not isinstance(data, dict):
         return [f"{path}: not a JSON object: build it again"]
@@ -133,7 +134,7 @@ def _dataset(data: dict) -> Iterator[str]:
 def _contents(folder: Path, data: dict) -> Iterator[str]:
     """Faults of what a dataset folder holds: the notebook finds a bundle by its manifest and reads what that lists."""
     try:
-        manifest = json.loads((folder / bundle.MANIFEST).read_bytes())
+        manifest = read_json(folder / bundle.MANIFEST)
         files, name = manifest["files"] if manifest[bundle.KIND] in bundle.KINDS else None, manifest["name"]
     except (OSError, ValueError, KeyError, TypeError):
         files = name = None

@@ -16,7 +16,7 @@ from pathlib import Path
 from .. import bundle
 from ..checkpoint import cache_folder
 from ..errors import ArcKernelError
-from ..files import replacing
+from ..files import parse_json, read_json, replacing
 from . import client, metadata
 
 READY_WITHIN = 1800.0  # seconds Kaggle is given to unpack a dataset
@@ -58,7 +58,7 @@ def push(datasets: Sequence[Path], kernel: Path | None = None, *, message: str =
         _remember(key, None)
     for ref, folder in zip(refs, folders):
         if not _known(ref, _digest(folder)):
-            bundle.verify(bundle.Bundle("", folder, json.loads((folder / bundle.MANIFEST).read_bytes())))
+            bundle.verify(bundle.Bundle("", folder, read_json(folder / bundle.MANIFEST)))
     uploaded = [ref for ref, folder in zip(refs, folders) if _upload(ref, folder, message, say)]
     for ref in refs:
         _await(ref, timeout, poll, say)
@@ -151,7 +151,7 @@ def _state(ref: str) -> State | None:
     if printed is None:
         return None
     try:
-        answer = json.loads(printed.splitlines()[-1])
+        answer = parse_json(printed.splitlines()[-1])
         return State(int(answer["current_version_number"] or 0), answer["status"])
     except (ValueError, KeyError, IndexError, TypeError):
         raise ArcKernelError(f"{ref}: the client's answer is no status ({printed[:100]!r}): pip install 'kaggle>=2.2.5'") from None
@@ -159,7 +159,7 @@ def _state(ref: str) -> State | None:
 
 def _metadata(folder: Path) -> dict:
     path = folder / metadata.KERNEL
-    return json.loads((path if path.is_file() else folder / metadata.DATASET).read_text(encoding="utf-8"))
+    return read_json(path if path.is_file() else folder / metadata.DATASET)
 
 
 def _digest(folder: Path) -> str:
@@ -178,7 +178,7 @@ def _memory() -> Path:
 
 def _remembered() -> dict:
     try:
-        memory = json.loads(_memory().read_text(encoding="utf-8"))
+        memory = read_json(_memory())
     except (OSError, ValueError):
         memory = {}
     return {k: v for k, v in memory.items() if isinstance(v, dict)} if isinstance(memory, dict) else {}

@@ -7,7 +7,6 @@ Everything here comes before a minute of training is spent, and before vLLM or t
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import re
 import shutil
@@ -23,6 +22,7 @@ from packaging.utils import canonicalize_name
 
 from ..disk import LOW_GB, free_gb
 from ..errors import ArcKernelError
+from ..files import read_json
 from ..select import vote
 from ..tasks import Challenges, read_submission, write_submission
 from . import check, lock, templates
@@ -138,7 +138,7 @@ def prepare(profile: Profile | None, wheels: Path | None, devices: int, out: Pat
 
 def _install(profile: Profile, wheels: Path, installed: dict[str, str], say: Callable[[str], None]) -> None:
     """Remove and install what the lock and the profile ask for, with no index and no dependencies."""
-    made_for = json.loads((wheels / "manifest.json").read_text(encoding="utf-8")).get("profile")
+    made_for = read_json(wheels / "manifest.json").get("profile")
     if made_for != profile.name:
         raise ArcKernelError(f"{wheels}: wheels of profile {made_for}, this run's is {profile.name}: "
                              f"attach the other wheels dataset, or set profile={made_for}")
@@ -209,9 +209,9 @@ def is_commit(challenges: Path, environment: dict[str, str] | None = None) -> bo
 def _train_pairs(challenges: Path) -> dict:
     """The train pairs of a challenges file by task id, as they stand there; none where it is no such file."""
     try:
-        tasks = json.loads(challenges.read_text(encoding="utf-8-sig"))
+        tasks = read_json(challenges)
         return {i: task.get("train") if isinstance(task, dict) else task for i, task in tasks.items()}
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, AttributeError):
         return {}
 
 

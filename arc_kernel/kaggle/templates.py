@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ArcKernelError
+from ..files import read_json
 
 FOLDER = Path(__file__).resolve().parents[2] / "kaggle_datasets"
 USERNAME = "INSERT_USERNAME_HERE"  # to be replaced before an upload, in the manner of Kaggle's own `datasets init`
@@ -79,7 +80,7 @@ def fill(kind: str, name: str, username: str, origin: Origin = Origin()) -> dict
     values = {"username": username, "name": name, "licence": origin.licence or "not stated", "source": origin.source or "not stated",
               "kaggle_licence": kaggle}
     try:
-        metadata = _replaced(json.loads(path.read_text(encoding="utf-8")), values)
+        metadata = _replaced(read_json(path), values)
         fits = metadata["id"] == f"{username}/{name}" and 6 <= len(metadata["title"]) <= 50 and len(metadata["licenses"]) == 1
     except FileNotFoundError:
         raise ArcKernelError(f"{path}: no metadata template: bundles are built in a clone of the repository") from None

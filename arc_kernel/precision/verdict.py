@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..device import native_bfloat16
-from ..files import write_json
+from ..files import read_json, write_json
 
 # What may follow a dtype that failed. float16 after bfloat16 would be hopeless: it has the smaller range.
 NEXT = {"bfloat16": ("float32",), "float16": ("bfloat16", "float32"), "float32": ()}
@@ -67,7 +67,7 @@ class Precision:
     def load(cls, path: Path, key: dict) -> "Precision | None":
         """The verdict in a file, None where there is none or it was about something else than `key`."""
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
+            value = read_json(path)
             return cls(**value | {"evidence": tuple(value["evidence"])}) if value["key"] == key else None
         except (OSError, ValueError, TypeError, KeyError):
             return None

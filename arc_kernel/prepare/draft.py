@@ -6,7 +6,6 @@ layouts, and nothing of what is changed or why. Nothing in the checkpoint is run
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Iterator
@@ -14,7 +13,7 @@ from typing import Callable, Iterator
 from ..checkpoint import (CARD, PICKLED, TRAINED_PROMPT, WEIGHTS, check_plain, check_safetensors, copy_texts, load_tokenizer,
                           portable_config, read_config, says_tied_by_mistake, weight_shapes, weight_tensors)
 from ..errors import ArcKernelError
-from ..files import write_json
+from ..files import read_json, write_json
 from ..progress import bar
 from .needed import check_weights, known_architecture, needed_shapes
 
@@ -120,7 +119,7 @@ class Draft:
 
 def _generation(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_json(path) if path.is_file() else {}
     except ValueError as error:
         raise ArcKernelError(f"{path}: not JSON: {error}: copy the model again") from None
 

@@ -5,13 +5,13 @@ Knows folders, tokenizers and what a probe left in the cache; nothing of how wel
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
 from statistics import median
 
 from .. import checkpoint, trained_prompt
+from ..files import read_json
 from ..precision import probe, verdict
 from ..prompts import default_builder
 from ..rope import theta_of
@@ -85,7 +85,7 @@ def _headroom(folder: Path) -> float | None:
     """Bits left below float16's limit in the tightest range a probe of these weights has seen; None where none was kept."""
     key = {"weights": checkpoint.weights_sha256(folder), "adapter": None}
     files = (checkpoint.cache_folder() / "precision" / verdict.digest(key)).glob("ranges-*.json")
-    seen = [probe.headroom(peak) for f in files for peaks in json.loads(f.read_text())["peaks"].values() for peak in peaks]
+    seen = [probe.headroom(peak) for f in files for peaks in read_json(f)["peaks"].values() for peak in peaks]
     return min(seen, default=None)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import os
 import shutil
 import time
@@ -21,6 +20,7 @@ from filelock import FileLock
 
 from .. import checkpoint
 from ..errors import ArcKernelError, counted, named_line
+from ..files import read_json
 from ..precision.verdict import digest
 from .draft import ROWS
 from .make import prepare
@@ -77,7 +77,7 @@ def _forget(copies: Path, say: Callable[[str], None]) -> None:
 
 def _check_tokenizer(folder: Path) -> None:
     """Raise ArcKernelError at once where `prepare` would after seconds, in every run, once its libraries are loaded."""
-    state = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")) if (folder / "tokenizer.json").is_file() else {}
+    state = read_json(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else {}
     if "type" in state.get("model", ()):  # old files leave it out
         byte_tokens(state, folder)
 

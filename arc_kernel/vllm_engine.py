@@ -181,7 +181,7 @@ class VllmEngine:
         core = getattr(self._llm.llm_engine, "engine_core", None)
         if hasattr(core, "shutdown"):
             core.shutdown()
-        del self._llm
+        del core, self._llm  # the core holds all there is
         _forget_compiled()
         free_memory()
 
@@ -245,8 +245,8 @@ def _started(make: Callable[[], object], eager: bool) -> tuple[object | None, st
 
 def _forget_compiled() -> None:
     """Let go of what keeps a closed engine's compiled model, and with it the GPU's memory: torch's hooks on compiled code, slots of
-    adapters that vLLM's LoRA products know by address, and objects that vLLM has frozen out of the garbage collector's sight (vLLM issue
-    21073). What others compile is compiled again."""
+    adapters that vLLM's LoRA products know by address, models that releases up to 0.19 or so were asked about and remember, and objects
+    that vLLM has frozen out of the garbage collector's sight (vLLM issue 21073). What others compile is compiled again."""
     import torch
 
     torch.compiler.set_stance("default")
@@ -254,6 +254,9 @@ def _forget_compiled() -> None:
     getattr(sys.modules.get("torch._dynamo.convert_frame"), "_bytecode_hooks", {}).clear()
     for name in ("_LORA_A_PTR_DICT", "_LORA_B_PTR_DICT"):
         getattr(sys.modules.get("vllm.lora.ops.triton_ops.utils"), name, {}).clear()
+    remembered = getattr(sys.modules.get("vllm.utils.func_utils"), "supports_kw", None)
+    if hasattr(remembered, "cache_clear"):
+        remembered.cache_clear()
     for name, module in list(sys.modules.items()):
         if name.startswith("transformers.models.") and ".modeling_" in name:
             for kind in [k for k in vars(module).values() if isinstance(k, type) and k.__module__ == name and _vllms(k.__init__)]:

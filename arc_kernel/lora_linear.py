@@ -128,6 +128,6 @@ def plain(module) -> bool:
 def _forward(group: Group):
     def forward(x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1]).to(group.weight.dtype)
-        return _LoraLinear.apply(rows, group, *group.masters).view(*x.shape[:-1], -1)
+        return _LoraLinear.apply(rows, group, *group.masters).view(*x.shape[:-1], sum(group.sizes))
 
     return forward

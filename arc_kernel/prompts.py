@@ -173,8 +173,8 @@ class PromptBuilder:
         it does not fit with a single pair (or, for a task without pairs, with none).
         """
         frame = len(self.prompt_ids((), np.zeros((1, 1), np.int8))) + answer_tokens + self._most_ids(test_input)
-        words = len(self.ids_of(self._words.before_input.format(10))) + len(self.ids_of(self._words.before_output))
-        words += len(self.ids_of(self._words.after_pair))
+        words = max(len(self.ids_of(self._words.before_input.format(k))) for k in range(1, max(10, len(train)) + 1))
+        words += len(self.ids_of(self._words.before_output)) + len(self.ids_of(self._words.after_pair))
         sizes = [self._most_ids(p.input) + self._most_ids(p.output) + words for p in train]
         keep = list(range(len(train)))
         while frame + sum(sizes[i] for i in keep) > max_seq_len:
@@ -215,12 +215,19 @@ def _compact_words(tokenizer) -> _Words:
     after an output goes on after its answer (benchmarks/LOG.md)."""
     if tokenizer.eos_token_id is None:
         raise ArcKernelError(f"{tokenizer.name_or_path}: tokenizer has no end-of-sequence token: set eos_token in tokenizer_config.json")
-    return _Words("", "I\n", "\nO\n", tokenizer.eos_token, "I\n", "\nO\n", tokenizer.eos_token_id)
+    return _Words(_opening(tokenizer), "I\n", "\nO\n", tokenizer.eos_token, "I\n", "\nO\n", tokenizer.eos_token_id)
 
 
 def _compact_side(tokenizer, side: str) -> tuple[str, str, str, str]:
     """Words before all grids, before a grid, after it, and before the answer: a letter before each grid, each closed like the answer."""
-    return "", f"{SIDES[side][0]}\n", tokenizer.eos_token, f"{SIDES[side][0]}\n"
+    return _opening(tokenizer), f"{SIDES[side][0]}\n", tokenizer.eos_token, f"{SIDES[side][0]}\n"
+
+
+def _opening(tokenizer) -> str:
+    """What a tokenizer puts before each text, as models of Llama's and Gemma's kind have seen it in training; others put nothing there."""
+    whole, own = tokenizer("0").input_ids, tokenizer("0", add_special_tokens=False).input_ids
+    ahead = next((k for k in range(len(whole)) if whole[k: k + len(own)] == own), 0)
+    return "".join(tokenizer.convert_ids_to_tokens(whole[:ahead]))
 
 
 def _chat_side(tokenizer, side: str) -> tuple[str, str, str, str]:

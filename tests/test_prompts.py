@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from standins import standin
 from strategies import grids, small_tasks, views
 
 from arc_kernel.checkpoint import load_tokenizer
@@ -111,6 +112,16 @@ def test_a_chat_prompt_is_the_template_of_the_model_with_a_turn_for_each_pair_an
     assert builder.end_token == tokenizer.convert_tokens_to_ids("<|im_end|>")
     learnt = builder.example(task.train, task.train[0], True)
     assert builder.text_of(learnt.labels[learnt.labels != IGNORED].tolist()) == "5<|im_end|>2\n2<|im_end|>"
+
+
+def test_a_compact_prompt_begins_as_the_models_tokenizer_begins_a_text(build, arc_training, tmp_path):
+    llama = load_tokenizer(standin("AMD-Llama-135m", tmp_path / "llama"))
+    builder, task = PromptBuilder(llama, GridEncoder.from_name("digits"), "compact"), arc_training.tasks["d037b0a7"]
+    for ids in (builder.prompt(identity(task), task, 0), builder.example(task.train, task.train[0]).input_ids.tolist(),
+                builder.side_example("inputs", (grid(1, 1),), grid(1, 2)).input_ids.tolist()):
+        assert ids[0] == llama.bos_token_id and ids.count(llama.bos_token_id) == 1
+    own = build("compact", "digits")
+    assert own.text_of(own.prompt(identity(task), task, 0)).startswith("I\n"), "this model's puts nothing there"
 
 
 def test_a_chat_answer_closes_as_the_template_closes_it_whatever_the_end_of_sequence_token(tokenizer):

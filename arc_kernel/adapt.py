@@ -14,6 +14,7 @@ import contextlib
 import copy
 import json
 import math
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -304,6 +305,26 @@ def save_adapter(model, folder: Path, beside: dict[str, dict] | None = None) -> 
         (fresh / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
         for name, facts in (beside or {}).items():
             write_json(fresh / name, facts)
+
+
+def set_aside(folder: Path) -> None:
+    """Put a task's adapter where no engine looks for it, while another is trained; a damaged one goes."""
+    if steps_taken(folder):
+        folder.replace(_aside(folder))
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def keep_longer(folder: Path) -> None:
+    """Of a task's adapter and one that was set aside keep that of more steps, as `folder`."""
+    if (old := _aside(folder)).is_dir():
+        if steps_taken(old) > steps_taken(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            old.replace(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.aside")
 
 
 def steps_taken(folder: Path) -> int:

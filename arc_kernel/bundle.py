@@ -100,9 +100,9 @@ def find_inputs(root: Path, weights: bool = True) -> Inputs:
 def find_challenges(root: Path, name: str, competition: str = "") -> Path:
     """The challenges file called `name` below `root`, the shallowest one; copies of the same content are fine.
 
-    One of the `competition` (a slug), or in Kaggle's folder of competitions at the top of `root`, goes before others: a copy in a dataset
-    is that of the placeholder, which in a scoring run is another file. Raises ArcKernelError where there is none that holds ARC tasks (what was
-    found, and where), or two that differ.
+    One of the `competition` (a slug), or in Kaggle's folder of competitions at the top of `root`, goes before others: a copy in a
+    dataset is that of the placeholder, which in a scoring run is another file. Raises ArcKernelError where there is none that holds
+    ARC tasks (what was found, and where), or two that differ.
     """
     named = [folder / name for folder, files in _walk(root) if name in files]
     found = {path: content for path in named if (content := _tasks_in(path)) is not None}

@@ -63,6 +63,11 @@ class Pool:
         self._devices, self._gpus, self._numbers = devices, gpu_count(), 0
         self._start_all()
 
+    @property
+    def workers(self) -> int:
+        """How many are at work now, at least 1."""
+        return max(1, len(self._processes))
+
     def events(self, until: str, deadline: float = math.inf, grace: float = 0.0) -> Iterator[dict]:
         """Messages of the workers, each with its `worker`, until the stage `until` ('adapt' or 'answer') has no task left.
 
@@ -113,16 +118,18 @@ class Pool:
                     raise ArcKernelError(message["error"])
             self._give_out()
 
-    def close(self) -> Iterator[dict]:
-        """Tell workers there is nothing left, yield what they still say, and wait for them; who does not end in time is stopped."""
-        self.todo, self._open, end = {stage: [] for stage in STAGES}, set(STAGES), time.monotonic() + PATIENCE
+    def close(self, until: float = math.inf) -> Iterator[dict]:
+        """Tell workers there is nothing left, yield what they still say, and wait for them; who does not end in time, before the clock
+        `until` (`time.time`) if there is that long, is stopped."""
+        self.todo, self._open, patience = {stage: [] for stage in STAGES}, set(STAGES), min(PATIENCE, max(1.0, until - time.time()))
         self._kept.clear()
+        end = time.monotonic() + patience
         while self._processes:
             self._give_out()
             try:
                 number, message = self._messages.get(timeout=max(0.0, end - time.monotonic()))
             except queue.Empty:
-                yield {"event": "note", "text": f"{counted(len(self._processes), 'worker')} did not end within {PATIENCE:g} s: stopped"}
+                yield {"event": "note", "text": f"{counted(len(self._processes), 'worker')} did not end within {patience:.0f} s: stopped"}
                 return self.kill()
             if number not in self._processes:
                 continue
@@ -200,7 +207,7 @@ class Pool:
             self._open.add(stage)
             self._give_out()
             for number, held in self._held.items():
-                if keep and self.todo[stage] and not held[stage]:
+                if keep and self.todo[stage] and not held[stage] and self._processes[number].poll() is None:
                     self._kept[number, stage] = self.todo[stage].pop(0)
                     held[stage].add(self._kept[number, stage])
         self._give_out()
@@ -257,7 +264,7 @@ class Pool:
             for task_id in sorted(held):
                 self._tries[stage, task_id] += (stage, task_id) not in kept and not slower  # vLLM's fault, by all that is known
                 if self._tries[stage, task_id] < TRIES and stage not in self._over:
-                    self.todo[stage].append(task_id)
+                    self.todo[stage].insert(0 if (stage, task_id) in kept else len(self.todo[stage]), task_id)
                 else:
                     given_up[stage].append(task_id)
         self._deaths[device] += not any(self._tries[stage, i] >= TRIES for stage in STAGES for i in given_up[stage])

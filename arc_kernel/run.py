@@ -8,7 +8,6 @@ only what is missing.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import shutil
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from . import adapt, adapter_fit, checkpoint, disk, generate, progress, report, score, select, trained_prompt
+from .budget import Budget
 from .device import gpu_count
 from .errors import ArcKernelError, named_line
 from .events import EventLog, read_events, stage_rows
@@ -34,9 +34,6 @@ from .settings import Settings
 from .stored import Stored
 from .tasks import Attempts, cells, load_challenges, task_to_json, write_submission
 
-ADAPT_SHARE = 0.6  # of the time budget; the rest is for engine and answers, which took 0.28 of a run's seconds on a CPU (README)
-FINISH_SHARE, FINISH_SECONDS = 0.02, 20.0  # of the budget, at least seconds, kept for votes, score and report
-GRACE_SHARE = 0.05  # of the budget, for what workers hold when no more tasks are given out
 UNTOLD = ("model", "adapter", "out", "adapters", "adapt_until", "answer_until", "probe_tasks")  # in the log: this machine's own, or long
 SUBMISSION_SECONDS = 10.0  # at most so often is submission.json written again while answers arrive
 
@@ -51,6 +48,7 @@ class Run:
         self.begun = time.perf_counter()
         settings = trained_prompt.resolved(settings)
         self.settings, self.out, self.devices = settings, settings.out_path, settings.devices or gpu_count() or 1
+        self.budget = Budget(self.begun, settings.time_budget)
         self.log = EventLog(self.out, self.begun, silent)
         self.challenges = load_challenges(settings.tasks, settings.solutions).select(settings.ids, settings.limit)
         if not self.challenges.tasks:
@@ -92,10 +90,11 @@ class Run:
         steps, tokens = len(todo["adapt"]) * self.job.ttt_steps, defaultdict(int)
         done, finished, cut = defaultdict(int), 0, []
         with progress.bar(steps, "adapt", "step") as bar:
-            for message in self._events("adapt", self.job.adapt_until, GRACE_SHARE * self.settings.time_budget):
+            for message in self._events("adapt", self.job.adapt_until, self.budget.grace):
                 task, event = message.get("task"), message["event"]
                 if event == "out-of-time":
                     self._untrained.update(message["tasks"])
+                    bar.total -= sum(self.job.ttt_steps - done[i] for i in message["tasks"])
                 if event == "loss":
                     tokens[task], done[task] = message["tokens"], message["step"]
                 elif event in ("adapted", "adapt-failed"):
@@ -103,12 +102,19 @@ class Run:
                         self._trained.add(task)
                     if message.get("again"):
                         self._untrained.add(task)
-                    done[task], finished = self.job.ttt_steps, finished + 1
+                    finished += 1
+                    bar.total -= self.job.ttt_steps - done[task]
                     if message.get("steps", self.job.ttt_steps) < self.job.ttt_steps:
                         cut.append(message["steps"])
                 elif message.get("held"):  # no step ends: the worker hangs
                     self._pool.stop_holders("adapt")
                 progress.move(bar, sum(done.values()), sum(tokens.values()), f"{finished}/{len(todo['adapt'])} tasks", self._over)
+        for task in todo["adapt"]:
+            folder = Path(self.job.adapters) / task
+            adapt.keep_longer(folder)
+            if folder.is_dir():
+                self._trained.add(task)
+                self._untrained.discard(task)
         if cut:
             self.log.say("note", text=f"time budget: fewer steps for {len(cut)} of {len(todo['adapt'])} tasks: "
                                    f"{min(cut)} to {max(cut)} of {self.job.ttt_steps}")
@@ -123,14 +129,15 @@ class Run:
         expected = {i: self.challenges.outputs[i] * self.job.views for i in self._unanswered()}
         done, tokens, written, given_up, cut, answered = defaultdict(int), 0, time.perf_counter(), False, [], set()
         with progress.bar(sum(expected.values()), "answer", "prediction") as bar:
-            for message in self._events("answer", self._last_call(), GRACE_SHARE * self.settings.time_budget):
+            for message in self._events("answer", self.budget.last_call, self.budget.grace):
                 if message["event"] == "completion":
                     done[message["task"]] += 1
                     tokens += message["tokens"]
                 elif message["event"] == "decided":
                     done[message["task"]] += message["predictions"]
                 elif message["event"] == "answered":
-                    done[message["task"]] = expected[message["task"]]
+                    done[message["task"]] = expected[message["task"]] - message["cut"]
+                    bar.total -= message["cut"]
                     answered.add(message["task"])
                     self._check_adapter(message["task"])
                     if message["task"] in self._untrained:
@@ -155,7 +162,7 @@ class Run:
     def finish(self) -> dict:
         """Close workers; write submission, metrics and report; what `solve` returns: paths, metrics, stage rows."""
         if self._pool is not None:
-            for message in self._pool.close():
+            for message in self._pool.close(self.budget.workers_until):
                 self._note(message)
             self._pool = None
         begun, metrics = time.perf_counter(), None
@@ -192,9 +199,13 @@ class Run:
         self.job = self._resolve()
         self._stage("check model", time.perf_counter() - begun)
         adapters = Path(self.job.adapters)
-        todo = {"adapt": [i for i in unanswered if adapt.steps_taken(adapters / i) < self.settings.ttt_steps], "answer": unanswered}
-        for i in todo["adapt"]:  # of fewer steps, or damaged: no engine is started on what is replaced meanwhile
-            shutil.rmtree(adapters / i, ignore_errors=True)
+        for i in unanswered:  # of a start that was killed
+            adapt.keep_longer(adapters / i)
+        taken = {i: adapt.steps_taken(adapters / i) for i in unanswered}
+        fewer = sorted((i for i in unanswered if taken[i] < self.settings.ttt_steps), key=lambda i: taken[i] > 0)
+        todo = {"adapt": fewer, "answer": unanswered}
+        for i in fewer:  # no engine is started on what is replaced meanwhile
+            adapt.set_aside(adapters / i)
         if todo["adapt"]:
             disk.make(adapters, "scratch" if self.settings.scratch else "--out")
             if not self.settings.adapter:  # which may have modules of its own
@@ -228,23 +239,11 @@ class Run:
             self._pool = None
         self._lock.release(force=True)
 
-    def _until(self, share: float) -> float:
-        """The clock (`time.time`) at which this share of the time budget is over; infinite without one."""
-        budget = self.settings.time_budget
-        return time.time() - (time.perf_counter() - self.begun) + share * budget if budget else math.inf
-
     def _share(self, stage: str, task_id: str) -> float:
-        """The share of the time left for a stage that a task given out now may take: as much as each that waits, by outputs
-        where it is answered. Shortest first, a task should need no more than those that wait do on average: where the time is
-        enough for all, none is cut short, and what a short one leaves goes to the longer ones.
-        """
+        """The share of the time left for a stage that a task given out now may take; tasks are of one size, or of their outputs' number
+        where they are answered."""
         size = lambda i: 1 if stage == "adapt" else self.challenges.outputs[i]
-        return min(1.0, self.devices * size(task_id) / (size(task_id) + sum(map(size, self._pool.todo[stage]))))
-
-    def _last_call(self) -> float:
-        """The clock at which no more tasks are given out to be answered."""
-        budget = self.settings.time_budget
-        return self._until(1.0) - max(FINISH_SHARE * budget, FINISH_SECONDS) - GRACE_SHARE * budget
+        return self.budget.share(size(task_id), sum(map(size, self._pool.todo[stage])), self._pool.workers)
 
     def _events(self, stage: str, deadline: float, grace: float):
         self._over: dict[str, None] = {}  # stages of workers that are over since this one began
@@ -346,7 +345,7 @@ class Run:
             "model": str(model.resolve()), "out": str(self.out.resolve()), "adapters": str(adapters.resolve()), "backend": backend,
             "permute_background": s.background == "permuted", "max_seq_len": min(s.max_seq_len, checkpoint.context_length(model)),
             "ttt_lr": s.ttt_lr or adapt.default_lr(checkpoint.full_parameter_count(model)),
-            "adapt_until": self._until(ADAPT_SHARE), "answer_until": self._last_call() + GRACE_SHARE / 2 * s.time_budget,
+            "adapt_until": self.budget.adapt_until, "answer_until": self.budget.answer_until,
             "probe_tasks": tuple(map(task_to_json, probe.sample(self.challenges.tasks.values())))}
         job = Job(**{name: getattr(s, name) for name in shared} | resolved)
         self.log.add("resolved", **{k: v for k, v in dataclasses.asdict(job).items() if k not in UNTOLD})

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Iterable, Iterator
@@ -17,6 +18,7 @@ from .select import Completion
 from .tasks import Task
 
 FEWEST = 2  # predictions a test input where time is short: as many as attempts
+PACED = 8  # answers from which their pace is told
 LATER = "later"  # in place of a work: none beside those that are open
 
 
@@ -24,17 +26,18 @@ LATER = "later"  # in place of a work: none beside those that are open
 class Work:
     """A task on its way: prompts not sent yet, sent and not answered, answered with NaN; completions there are.
 
-    `share` of the time left is the task's; when that `ends` (`time.time`), what is not sent is left out: `cut` predictions. A
-    prompt's key is the task's id and the predictions it stands for, each (test index, view): more than one where a
-    task shows the same under several. `decided` are the test inputs no further prediction of which is needed; `kept_at` is when what
-    is done was last written (`time.monotonic`), `before` what an earlier start or worker left of it (None: not looked at yet).
+    `share` of the time left is the task's: `room` seconds of the engine. What would take longer, at the pace at which answers
+    come, is left out: `cut` predictions. A prompt's key is the task's id and the predictions it stands for, each (test index,
+    view): more than one where a task shows the same under several. `decided` are the test inputs no further prediction of which
+    is needed; `kept_at` is when what is done was last written (`time.monotonic`), `before` what an earlier start or worker left
+    of it (None: not looked at yet).
     """
 
     task: Task
     waiting: list[Prompt]
     adapter: Path | None = None
     share: float = 1.0
-    ends: float = math.inf
+    room: float = math.inf
     cut: int = 0
     sent: dict[tuple, Prompt] = field(default_factory=dict)
     failed: list[Prompt] = field(default_factory=list)
@@ -43,22 +46,16 @@ class Work:
     kept_at: float = -math.inf
     before: list[Completion] | None = None
 
-    def begin(self, before: list[Work], until: float, latency: float) -> None:
-        """Say when its time ends, which begins after that of the tasks `before` it: a share of what is left to send prompts
-        whose answers, `latency` seconds later, are there before `until`."""
-        begins = max([time.time(), *(w.ends for w in before)])
-        self.ends = begins + self.share * max(0.0, until - latency - begins)
-
     def send(self) -> Prompt:
         """The next prompt, from now on under way."""
         prompt = self.waiting.pop(0)
         self.sent[prompt.key] = prompt
         return prompt
 
-    def cut_short(self) -> None:
-        """Leave out what is not sent, where its time is over, there are FEWEST predictions a test input, and some under way."""
+    def cut_short(self, pace: float) -> None:
+        """Leave out what is not sent, where it has its share of `pace` answers/s, FEWEST predictions a test input, and some under way."""
         made = len(self.sent) + sum(c.status != "nan" for c in self.done)
-        if time.time() > self.ends and self.sent and made >= FEWEST * len(self.task.test):
+        if self.sent and made >= max(FEWEST * len(self.task.test), self.room * pace):
             self.cut += sum(len(self.needed(p)) for p in self.waiting)
             self.waiting = []
 
@@ -96,20 +93,21 @@ class Feed:
         self.open: dict[str, Work] = {}
         self.unfinished: list[Work] = []
         self._works, self._adapters, self._left_out, self._until = iter(works), adapters, left_out, until
-        self._share = max(1, in_flight // 2)  # of a batch for one task: what is not sent yet need not be, once its vote is decided
-        self._sent_at: dict[tuple, float] = {}  # when prompts were sent, by their key
-        self._latency = 0.0  # seconds from there to the newest answer
+        self._half = max(1, in_flight // 2)  # of a batch is for one task: what is not sent yet need not be, once its vote is decided
+        self._sent: dict[tuple, tuple[float, int]] = {}  # when prompts were sent, and how many were under way then, by their key
+        self._paces: deque[tuple[float, int]] = deque(maxlen=in_flight)  # of the last answers: seconds from there, and how many those were
 
     def prompts(self) -> Iterator[Prompt | None]:
         """Prompts of the oldest task with room in its share, of a new one where the batch may hold its adapter; else None."""
         exhausted = False
         while self.in_time() and (not exhausted or any(w.waiting for w in self.open.values())):
-            for work in self.open.values():
-                work.cut_short()
-            ready = next((w for w in self.open.values() if w.waiting and len(w.sent) < self._share), None)
+            pace, under_way = self._pace(), sum(len(w.sent) for w in self.open.values())
+            for work in self.open.values() if under_way >= self._half else ():  # below that they cost others little
+                work.cut_short(pace)
+            ready = next((w for w in self.open.values() if w.waiting and len(w.sent) < self._half), None)
             if ready:
                 prompt = ready.send()
-                self._sent_at[prompt.key] = time.time()
+                self._sent[prompt.key] = time.time(), under_way + 1
                 yield prompt
             elif exhausted or len({w.adapter for w in self.open.values()} - {None}) >= self._adapters:
                 yield None
@@ -120,8 +118,14 @@ class Feed:
             elif work.adapter in self._left_out:
                 self.unfinished.append(work)
             else:
-                work.begin([w for w in self.open.values() if w.waiting], self._until, self._latency)
+                before = under_way + sum(len(w.waiting) for w in self.open.values())
+                work.room = work.share * max(0.0, self._until - time.time() - before / pace)
                 self.open[work.task.id] = work
+
+    def _pace(self) -> float:
+        """Answers/s as the last came: prompts under way over the seconds each takes (Little's law); infinite until some came."""
+        seconds, beside = map(sum, zip(*self._paces)) if len(self._paces) >= PACED else (0.0, 0)
+        return beside / seconds if seconds else math.inf
 
     def in_time(self) -> bool:
         """Whether there is time left."""
@@ -133,7 +137,8 @@ class Feed:
 
     def answered(self, prompt: Prompt) -> Work:
         """The work of a wanted prompt whose answer has come."""
-        self._latency = time.time() - self._sent_at.pop(prompt.key)
+        at, beside = self._sent.pop(prompt.key)
+        self._paces.append((time.time() - at, beside))
         return self.open[prompt.key[0]]
 
     def done(self, work: Work) -> bool:

@@ -192,7 +192,8 @@ def test_transformers_marks_nan_logits_and_never_takes_them_for_an_answer(model_
 
 
 @needs_vllm
-def test_vllm_that_does_not_start_says_why_and_holds_no_memory_nor_does_a_closed_one_which_marks_nan(model_folder, builder, prompts, tmp_path, monkeypatch):
+def test_vllm_that_does_not_start_says_why_and_holds_no_memory_nor_does_a_closed_one_which_marks_nan(
+        model_folder, builder, prompts, tmp_path, monkeypatch):
     """It is found out after the cache for keys and values was taken: 1.5 GiB here, nine tenths of a GPU there, where the engine of the
     next dtype would have found nothing left. The next here is of a model whose logits are NaN."""
     tiny = tiny_model(model_folder, tmp_path / "tiny")

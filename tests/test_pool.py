@@ -186,12 +186,13 @@ def test_worker_with_nothing_left_to_adapt_is_told_at_once_that_others_are_not_d
     assert any(m["event"] == "answered" and m["worker"] == last for m in messages), "one was kept for who trained to the end"
 
 
-def test_worker_that_hangs_at_its_end_is_stopped_with_a_word(started, monkeypatch):
-    monkeypatch.setattr(pool, "PATIENCE", 1.0)
+@pytest.mark.parametrize("patience, left", [(1.0, 600), (600.0, 1.0), (600.0, -5.0)])
+def test_worker_that_hangs_at_its_end_is_stopped_with_a_word_and_in_time(started, monkeypatch, patience, left):
+    monkeypatch.setattr(pool, "PATIENCE", patience)
     crew = started("hangs at its end", 1, [], ["a"])
     assert done(crew.events("answer", time.time() + 60), "answered") == ["a"]
     begun = time.monotonic()
-    assert [m["text"] for m in crew.close()] == ["1 worker did not end within 1 s: stopped"]
+    assert [m["text"] for m in crew.close(time.time() + left)] == ["1 worker did not end within 1 s: stopped"]
     assert time.monotonic() - begun < 10
 
 

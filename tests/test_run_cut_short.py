@@ -108,7 +108,7 @@ def test_steps_that_do_not_fit_into_the_time_budget_leave_tasks_an_adapter_of_fe
     ends = []
     trainer.train(arc_training.tasks["25ff71a9"], tmp_path / "trial", lambda *_: ends.append(time.perf_counter()))
     fastest = min(end - begin for begin, end in zip(ends, ends[1:]))  # whatever else the machine does meanwhile
-    monkeypatch.setattr("arc_kernel.run.ADAPT_SHARE", 0.15)  # 24 s, of which start-up leaves some 5 s to each task
+    monkeypatch.setattr("arc_kernel.budget.ADAPT_SHARE", 0.15)  # 24 s, of which start-up leaves some 5 s to each task
     wanted = round(3 * 5 / fastest)  # three times what fits
     options = {k: v if isinstance(v, int) else str(v) for k, v in fast.items()} | {"ttt_steps": wanted, "ttt_dtype": "float32"}
     begun = time.time()
@@ -129,7 +129,7 @@ def test_steps_that_do_not_fit_into_the_time_budget_leave_tasks_an_adapter_of_fe
 
 
 def test_time_budget_that_is_over_leaves_a_complete_submission(tmp_path, fast):
-    done = solve(tmp_path / "run", tasks=TRAINING, task_ids=SMALL, **fast, **{"time-budget": 1})
+    done = solve(tmp_path / "run", tasks=TRAINING, task_ids=SMALL, **fast, **{"time-budget": 0.1})
     assert done.returncode == 0, done.stderr
     assert "time budget: 3 tasks left out of 'answer'" in done.stderr
     assert len(read_submission(tmp_path / "run" / "submission.json")) == 4

@@ -13,7 +13,7 @@ from models import tiny_model
 from run_folders import write_run, write_tasks
 from safetensors.numpy import save_file
 
-from arc_kernel import disk, report, select
+from arc_kernel import adapt, disk, report, select
 from arc_kernel import run as running
 from arc_kernel.errors import ArcKernelError
 from arc_kernel.events import read_events
@@ -72,15 +72,18 @@ def test_longest_tasks_come_first_and_shortest_where_time_is_short(made, time_bu
 
 def test_share_of_the_time_goes_by_devices_and_test_inputs(made):
     run = made(devices=1)
-    run._pool = pool(todo={"adapt": ["B", "C"], "answer": ["B", "C"]})
+    run._pool = pool(todo={"adapt": ["B", "C"], "answer": ["B", "C"]}, workers=1)
     assert run._share("adapt", "A") == pytest.approx(1 / 3) and run._share("answer", "A") == pytest.approx(2 / 4)
-    run.devices = 2
-    assert run._share("adapt", "A") == pytest.approx(2 / 3) and run._share("answer", "A") == 1.0
+    run._pool.workers = 2
+    assert run._share("adapt", "A") == pytest.approx(2 / 4) and run._share("answer", "A") == pytest.approx(4 / 6)
 
 
-def test_time_for_votes_and_report_is_kept(made):
-    run = made(time_budget=100.0)
-    assert run._until(1.0) - run._last_call() == pytest.approx(20 + 5, abs=0.1)
+@pytest.mark.parametrize("seconds, finish", [(40, 4), (100, 10), (400, 20), (41400, 828)])
+def test_time_for_votes_and_report_is_kept_and_answers_have_some_after_training(made, seconds, finish):
+    budget = made(time_budget=float(seconds)).budget
+    assert budget.until(1.0) - budget.workers_until == pytest.approx(finish, abs=0.1)
+    assert budget.last_call == pytest.approx(budget.workers_until - 0.05 * seconds, abs=0.1)
+    assert budget.adapt_until + 0.2 * seconds < budget.last_call < budget.answer_until < budget.workers_until
 
 
 def test_disk_that_runs_low_is_told_once(made, monkeypatch, capsys):
@@ -246,21 +249,37 @@ def test_a_task_there_was_no_time_to_train_votes_and_is_trained_by_a_next_start(
     assert submitted(tmp_path) == [[7]] and "B" in made(adapter="nowhere", ttt_steps=1, views=2)._unanswered()
 
 
+def write_adapter(folder, steps):
+    folder.mkdir(parents=True)
+    (folder / "range.json").write_text(json.dumps({"peaks": {}, "steps": steps}))
+    (folder / "adapter_config.json").write_text("{}")
+    save_file({"lora": np.zeros(8, np.float32)}, folder / "adapter_model.safetensors")
+
+
 def test_an_adapter_of_fewer_steps_than_asked_or_a_damaged_one_is_trained_anew(made, tmp_path, monkeypatch):
-    given = []
-    monkeypatch.setattr(running, "Pool", lambda devices, job, tasks, todo, *_: given.append(todo) or pool())
+    given, seen = [], lambda: {p.name for p in (tmp_path / "adapters").iterdir() if not p.name.startswith(".")}
+    monkeypatch.setattr(running, "Pool", lambda devices, job, tasks, todo, *_: given.append((todo, seen())) or pool())
     run = made(adapter="nowhere", ttt_steps=4, time_budget=9.0)
     run._resolve = lambda: dataclasses.replace(JOB, adapters=str(tmp_path / "adapters"), ttt_steps=4)
     for task_id, steps in {"A": 4, "B": 3, "C": 4}.items():
-        folder = tmp_path / "adapters" / task_id
-        folder.mkdir(parents=True)
-        (folder / "range.json").write_text(json.dumps({"peaks": {}, "steps": steps}))
-        (folder / "adapter_config.json").write_text("{}")
-        save_file({"lora": np.zeros(8, np.float32)}, folder / "adapter_model.safetensors")
+        write_adapter(tmp_path / "adapters" / task_id, steps)
     os.truncate(tmp_path / "adapters" / "C" / "adapter_model.safetensors", 80)
     run.adapt()
-    assert given == [{"adapt": ["B", "C"], "answer": ["A", "B", "C"]}]
-    assert [p.name for p in (tmp_path / "adapters").iterdir()] == ["A"], "no engine is started on what is replaced meanwhile"
+    assert given == [({"adapt": ["C", "B"], "answer": ["A", "B", "C"]}, {"A"})], "no engine is started on what is replaced meanwhile"
+    assert seen() == {"A", "B"}, "there was no time for another: the task keeps the one it has"
+    assert run._trained == {"A", "B"} and run._untrained == set()
+
+
+def test_of_two_adapters_the_one_of_more_steps_is_kept_also_after_a_kill(tmp_path):
+    for now, kept in ((2, 3), (4, 4), (0, 3)):
+        write_adapter(tmp_path / "B", 3)
+        adapt.set_aside(tmp_path / "B")
+        assert not (tmp_path / "B").exists()
+        if now:
+            write_adapter(tmp_path / "B", now)
+        adapt.keep_longer(tmp_path / "B")
+        assert adapt.steps_taken(tmp_path / "B") == kept and [p.name for p in tmp_path.iterdir()] == ["B"]
+        shutil.rmtree(tmp_path / "B")
 
 
 def test_first_event_after_a_line_cut_short_is_not_lost_with_it(made, tmp_path):

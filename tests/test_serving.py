@@ -268,8 +268,12 @@ def test_time_budget_keeps_what_is_answered_of_a_task_and_leaves_no_task_without
             and not of(again, "note"))
 
 
-def test_predictions_that_do_not_fit_into_the_time_are_left_out_of_every_task_alike(tmp_path, builder, task, monkeypatch):
+@pytest.mark.parametrize("adapted", [False, True])
+def test_predictions_that_do_not_fit_into_the_time_are_left_out_of_every_task_alike(tmp_path, builder, task, monkeypatch, adapted):
+    """Also where a batch takes all that is asked for the tasks whose adapters it may hold, so that no prompt ever waits."""
     now, tasks, budget = [0.0], small_tasks(60, task), 240
+    for t in tasks if adapted else ():
+        (tmp_path / "adapters" / t.id).mkdir(parents=True)
     monkeypatch.setattr(work, "time", SimpleNamespace(time=lambda: now[0]))
 
     def second(i, view):
@@ -285,24 +289,25 @@ def test_predictions_that_do_not_fit_into_the_time_are_left_out_of_every_task_al
     told = served(tmp_path, builder, tasks, Engine(builder, second), share=share, answer_until=budget, early_stop=False)
     by_task = {t.id: len(select.read_completions(completions_file(tmp_path, t.id))) for t in tasks}
     made = list(by_task.values())
-    assert 0.9 * budget < sum(made) <= budget and min(made) >= 1 and np.median(made) == 4 and sum(n in (3, 4, 5) for n in made) > 40
+    assert 0.9 * budget < sum(made) <= budget and np.median(made) == 4 and sum(n in (3, 4, 5) for n in made) > 40
+    assert sum(n == 0 for n in made) <= 5 * adapted, "a batch is kept half full: 16 prompts of 4 tasks"
     assert {e["task"]: 8 - e["cut"] for e in of(told, "answered")} == by_task
     assert not (tmp_path / "completions" / f"{tasks[-1].id}.jsonl").exists(), "what was cut short is answered anew by a next start"
 
 
 def test_time_that_is_over_leaves_two_predictions_a_test_input_and_some_under_way(task_of_two):
     asked = [Prompt((task_of_two.id, ((k % 2, str(k)),)), [1]) for k in range(5)] + [Prompt((task_of_two.id, ((0, "5"), (1, "5"))), [1])]
-    late, answered = (work.Work(task_of_two, list(asked), ends=0.0) for _ in range(2))
+    late, answered = (work.Work(task_of_two, list(asked), room=0.0) for _ in range(2))
     late.take(late.send(), [SimpleNamespace(status="nan")])  # which is no prediction
     left = []
     for _ in range(4):
         late.send()
-        late.cut_short()
+        late.cut_short(pace=1.0)
         left.append(len(late.waiting))
     assert left == [4, 3, 2, 0] and late.cut == 2
     for _ in range(4):
         answered.take(answered.send(), [SimpleNamespace(status="ok")])
-        answered.cut_short()
+        answered.cut_short(pace=1.0)
     assert len(answered.waiting) == 2, "with none under way no answer would come that ends the task"
 
 

@@ -60,10 +60,10 @@ def fast(model_folder, tmp_path_factory):
             "ttt_steps": 2, "views": 2, "lora_rank": 4, "max_new_tokens": 8}
 
 
-SLOW_LAST = ("test_real_run", "test_run_cut_short", "test_run", "test_finetune", "test_engines", "test_standins", "test_checkup",
-             "test_vocabulary", "test_notebook", "test_trimmed", "test_bench", "test_push", "test_adapt", "test_kaggle_page",
-             "test_bad_input", "test_pool", "test_trained_prompt", "test_recall", "test_merge", "test_session", "test_checkpoint",
-             "test_prepare")
+SLOW_LAST = ("test_real_run", "test_run_cut_short", "test_run", "test_finetune", "test_engines", "test_finetune_resume",
+             "test_standins", "test_checkup", "test_vocabulary", "test_notebook", "test_trimmed", "test_bench", "test_push",
+             "test_adapt", "test_kaggle_page", "test_bad_input", "test_pool", "test_trained_prompt", "test_recall", "test_merge",
+             "test_session", "test_checkpoint", "test_prepare")
 
 
 def pytest_collection_modifyitems(items):

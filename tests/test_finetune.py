@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -13,8 +12,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.numpy import load_file
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Phi3Config, Phi3ForCausalLM, get_scheduler
 from transformers.integrations import sdpa_attention
 
@@ -25,135 +22,8 @@ from arc_kernel.errors import ArcKernelError
 from arc_kernel.events import read_events
 from arc_kernel.finetune import learner, page, run, study, train
 from arc_kernel.finetune.learner import Learner
-from arc_kernel.finetune.settings import FinetuneSettings
-from arc_kernel.prepare import vocabulary
-from arc_kernel.prepare.make import prepare
-from models import model_with_buffers, save, tiny_model
-
-
-@pytest.fixture(scope="module")
-def tiny(model_folder, tmp_path_factory):
-    """A tiny model with the tokens of ARC prompts only, so that the head costs nothing."""
-    folder = tmp_path_factory.mktemp("tiny")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vocabulary, "CHECKED", {})  # its comparison on real tasks is test_vocabulary's
-        prepare(str(tiny_model(model_folder, folder / "full")), str(folder / "arc"), vocabulary="arc")
-    return folder / "arc"
-
-
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory):
-    rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("pool") / "pool.jsonl"
-    pair = lambda side: {"input": rng.integers(10, size=(side, side)).tolist(), "output": rng.integers(10, size=(1, side)).tolist()}
-    path.write_text("".join(json.dumps({"id": f"t{n}", "pairs": [pair(2 + n % 4) for _ in range(6)]}) + "\n" for n in range(8)))
-    return path
-
-
-@pytest.fixture(autouse=True)
-def nothing_that_takes_seconds(monkeypatch, request):
-    """No timing of products; the page of a run only where it is looked at."""
-    monkeypatch.setattr(ceilings, "gemm", lambda *_, **__: 1e11)
-    if "report" not in request.node.name:
-        monkeypatch.setattr(page, "write_report", lambda out, settings: out / "report.html")
-
-
-@pytest.fixture
-def settings(tiny, pool, tmp_path):
-    return FinetuneSettings(data=(str(pool), f"{pool}:inputs:0.5"), model=str(tiny), out=str(tmp_path / "run"), dtype="float32",
-                            grid_encoder="digits", prompt="compact", lora_rank=4, steps=20, batch=3, micro_tokens=256, lr=1e-2,
-                            evaluation_tasks="", save_every=5, sample_every=4)
-
-
-@pytest.fixture(scope="module")
-def prepared(tiny, pool):
-    return run.prepare(FinetuneSettings(data=(str(pool), f"{pool}:inputs:0.5"), model=str(tiny), grid_encoder="digits",
-                                        prompt="compact", evaluation_tasks=""))
-
-
-@pytest.fixture
-def killed_at(monkeypatch):
-    """A function that makes the next run die at a step, and the one after it live."""
-    whole = run.Run._step
-
-    def kill(step, how=KeyboardInterrupt):
-        def dying(self, number, facts):
-            whole(self, number, facts)
-            if number == step:
-                monkeypatch.setattr(run.Run, "_step", whole)
-                raise how
-
-        monkeypatch.setattr(run.Run, "_step", dying)
-
-    return kill
-
-
-def rows_of(settings):
-    return page.steps(read_events(settings.out_path))
-
-
-def losses_of(settings):
-    return [(r["step"], r["loss"], r["gradient"], r["lr"], r["kinds"]) for r in rows_of(settings)]
-
-
-def test_20_steps_at_once_are_10_and_10_more_after_a_kill(settings, prepared, tmp_path, killed_at):
-    again = dataclasses.replace(settings, out=str(tmp_path / "again"))
-    whole = run.finetune(settings, prepared)
-    killed_at(13)
-    with pytest.raises(KeyboardInterrupt):
-        run.finetune(again, prepared)
-    (again.out_path / "checkpoints" / ".part-15").mkdir()  # what a kill in the middle of saving leaves
-    made = run.finetune(again, prepared)
-    assert [e["step"] for e in read_events(again.out_path) if e["event"] == "step"] == [*range(1, 14), *range(11, 21)]
-    assert losses_of(again) == losses_of(settings) and len(losses_of(again)) == 20
-    one, other = (load_file(m["result"] / "adapter_model.safetensors") for m in (whole, made))
-    assert one.keys() == other.keys() and all(np.array_equal(one[k], other[k]) for k in one)
-    assert sorted(p.name for p in (again.out_path / "checkpoints").iterdir()) == ["checkpoint-15", "checkpoint-20"]
-    assert run.finetune(again, prepared)["step"] == 20 and len(losses_of(again)) == 20  # a finished run is left as it is
-
-
-def test_other_data_or_weights_under_the_same_name_are_refused(settings, tiny, pool, tmp_path, killed_at):
-    """As a pool that grew: what was held out of the first would be other tasks than what is held out now."""
-    mine, model = shutil.copy(pool, tmp_path / "mine.jsonl"), shutil.copytree(tiny, tmp_path / "model")
-    own = dataclasses.replace(settings, data=(str(mine),), model=str(model), hold_out=2, steps=4, save_every=2)
-    killed_at(3)
-    with pytest.raises(KeyboardInterrupt):
-        run.finetune(own)
-    held_out = (own.out_path / "held_out.json").read_text()
-    lines = pool.read_text()
-    mine.write_text(lines + lines.splitlines()[0].replace('"t0"', '"t8"') + "\n")
-    with pytest.raises(ArcKernelError, match="holds a run with other data under the same name"):
-        run.finetune(own)
-    assert (own.out_path / "held_out.json").read_text() == held_out
-    mine.write_text(lines)
-    weights = {name: tensor * 2 for name, tensor in checkpoint.weight_tensors(model)}
-    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ArcKernelError, match="holds a run with other weights under the same name"):
-        run.finetune(own)
-    shutil.copy(tiny / "model.safetensors", model)
-    assert run.finetune(own)["step"] == 4
-
-
-def test_two_runs_on_one_folder_are_one_and_a_refusal(settings, prepared, killed_at):
-    first = run.Run(dataclasses.replace(settings, steps=2), prepared)
-    with pytest.raises(ArcKernelError, match="another run is at work on this folder"):
-        run.finetune(first.s, prepared)
-    first.stop()
-    assert run.finetune(first.s, prepared)["step"] == 2
-
-
-@pytest.mark.parametrize("name, change, words", [
-    ("optimizer.pt", lambda file: file.unlink(), "not there"), ("scheduler.pt", lambda file: file.unlink(), "not there"),
-    ("optimizer.pt", lambda file: file.write_bytes(file.read_bytes()[:900] + b"?" * 64 + file.read_bytes()[964:]), "damaged"),
-    ("trainer_state.json", lambda file: file.write_text("{}"), "cannot be read")])
-def test_a_checkpoint_that_lacks_something_is_named(settings, prepared, killed_at, name, change, words):
-    killed_at(7)
-    with pytest.raises(KeyboardInterrupt):
-        run.finetune(settings, prepared)
-    folder = settings.out_path / "checkpoints" / "checkpoint-5"
-    shutil.copytree(folder, folder.with_name("checkpoint-5-old"))  # as a person may keep one
-    change(folder / name)
-    with pytest.raises(ArcKernelError, match=f"{folder / name}: {words}.*delete {folder} to go on"):
-        run.finetune(settings, prepared)
+from finetuning import killed_at, losses_of, nothing_that_takes_seconds, pool, prepared, rows_of, settings, tiny  # noqa: F401  fixtures
+from models import model_with_buffers, save
 
 
 def test_a_run_learns_and_leaves_an_adapter_a_report_and_figures(settings, prepared, monkeypatch):
@@ -169,15 +39,6 @@ def test_a_run_learns_and_leaves_an_adapter_a_report_and_figures(settings, prepa
             and all(r["largest"] > 0 for r in rows if "largest" in r))
     assert all(0 < r["peak_share"] and set(r["kinds"]) <= {"output", "inputs"} for r in rows)
     assert max(r["lr"] for r in rows) == pytest.approx(1e-2) and rows[-1]["lr"] < 1e-3
-
-
-def test_a_run_that_was_killed_has_a_report_of_its_steps_up_to_the_last_checkpoint(settings, prepared, killed_at, monkeypatch):
-    monkeypatch.setattr(run, "PAGE_SECONDS", 0.0)
-    killed_at(6)
-    with pytest.raises(KeyboardInterrupt):
-        run.finetune(settings, prepared)
-    text = (settings.out_path / "report.html").read_text()
-    assert "loss at the end" in text and "<svg" in text and f">{sum(r['tokens'] for r in rows_of(settings)[:5]):,}<" in text
 
 
 def test_full_training_leaves_a_model_folder_that_loads_and_differs(settings, prepared, tiny, killed_at, monkeypatch):
@@ -239,19 +100,6 @@ def test_checkpointed_layers_train_in_16_bits_whatever_attention_is_taken(settin
     cpu_attention.fastest.cache_clear()  # as in a process of its own, where the trial comes with the first step
     run.finetune(dataclasses.replace(settings, dtype="bfloat16", steps=3, gradient_checkpointing=True), prepared)
     assert len(losses_of(settings)) == 3
-
-
-def test_a_result_is_there_until_the_next_is_written(settings, prepared, monkeypatch):
-    full = dataclasses.replace(settings, lora_rank=0, steps=2)
-    made = run.finetune(full, prepared)
-
-    def disk_is_full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(learner, "save_file", disk_is_full)
-    with pytest.raises(ArcKernelError, match="cannot be written"):
-        run.finetune(full, prepared)
-    checkpoint.check_model(made["result"])
 
 
 @pytest.mark.parametrize("fits", [True, False])
@@ -333,60 +181,11 @@ def test_schedules_warm_up_and_end_as_they_are_called(settings, schedule, rises)
     assert rates[-1] == pytest.approx(1e-2) if schedule == "constant_with_warmup" else rates[-1] < 2e-3
 
 
-def test_training_goes_on_from_a_given_adapter(settings, prepared, tmp_path):
-    first = run.finetune(settings, prepared)
-    second = dataclasses.replace(settings, steps=2, adapter=str(first["result"]), out=str(tmp_path / "second"))
-    run.finetune(second, prepared)
-    assert losses_of(second)[0][1] < losses_of(settings)[0][1] - 0.2
-
-
 def test_layers_that_get_no_lora_are_named(settings, prepared, tmp_path):
     config = Phi3Config(vocab_size=49152, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0)
     phi3 = save(Phi3ForCausalLM(config), Path(settings.model), tmp_path / "phi3")
     run.finetune(dataclasses.replace(settings, steps=1, model=str(phi3)), dataclasses.replace(prepared, folder=phi3))
     assert "no LoRA on gate_up_proj, qkv_proj: q_proj, " in (tmp_path / "run" / "events.jsonl").read_text()
-
-
-def test_a_checkpoint_that_broke_off_is_named_and_the_one_before_goes_on(settings, prepared, killed_at):
-    killed_at(13)
-    with pytest.raises(KeyboardInterrupt):
-        run.finetune(settings, prepared)
-    last = settings.out_path / "checkpoints" / "checkpoint-10"
-    names = ("optimizer.pt", "scheduler.pt", "trainer_state.json", "adapter_model.safetensors")
-    files = [f for f in sorted(last.rglob("*")) if f.name in names]
-    assert len(files) == 4
-    for file in files:
-        whole = file.read_bytes()
-        file.write_bytes(whole[:len(whole) // 2])
-        with pytest.raises(ArcKernelError, match=f"{file}: .*: delete {last} to go on from the one before it") as error:
-            run.finetune(settings, prepared)
-        assert "\n" not in str(error.value)
-        file.write_bytes(whole)
-    shutil.rmtree(last)
-    assert run.finetune(settings, prepared)["step"] == 20
-    assert [e["step"] for e in read_events(settings.out_path) if e["event"] == "step"] == [*range(1, 14), *range(6, 21)]
-
-
-def test_a_disk_that_is_full_while_saving_leaves_the_last_good_checkpoint(settings, prepared, monkeypatch):
-    settings = dataclasses.replace(settings, steps=12)
-    whole, limits = run.Run._step, resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def fill(self, step, facts):
-        whole(self, step, facts)
-        if step == 9:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # larger files cannot be written from here on
-
-    monkeypatch.setattr(run.Run, "_step", fill)
-    try:
-        with pytest.raises(ArcKernelError, match="checkpoint of step 10 cannot be saved.*goes on from checkpoint-5$") as error:
-            run.finetune(settings, prepared)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "\n" not in str(error.value)
-    assert [p.name for p in (settings.out_path / "checkpoints").iterdir()] == ["checkpoint-5"]
-    monkeypatch.setattr(run.Run, "_step", whole)
-    assert run.finetune(settings, prepared)["step"] == 12
-    assert [e["step"] for e in read_events(settings.out_path) if e["event"] == "step"] == [*range(1, 11), *range(6, 13)]
 
 
 def test_gradients_that_are_not_finite_change_nothing_and_end_the_run_by_naming_the_last_checkpoint(settings, prepared, monkeypatch):
@@ -407,13 +206,6 @@ def test_gradients_that_are_not_finite_change_nothing_and_end_the_run_by_naming_
     rows = rows_of(settings)
     assert shown == [5, 8], "the page of a run that gave up has all its steps"
     assert [r["step"] for r in rows if r["skipped"]] == [3, 7, 8] and all(np.isfinite(r["loss"]) for r in rows)
-
-
-def test_a_time_budget_saves_and_stops_and_the_next_start_goes_on(settings, prepared):
-    short = dataclasses.replace(settings, time_budget=1e-3, save_every=100, steps=4)
-    assert run.finetune(short, prepared)["step"] == 1 and (short.out_path / "adapter").is_dir()
-    assert run.finetune(dataclasses.replace(short, time_budget=0.0), prepared)["step"] == 4
-    assert [r[0] for r in losses_of(short)] == [1, 2, 3, 4]
 
 
 def test_a_study_ends_in_one_page_with_each_rate_and_the_best_of_them(settings):
@@ -500,14 +292,6 @@ def test_bad_input_is_one_line_on_the_command_line(settings, tiny, pool, tmp_pat
     assert "--lr 1e-3,fast: give a number" in failing([*basic, "--data", pool, "--lr", "1e-3,fast"], capsys)
     assert "merge the adapter first" in failing([*basic, "--data", pool, "--lora-rank", 0, "--adapter", "a"], capsys)
     assert not (tmp_path / "x").exists()
-
-
-def test_a_run_with_other_settings_is_not_overwritten(settings, prepared, killed_at):
-    killed_at(1)
-    with pytest.raises(KeyboardInterrupt):
-        run.finetune(settings, prepared)
-    with pytest.raises(ArcKernelError, match="holds a run with other settings.*lr: 0.02 vs 0.01"):
-        run.finetune(dataclasses.replace(settings, lr=2e-2), prepared)
 
 
 def test_on_a_gpu_without_flash_attention_keys_are_repeated_before_anything_is_trained(settings, monkeypatch):

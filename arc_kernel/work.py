@@ -82,6 +82,41 @@ class Work:
         self.failed = list(filter(self.needed, self.failed))
 
 
+class Pace:
+    """Answers/s of an engine as the `last` ones came, one by one or a batch at a time: prompts under way over the seconds each takes
+    (Little's law), or no more than so many a second came: of the first batch the short ones come first."""
+
+    def __init__(self, last: int):
+        self._seen, self._under_way, self._area = time.time(), 0, 0.0  # prompts under way times seconds, up to when it was last looked
+        self._sent: dict[tuple, tuple[float, float]] = {}  # when a prompt was sent, and the area then, by its key
+        # When an answer came, the seconds it took, and the mean of the prompts under way meanwhile.
+        self._last: deque[tuple[float, float, float]] = deque(maxlen=last)
+
+    def sent(self, key: tuple, under_way: int) -> None:
+        """A prompt is under way, one of so many."""
+        self._sent[key] = self._look(under_way), self._area
+
+    def answered(self, key: tuple, under_way: int) -> None:
+        """Its answer has come; so many are under way still."""
+        sent, area = self._sent.pop(key)
+        seconds = self._look(under_way) - sent
+        self._last.append((self._seen, seconds, (self._area - area) / seconds if seconds else 0.0))
+
+    def rate(self) -> float:
+        """Answers/s; infinite until PACED of them came."""
+        if len(self._last) < PACED:
+            return math.inf
+        times, seconds, prompts = zip(*self._last)
+        over = lambda amount, by: amount / by if by else math.inf
+        return min(over(sum(prompts), sum(seconds)), over(len(times) - 1, times[-1] - times[0]))
+
+    def _look(self, under_way: int) -> float:
+        now = time.time()
+        self._area += self._under_way * (now - self._seen)
+        self._seen, self._under_way = now, under_way
+        return now
+
+
 class Feed:
     """What an engine is given: the prompts of `open` works, and new works as there is room for their adapters.
 
@@ -94,20 +129,19 @@ class Feed:
         self.unfinished: list[Work] = []
         self._works, self._adapters, self._left_out, self._until = iter(works), adapters, left_out, until
         self._half = max(1, in_flight // 2)  # of a batch is for one task: what is not sent yet need not be, once its vote is decided
-        self._sent: dict[tuple, tuple[float, int]] = {}  # when prompts were sent, and how many were under way then, by their key
-        self._paces: deque[tuple[float, int]] = deque(maxlen=in_flight)  # of the last answers: seconds from there, and how many those were
+        self._pace = Pace(in_flight)
 
     def prompts(self) -> Iterator[Prompt | None]:
         """Prompts of the oldest task with room in its share, of a new one where the batch may hold its adapter; else None."""
         exhausted = False
         while self.in_time() and (not exhausted or any(w.waiting for w in self.open.values())):
-            pace, under_way = self._pace(), sum(len(w.sent) for w in self.open.values())
+            pace, under_way = self._pace.rate(), self._under_way()
             for work in self.open.values() if under_way >= self._half else ():  # below that they cost others little
                 work.cut_short(pace)
             ready = next((w for w in self.open.values() if w.waiting and len(w.sent) < self._half), None)
             if ready:
                 prompt = ready.send()
-                self._sent[prompt.key] = time.time(), under_way + 1
+                self._pace.sent(prompt.key, under_way + 1)
                 yield prompt
             elif exhausted or len({w.adapter for w in self.open.values()} - {None}) >= self._adapters:
                 yield None
@@ -122,10 +156,9 @@ class Feed:
                 work.room = work.share * max(0.0, self._until - time.time() - before / pace)
                 self.open[work.task.id] = work
 
-    def _pace(self) -> float:
-        """Answers/s as the last came: prompts under way over the seconds each takes (Little's law); infinite until some came."""
-        seconds, beside = map(sum, zip(*self._paces)) if len(self._paces) >= PACED else (0.0, 0)
-        return beside / seconds if seconds else math.inf
+    def _under_way(self) -> int:
+        """Prompts that are sent and not answered."""
+        return sum(len(w.sent) for w in self.open.values())
 
     def in_time(self) -> bool:
         """Whether there is time left."""
@@ -137,8 +170,7 @@ class Feed:
 
     def answered(self, prompt: Prompt) -> Work:
         """The work of a wanted prompt whose answer has come."""
-        at, beside = self._sent.pop(prompt.key)
-        self._paces.append((time.time() - at, beside))
+        self._pace.answered(prompt.key, self._under_way() - 1)
         return self.open[prompt.key[0]]
 
     def done(self, work: Work) -> bool:

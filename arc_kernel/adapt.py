@@ -314,13 +314,16 @@ def set_aside(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def keep_longer(folder: Path) -> None:
-    """Of a task's adapter and one that was set aside keep that of more steps, as `folder`."""
-    if (old := _aside(folder)).is_dir():
-        if steps_taken(old) > steps_taken(folder):
+def keep_longer(folder: Path) -> int:
+    """Of a task's adapter and one that was set aside keep that of more steps, as `folder`; the steps where it was set aside, else 0."""
+    old, kept = _aside(folder), 0
+    if old.is_dir():
+        if (steps := steps_taken(old)) > steps_taken(folder):
             shutil.rmtree(folder, ignore_errors=True)
             old.replace(folder)
+            kept = steps
         shutil.rmtree(old, ignore_errors=True)
+    return kept
 
 
 def _aside(folder: Path) -> Path:

@@ -1,8 +1,9 @@
 """What both inference backends share: prompts, answers, settings, the guard on every answer, adapters as weights want them.
 
 An engine has two methods: `answer`, prompts plus adapters in, scored answers out, and `close`; its `in_flight` is how many
-prompts it takes at once, its `adapters` how many adapters may be among them. Knows nothing of tasks or grids; the caller says
-with `viable` when going on with an answer is wasted, with `wanted` when nobody needs it any more.
+prompts it takes at once, its `batch` how many of them are decoded together at most, its `adapters` how many adapters may be
+among them. Knows nothing of tasks or grids; the caller says with `viable` when going on with an answer is wasted, with `wanted`
+when nobody needs it any more.
 """
 
 from __future__ import annotations

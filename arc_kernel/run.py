@@ -111,7 +111,8 @@ class Run:
                 progress.move(bar, sum(done.values()), sum(tokens.values()), f"{finished}/{len(todo['adapt'])} tasks", self._over)
         for task in todo["adapt"]:
             folder = Path(self.job.adapters) / task
-            adapt.keep_longer(folder)
+            if kept := adapt.keep_longer(folder):
+                self.log.say("note", task=task, text=f"task {task}: its adapter of an earlier start, of {kept} steps, is kept")
             if folder.is_dir():
                 self._trained.add(task)
                 self._untrained.discard(task)
@@ -130,7 +131,9 @@ class Run:
         done, tokens, written, given_up, cut, answered = defaultdict(int), 0, time.perf_counter(), False, [], set()
         with progress.bar(sum(expected.values()), "answer", "prediction") as bar:
             for message in self._events("answer", self.budget.last_call, self.budget.grace):
-                if message["event"] == "completion":
+                if message["event"] == "out-of-time":
+                    bar.total -= sum(expected[i] - done[i] for i in message["tasks"])
+                elif message["event"] == "completion":
                     done[message["task"]] += 1
                     tokens += message["tokens"]
                 elif message["event"] == "decided":

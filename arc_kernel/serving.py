@@ -135,7 +135,7 @@ class Serving:
 
     def serve(self, engine, works: Iterable[Work | str], left_out: set[Path], stage: str) -> list[Work]:
         """Answer work as it comes, streaming; given back is what has prompts without a finite answer."""
-        feed, counts = Feed(works, engine.in_flight, engine.adapters, left_out, self.job.answer_until), Counter()
+        feed, counts = Feed(works, engine, left_out, self.job.answer_until), Counter()
         viable = lambda ids: self.builder.encoder.may_begin(self.builder.text_of(ids))
         for answer in engine.answer(feed.prompts(), self.max_new_tokens, viable, feed.wanted):
             if not feed.wanted(answer.prompt):  # it ended in the step that decided its vote

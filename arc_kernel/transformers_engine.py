@@ -28,7 +28,7 @@ class TransformersEngine:
 
         self._model, self._device, self._end = load_model(settings.model, settings.dtype, device), device, settings.end_token
         padding_seen = self._model.config.model_type in ALONE and on_transformers_4()
-        self._size = 1 if padding_seen else BATCH
+        self.batch = 1 if padding_seen else BATCH
         self._model.generation_config = GenerationConfig()  # greedy, whatever the model's own asks for
         self._max_seq_len, self._special, self._adapter = settings.max_seq_len, settings.special, None
         self.in_flight, self.adapters = settings.in_flight or IN_FLIGHT, ADAPTERS
@@ -42,7 +42,7 @@ class TransformersEngine:
                 continue
             self._use(adapter)
             asked = (p for p in group if wanted is None or wanted(p))
-            while batch := list(itertools.islice(asked, self._size)):
+            while batch := list(itertools.islice(asked, self.batch)):
                 yield from self._batch(batch, max_new_tokens, viable)
 
     def _batch(self, prompts: list[Prompt], max_new_tokens: int, viable: Viable | None) -> Iterator[Answer]:

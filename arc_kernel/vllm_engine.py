@@ -50,6 +50,7 @@ class VllmEngine:
         profile = profiles.matching(_capability(device)) if settings.profile == "auto" else profiles.load(settings.profile)
         asked = profile.engine
         self.in_flight, self.adapters = settings.in_flight or asked["max_num_seqs"], asked["max_loras"]
+        self.batch = self.in_flight
         args = dict(model=str(settings.model), dtype=settings.dtype, max_model_len=settings.max_seq_len,
                     max_num_seqs=self.in_flight, enable_prefix_caching=True, disable_log_stats=True, seed=0)
         if "vision_config" not in read_config(settings.model):  # prompts are ids; a model with images asks its tokenizer for their places

@@ -118,32 +118,34 @@ class Pace:
 
 
 class Feed:
-    """What an engine is given: the prompts of `open` works, and new works as there is room for their adapters.
+    """What an `engine` is given: the prompts of `open` works, and new works as there is room for their adapters.
 
     `works` come in the order in which they are to be answered, LATER among them; those with an adapter of `left_out` become
     `unfinished` unanswered, as do those that have prompts without a finite answer. Nothing is sent after `until` (`time.time`).
     """
 
-    def __init__(self, works: Iterable[Work | str], in_flight: int, adapters: int, left_out: set[Path], until: float):
+    def __init__(self, works: Iterable[Work | str], engine, left_out: set[Path], until: float):
         self.open: dict[str, Work] = {}
         self.unfinished: list[Work] = []
-        self._works, self._adapters, self._left_out, self._until = iter(works), adapters, left_out, until
-        self._half = max(1, in_flight // 2)  # of a batch is for one task: what is not sent yet need not be, once its vote is decided
-        self._pace = Pace(in_flight)
+        self._works, self._adapters, self._left_out, self._until = iter(works), engine.adapters, left_out, until
+        # Half of what is in flight is for one task: what is not sent yet need not be, once its vote is decided.
+        self._share, self._enough = max(1, engine.in_flight // 2), max(1, engine.batch // 2)
+        self._pace = Pace(engine.in_flight)
 
     def prompts(self) -> Iterator[Prompt | None]:
         """Prompts of the oldest task with room in its share, of a new one where the batch may hold its adapter; else None."""
         exhausted = False
         while self.in_time() and (not exhausted or any(w.waiting for w in self.open.values())):
             pace, under_way = self._pace.rate(), self._under_way()
-            for work in self.open.values() if under_way >= self._half else ():  # below that they cost others little
+            full = len({w.adapter for w in self.open.values()} - {None}) >= self._adapters  # no other task can come now
+            for work in self.open.values() if under_way >= self._enough or not full else ():  # else the batch would be less than half full
                 work.cut_short(pace)
-            ready = next((w for w in self.open.values() if w.waiting and len(w.sent) < self._half), None)
+            ready = next((w for w in self.open.values() if w.waiting and len(w.sent) < self._share), None)
             if ready:
                 prompt = ready.send()
                 self._pace.sent(prompt.key, under_way + 1)
                 yield prompt
-            elif exhausted or len({w.adapter for w in self.open.values()} - {None}) >= self._adapters:
+            elif exhausted or full:
                 yield None
             elif (work := next(self._works, None)) is None or work == LATER and not self.open:
                 exhausted = True

@@ -66,7 +66,7 @@ test-transformers-4: .venv-4/installed
 	$(OFFLINE) .venv-4/bin/$(PYTEST)
 
 # What differs between 4.57 and 5.x: model folders, tokenizers and templates, names of decoders, Trainer, attention under the probe, generate.
-QUICK_4 := $(patsubst %,tests/test_%.py,checkpoint answer_loss fused_layer decoder_pass prompts prepare standins finetune merge precision rescale trained_prompt transformers_engine vllm_api)
+QUICK_4 := $(patsubst %,tests/test_%.py,checkpoint answer_loss fused_layer decoder_pass prompts prepare standins finetune finetune_resume merge precision rescale trained_prompt transformers_engine vllm_api)
 test-transformers-4-quick: .venv-4/installed
 	$(OFFLINE) .venv-4/bin/$(PYTEST) $(QUICK_4)
 

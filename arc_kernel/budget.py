@@ -48,11 +48,12 @@ class Budget:
         """The clock at which workers end, whatever they do: what is left is for votes, score and report."""
         return self.until(1.0) - max(FINISH_SHARE * self.seconds, min(FINISH_SECONDS, FINISH_MOST * self.seconds))
 
-    def share(self, size: float, waiting: float, workers: int) -> float:
-        """The share of the time left of a stage (0 to 1) that one of so many workers may take for a task given out now, beside what waits;
-        the others are taken to be at tasks of the same size.
 
-        Shortest first, a task should need no more than those that wait do on average: where the time is enough for all, none is cut short,
-        and what a short one leaves goes to the longer ones.
-        """
-        return workers * size / (workers * size + waiting)
+def share(size: float, waiting: float, workers: int) -> float:
+    """The share of the time left of a stage (0 to 1) that one of so many workers may take for a task given out now, beside what waits; the
+    others are taken to be at tasks of the same size.
+
+    Shortest first, a task should need no more than those that wait do on average: where the time is enough for all, none is cut short, and
+    what a short one leaves goes to the longer ones.
+    """
+    return workers * size / (workers * size + waiting)

@@ -18,7 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from . import adapt, adapter_fit, checkpoint, disk, generate, progress, report, score, select, trained_prompt
-from .budget import Budget
+from .budget import Budget, share
 from .device import gpu_count
 from .errors import ArcKernelError, named_line
 from .events import EventLog, read_events, stage_rows
@@ -246,7 +246,7 @@ class Run:
         """The share of the time left for a stage that a task given out now may take; tasks are of one size, or of their outputs' number
         where they are answered."""
         size = lambda i: 1 if stage == "adapt" else self.challenges.outputs[i]
-        return self.budget.share(size(task_id), sum(map(size, self._pool.todo[stage])), self._pool.workers)
+        return share(size(task_id), sum(map(size, self._pool.todo[stage])), self._pool.workers)
 
     def _events(self, stage: str, deadline: float, grace: float):
         self._over: dict[str, None] = {}  # stages of workers that are over since this one began

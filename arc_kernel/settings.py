@@ -57,7 +57,7 @@ class Checked:
                     object.__setattr__(self, f.name, value := wanted(value))
             if type(value) is not wanted:
                 raise ArcKernelError(f"settings: {f.name} is {value!r}: give a value of type {wanted.__name__}")
-            if "\0" in (value if isinstance(value, str) else ""):
+            if isinstance(value, str) and "\0" in value:
                 raise ArcKernelError(f"settings: {f.name} is {value!r}: give a text without a NUL character")
             if f.metadata["needed"] and not value:
                 raise ArcKernelError(f"settings: {f.name} is empty: give one, or leave it out for {f.default}")

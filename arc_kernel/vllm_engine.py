@@ -246,8 +246,8 @@ def _started(make: Callable[[], object], eager: bool) -> tuple[object | None, st
 
 def _forget_compiled() -> None:
     """Let go of what keeps a closed engine's compiled model, and with it the GPU's memory: torch's hooks on compiled code, slots of
-    adapters that vLLM's LoRA products know by address, models that releases up to 0.19 or so were asked about and remember, and objects
-    that vLLM has frozen out of the garbage collector's sight (vLLM issue 21073). What others compile is compiled again."""
+    adapters that vLLM's LoRA products know by address, models that some releases (0.11.2, 0.19.1) were asked about and remember, and
+    objects that vLLM has frozen out of the garbage collector's sight (vLLM issue 21073). What others compile is compiled again."""
     import torch
 
     torch.compiler.set_stance("default")

@@ -81,7 +81,8 @@ class TaskTrainer:
     """A base model and one LoRA that is reset for each task. `start` names a trained LoRA to start each task from.
 
     Where `model` holds weights rescaled by `rescale`, each layer's LoRA is scaled like its weight, so that A and B, their
-    gradients, and what is saved are those of the original weights. `left_out` says what gets no LoRA (see the function). On a
+    gradients, and what is saved are those of the original weights. In `int8` the frozen weights are multiplied with in 8 bits, and all
+    else is in `int8.rest`. `left_out` says what gets no LoRA (see the function). On a
     GPU passes are CUDA graphs where they can be (`decoder_pass`), unless `graphs` is False.
     """
 
@@ -89,12 +90,13 @@ class TaskTrainer:
                  rescale: Rescale | None = None, graphs: bool = True):
         import torch
 
-        from . import decoder_pass, fused_layer  # import torch, which `run` can do without
+        from . import decoder_pass, fused_layer, int8  # import torch, which `run` can do without
         from .answer_loss import LOOKED_AT, plain_head
         from .flat_weights import FlatWeights
 
         self.recipe, self.builder, self.device, self.dtype, self.rescale = recipe, builder, device, dtype, rescale
-        base = load_model(model, dtype, device)
+        rounded, rest = dtype == int8.NAME, int8.rest(device) if dtype == int8.NAME else dtype
+        self._rest, base = getattr(torch, rest), load_model(model, rest, device)
         try:
             check_layout(base)
         except UnknownLayout as error:
@@ -107,7 +109,7 @@ class TaskTrainer:
             for name, module in self.model.get_base_model().named_modules():
                 if hasattr(module, "lora_A"):
                     module.scaling["default"] *= 2.0 ** rescale.exponent(f"{name}.weight")
-        fused = fused_layer.install(self.model)
+        fused = fused_layer.install(self.model, rounded)
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
         self._flat = FlatWeights(self.weights, fused.groups)
         self._start = None if start is None else self._flat.tensor.detach().clone()
@@ -198,8 +200,8 @@ class TaskTrainer:
         kept = self.builder.fit(task.train, task.test[0].input, 1, self.recipe.max_seq_len)
         pairs = tuple(task.train[k] for k in kept or ())
         ids = self.builder.prompt_ids(pairs, task.test[0].input)[: self.recipe.max_seq_len]
-        with (torch.no_grad(), recording(self.model) as peaks, self._flat.cast(getattr(torch, self.dtype)),
-              torch.autocast(self.device, getattr(torch, self.dtype), enabled=self.dtype != "float32")):
+        with (torch.no_grad(), recording(self.model) as peaks, self._flat.cast(self._rest),
+              torch.autocast(self.device, self._rest, enabled=self._rest != torch.float32)):
             self.model(input_ids=torch.tensor([ids], device=self.device), logits_to_keep=1)
         found = collected(peaks)
         return self.rescale.scaled(found, back=True) if self.rescale else found
@@ -230,8 +232,7 @@ class TaskTrainer:
         base = self.model.get_base_model()
         if self._decoder:
             return answer_losses(base, ids, labels, self._decoder)[0]
-        dtype = getattr(torch, self.dtype)
-        with self._flat.cast(dtype), torch.autocast(self.device, dtype, enabled=self.dtype != "float32"):
+        with self._flat.cast(self._rest), torch.autocast(self.device, self._rest, enabled=self._rest != torch.float32):
             return answer_losses(base, ids, labels)[0]
 
     def _reset(self, seed: int) -> None:

@@ -75,14 +75,14 @@ def bench(model: str, vocabulary: str, dtype: str, backend: str, out: Path | Non
     folder, earlier, begun = open_model(model), read(against) if against else None, time.perf_counter()
     backend = chosen_backend(backend)
     device = device_name()
-    dtype = verdict.candidates(dtype, device)[0]
+    dtype, ttt_dtype = verdict.candidates(dtype, device)[0], verdict.training_candidates(dtype, device)[0]
     out = out or Path("runs/bench") / f"{folder.name}-{dtype}-{time.strftime('%Y%m%d-%H%M%S')}.json"
     check_writable(out)
     prompt, grid_encoder = trained_prompt.choose(AUTO, AUTO, model, "")
     opened = trimmed(folder, vocabulary, prompt, grid_encoder, "", lambda text: print(f"note: {text}", file=sys.stderr, flush=True))
     facts = {"format": FORMAT, "date": time.strftime("%Y-%m-%d %H:%M:%S"), "device": device_model(device), "cores": len(cores()),
              "load": os.getloadavg()[0], "model": folder.name, "versions": verdict.versions()}
-    asked = {"dtype": dtype, "backend": backend, "quick": quick}
+    asked = {"dtype": dtype, "ttt_dtype": ttt_dtype, "backend": backend, "quick": quick}
     facts |= asked | {"vocabulary": vocabulary}
     lines = list(_all_parts(QUICK if quick else FULL, asked | {"model": str(opened)}))
     figures, notes = collect(lines), [f"{line['part']}: {line['note']}" for line in lines if "note" in line]
@@ -90,7 +90,7 @@ def bench(model: str, vocabulary: str, dtype: str, backend: str, out: Path | Non
     for note in notes + (differences(facts, earlier) if earlier else []):
         print(f"note: {note}")
     seconds = time.perf_counter() - begun
-    print(f"{facts['device']}, {facts['cores']} cores, {dtype}, {backend}, load {facts['load']:.1f} at the start; {seconds:.0f} s in all")
+    print(f"{facts['device']}, {facts['cores']} cores, {dtype}, training in {ttt_dtype}, {backend}, load {facts['load']:.1f} at the start; {seconds:.0f} s in all")
     write_json(out, facts | {"seconds": round(seconds, 1), "notes": notes, "figures": [_plain(f) for f in figures]})
     print(f"figures: {out}")
     return out
@@ -166,7 +166,7 @@ def read(path: Path) -> dict:
 
 def differences(facts: dict, earlier: dict) -> list[str]:
     """What makes two runs hard to compare, a line each."""
-    names = ("device", "cores", "model", "vocabulary", "dtype", "backend", "versions")
+    names = ("device", "cores", "model", "vocabulary", "dtype", "ttt_dtype", "backend", "versions")
     return [f"{name} was {earlier.get(name)} in the earlier run" for name in names if earlier.get(name) != facts[name]]
 
 

@@ -51,7 +51,8 @@ class Part:
 
     def __init__(self, asked: dict, out):
         self.asked, self._out, self.name = asked, out, asked["part"]
-        self.dtype, self.quick, self.until = asked["dtype"], asked["quick"], time.time() + asked["seconds"]
+        self.dtype, self.ttt_dtype = asked["dtype"], asked["ttt_dtype"]
+        self.quick, self.until = asked["quick"], time.time() + asked["seconds"]
         self.device = device_name()
 
     def say(self, name: str, seconds: float, **facts) -> None:
@@ -106,6 +107,9 @@ class Part:
             seconds = verdict.product_seconds(dtype, self.device, rows, side, side)
             self.say(f"{dtype} product {rows}x{side}x{side} (emulated)", seconds, flop=2 * rows * side**2)
         shapes = sorted({(i, o) for _, i, o in shape.linears})
+        for _ in range(3 * (self.ttt_dtype == "int8")):
+            flop = 2 * ceilings.SIDE**3
+            self.say("int8 product 2048x2048x2048", flop / ceilings.gemm("int8", self.device), flop=flop)
         for dtype, _ in itertools.product(fast, range(3)):
             peak, flop = ceilings.gemm(dtype, self.device), 2 * ceilings.SIDE**3
             self.say(f"{dtype} product 2048x2048x2048", flop / peak, flop=flop)
@@ -123,14 +127,15 @@ class Part:
 
         self.open()
         begun = time.perf_counter()
-        trainer = measure.trainer(self.model, self.variant)
+        trainer = measure.trainer(self.model, measure.fitting(self.model, self.ttt_dtype))
         self.say("load model with a LoRA", time.perf_counter() - begun, **self.reading(self.stored))
         flop = {(batch, n): batch * measure.step_flop(self.shape, n) for batch, n in STEPS[self.quick]}
         name = lambda batch, n: f"{batch} x {n} tokens" if batch > 1 else f"{n} tokens"
-        speed = self.gemm()
-        kinds = [kind for kind in flop if flop[kind] / speed < TOO_LONG]
+        speeds = measure.step_speeds(self.ttt_dtype, self.device, 4)
+        bound = lambda batch, n: batch * measure.step_bound(self.shape, n, *speeds)
+        kinds = [kind for kind in flop if bound(*kind) < TOO_LONG]
         for kind in (kind for kind in flop if kind not in kinds):
-            self.note(f"no step of {name(*kind)}: its matrix products alone take {flop[kind] / speed:.0f} s")
+            self.note(f"no step of {name(*kind)}: its matrix products alone take {bound(*kind):.0f} s")
         if self.asked["rounds"] == 0 or not kinds:
             return
         warm = kinds * (PLAIN + 1) if self.device == "cuda" else kinds[:1]  # there a kind is compiled, then captured
@@ -138,13 +143,12 @@ class Part:
         rounds = []
 
         def seen(tokens: int, seconds: float, loss: float) -> bool:
-            nonlocal speed
+            nonlocal speeds
             if len(rounds) >= len(warm):
-                now = self.gemm()
-                kind = order[len(rounds)]
-                bound = {"flop": flop[kind], "bound": flop[kind] / max(speed, now), "by": "GEMM"}
-                self.say(f"TTT step, {name(*kind)}", seconds, tokens=tokens, **bound)
-                speed = now
+                before, now, kind = speeds, measure.step_speeds(self.ttt_dtype, self.device, 4), order[len(rounds)]
+                speeds = max(before, now)
+                self.say(f"TTT step, {name(*kind)}", seconds, tokens=tokens, flop=flop[kind], bound=bound(*kind), by="GEMM")
+                speeds = now
             rounds.append(seconds)
             counted = len(rounds) - len(warm)
             ended = counted % len(kinds) == 0 and counted >= ROUNDS * len(kinds)
@@ -216,20 +220,22 @@ class Part:
         from . import run
 
         speed, shape = self.gemm(), ceilings.shape_of(open_model(self.asked["model"]))
-        steps = SOLVED["ttt_steps"]
+        steps, (frozen, others) = SOLVED["ttt_steps"], measure.step_speeds(self.ttt_dtype, self.device, 4)
         for _ in range(self.asked["rounds"]):
             with tempfile.TemporaryDirectory() as scratch:
                 begun = time.perf_counter()
                 result = run.solve(Settings(tasks=TASKS, model=self.asked["model"], backend=self.asked["backend"], dtype=self.dtype,
-                                            ttt_dtype=self.dtype, out=f"{scratch}/run", **SOLVED))
+                                            ttt_dtype=self.ttt_dtype, out=f"{scratch}/run", **SOLVED))
                 seconds = time.perf_counter() - begun
             for row in result["stages"]:
-                flop = 0.0
+                flop, least = 0.0, 0.0
                 if row["stage"] == "adapt":
-                    flop = steps * sum(ceilings.train_flop(shape, row["tokens"] // steps, 0, measure.RANK).values())
+                    parts = ceilings.train_flop(shape, row["tokens"] // steps, 0, measure.RANK)
+                    flop, least = steps * sum(parts.values()), steps * ceilings.train_seconds(parts, frozen, others)
                 elif row["stage"] == "answer":
                     flop = 2.0 * (shape.weights + shape.lora(measure.RANK)) * (row["tokens"] - row["cached_tokens"])
-                bound = {"tokens": row["tokens"], "flop": flop, "bound": flop / speed, "by": "GEMM"} if flop else {}
+                    least = flop / speed
+                bound = {"tokens": row["tokens"], "flop": flop, "bound": least, "by": "GEMM"} if flop else {}
                 self.say(row["stage"], row["seconds"], **bound)
             self.say(WHOLE, seconds)
         self.memory("peak memory of the run's worker", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)

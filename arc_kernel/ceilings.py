@@ -73,6 +73,11 @@ def train_flop(shape: Shape, tokens: int, labels: int, rank: int) -> dict[str, f
             "logits": 4.0 * shape.vocabulary * shape.hidden * labels}
 
 
+def train_seconds(flop: dict[str, float], frozen: float, others: float) -> float:
+    """Seconds of what `train_flop` gives where products with frozen weights run at `frozen` FLOP/s and all others at `others`."""
+    return flop["weights"] / frozen + (sum(flop.values()) - flop["weights"]) / others
+
+
 def prefill_flop(shape: Shape, prompts: int, tokens: int, rank: int) -> float:
     """FLOP of reading `prompts` prompts of `tokens` tokens each with a LoRA, logits at each last token."""
     each = 2.0 * (shape.weights + shape.lora(rank)) * tokens + 2.0 * tokens**2 * shape.attention * shape.layers
@@ -88,7 +93,12 @@ def decode_work(shape: Shape, batch: int, context: int, rank: int, dtype: str, a
 
 
 def gemm(dtype: str, device: str, repeats: int = 5) -> float:
-    """FLOP/s of a square product of side 2048, the fastest of `repeats`; of a small one where the dtype is emulated."""
+    """FLOP/s of a square product of side 2048, the fastest of `repeats`; of a small one where the dtype is emulated. In int8 with the
+    rounding of one factor, as training makes it."""
+    if dtype == "int8":
+        from . import int8  # imports torch, which `run` can do without
+
+        return 2 * SIDE**3 / int8.product_seconds(SIDE, SIDE, SIDE, repeats)[0]
     if emulated(dtype, device):
         rows, side = verdict.PRODUCT["cpu"]
         return 2 * rows * side * side / verdict.product_seconds(dtype, device, rows, side, side)

@@ -109,7 +109,13 @@ class Model:
         return None if made.identity else made
 
     def variant(self, dtype: str, adapters: Sequence[Peaks] = ()) -> Variant:
-        """The model for a dtype, with room for adapters with these peaks. Raises Refused where float16 cannot hold it."""
+        """The model for a dtype, with room for adapters with these peaks. Raises Refused where float16 cannot hold it, or int8 is of no use
+        on the device."""
+        if dtype == "int8":
+            from . import int8  # imports torch, which `run` can do without
+
+            if reason := int8.refused(self.device):
+                raise Refused(reason)
         made = self.plan(adapters) if dtype == "float16" else None
         return Variant(dtype, self.folder if made is None else self._rescaled(made), made)
 

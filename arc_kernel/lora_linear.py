@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import linear
 
+from . import int8
+
 LONG = 4096  # rows; at 8,192 it takes 0.96 of a Qwen2.5-0.5B's step and 1.00 of a SmolLM2-135M's (H200, benchmarks/LOG.md)
 
 
@@ -31,8 +33,13 @@ class Group:
             self.bias = None if bases[0].bias is None else torch.cat([b.bias.data for b in bases])
             for base, rows in zip(bases, self.weight.split(self.sizes)):
                 base.weight.data = rows
+        self._rounded: tuple[int8.Product, int8.Product] | None = None  # the weight's and its transpose's
 
-    def forward(self, x, masters, residual=None):
+    def round_weight(self) -> None:
+        """From now on multiply with the frozen weight in 8 bits where a gradient is wanted, forward and backward."""
+        self._rounded = int8.Product(self.weight), int8.Product(self.weight.T)
+
+    def forward(self, x, masters, residual=None, training=True):
         """y [T, out] of x [T, in], with `residual` [T, out] added where there is one, and what `backward` needs of it."""
         a = torch.cat(masters[0::2]).to(x.dtype) if len(masters) > 2 else masters[0].to(x.dtype)
         bs = [b.to(x.dtype) for b in masters[1::2]]
@@ -42,7 +49,11 @@ class Group:
         if wide:
             weight = torch.cat([self.weight, torch.block_diag(*bs)], 1)
             x = torch.cat([x, *(low * scale for low, scale in zip(self._parts(h, bs), scales))], 1)
-        if residual is None or self.bias is not None:
+        if training and self._rounded:
+            y = self._rounded[0](x)
+            for more in (self.bias, residual):
+                y = y if more is None else y.add_(more)
+        elif residual is None or self.bias is not None:
             y = linear(x, weight, self.bias)
             y = y if residual is None else y.add_(residual)
         else:
@@ -62,7 +73,8 @@ class Group:
             return None, grad_h
         if _wider(grad, *reversed(self.weight.shape)):
             return torch.cat([grad, grad_h], 1) @ torch.cat([self.weight, a]), grad_h
-        return (grad @ self.weight).addmm_(grad_h, a), grad_h
+        of_x = self._rounded[1](grad) if self._rounded else grad @ self.weight
+        return of_x.addmm_(grad_h, a), grad_h
 
     def to_masters(self, grad, grad_h, x, kept, factor=None):
         """Gradients to the masters, in x's dtype. With `factor` [in] the layers' input was x times factor."""
@@ -93,8 +105,8 @@ def _wider(x, many: int, few: int) -> bool:
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, group, *masters):  # x [T, in]
-        y, ctx.kept = group.forward(x, masters)
+    def forward(ctx, x, group, training, *masters):  # x [T, in]
+        y, ctx.kept = group.forward(x, masters, training=training)
         ctx.group = group
         ctx.save_for_backward(x)
         return y
@@ -102,7 +114,7 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad_x, of_masters = ctx.group.backward(grad, *ctx.saved_tensors, ctx.kept, need_x=ctx.needs_input_grad[0])
-        return grad_x, None, *of_masters
+        return grad_x, None, None, *of_masters
 
 
 def install(model: torch.nn.Module) -> list[Group]:
@@ -128,6 +140,6 @@ def plain(module) -> bool:
 def _forward(group: Group):
     def forward(x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1]).to(group.weight.dtype)
-        return _LoraLinear.apply(rows, group, *group.masters).view(*x.shape[:-1], sum(group.sizes))
+        return _LoraLinear.apply(rows, group, torch.is_grad_enabled(), *group.masters).view(*x.shape[:-1], sum(group.sizes))
 
     return forward

@@ -17,8 +17,8 @@ from typing import Callable, Iterable, Sequence
 
 import numpy as np
 
-from . import adapt
-from .ceilings import Shape, shape_of, train_flop
+from . import adapt, ceilings
+from .ceilings import Shape, shape_of, train_flop, train_seconds
 from .device import synchronize
 from .dtypes import Model, Variant
 from .engine import Prompt
@@ -61,6 +61,20 @@ def example(model: Model, length: int, number: int) -> Example:
 def step_flop(shape: Shape, length: int) -> float:
     """FLOP of a training step on an `example` of this length, all parts of `train_flop` together."""
     return sum(train_flop(shape, length, _labels(length), RANK).values())
+
+
+def step_bound(shape: Shape, length: int, frozen: float, others: float) -> float:
+    """Seconds of these FLOP at these speeds (`train_seconds`)."""
+    return train_seconds(train_flop(shape, length, _labels(length), RANK), frozen, others)
+
+
+def step_speeds(dtype: str, device: str, repeats: int) -> tuple[float, float]:
+    """FLOP/s of a large product, now, as training in this dtype makes those with frozen weights, and all others."""
+    if dtype != "int8":
+        return (ceilings.gemm(dtype, device, repeats),) * 2
+    from . import int8  # imports torch, which `run` can do without
+
+    return ceilings.gemm(dtype, device, repeats), ceilings.gemm(int8.rest(device), device, repeats)
 
 
 def _labels(length: int) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 from .errors import ArcKernelError
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+TTT_DTYPES = (*DTYPES, "int8")
 BACKENDS = ("auto", "vllm", "transformers")
 PROMPTS = ("chat", "compact")
 AUTO = "auto"
@@ -113,7 +114,8 @@ class Settings(Checked):
     backend: str = setting("auto", "inference engine; auto: vllm where it is installed", choices=BACKENDS)
     dtype: str = setting("auto", "inference dtype; auto: bfloat16 where native, else float16 where it is faster than float32",
                          choices=DTYPES)
-    ttt_dtype: str = setting("auto", "dtype of the frozen weights in training; auto as above", choices=DTYPES)
+    ttt_dtype: str = setting("auto", "dtype of the frozen weights in training; auto: int8 on a CPU where it is faster, else as above",
+                             choices=TTT_DTYPES)
     grid_encoder: str = setting(AUTO, f"grid text: {GRID_TEXT}; auto: as the adapter or model was fine-tuned, else shape+rows+digits")
     prompt: str = setting(AUTO, "prompt kind; auto: as the adapter or model was fine-tuned, else chat", choices=(AUTO, *PROMPTS))
     background: str = setting("kept", BACKGROUND, choices=BACKGROUNDS)

@@ -100,7 +100,7 @@ class Worker:
         if asked is None:
             return
         self._strikes = 0  # tasks in a row that needed a wider dtype
-        self._dtypes = verdict.candidates(self.job.ttt_dtype, self.device)
+        self._dtypes = verdict.training_candidates(self.job.ttt_dtype, self.device)
         if not self._load_trainer(self._dtypes):
             raise ArcKernelError(f"{self.job.model}: no dtype is left to train in: set ttt_steps=0")
         if self._trainer.left_out:

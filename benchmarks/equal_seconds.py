@@ -55,7 +55,7 @@ def trainer_of(s: Settings, steps: int) -> adapt.TaskTrainer:
     builder = PromptBuilder(checkpoint.load_tokenizer(model), GridEncoder.from_name(s.grid_encoder), s.prompt)
     recipe = adapt.Recipe(steps, s.ttt_batch, s.ttt_lr, s.lora_rank, s.max_seq_len, s.background == "permuted", s.seed, s.ttt_loss == "all")
     start = Path(s.adapter) if s.adapter else None
-    return adapt.TaskTrainer(model, builder, recipe, start, device, verdict.candidates(s.ttt_dtype, device)[0])
+    return adapt.TaskTrainer(model, builder, recipe, start, device, verdict.training_candidates(s.ttt_dtype, device)[0])
 
 
 def step_seconds(tasks: list[Task], arms: dict[str, Settings]) -> dict[str, float]:

@@ -20,11 +20,12 @@ import time
 
 import torch
 
-from arc_kernel import adapt, ceilings, checkpoint, checkup, measure
+from arc_kernel import adapt, ceilings, checkpoint, checkup, int8, measure
 from arc_kernel.device import device_model, device_name, synchronize
 from arc_kernel.dtypes import Model
 from arc_kernel.precision import verdict
 from arc_kernel.prompts import IGNORED, Example
+from arc_kernel.settings import TTT_DTYPES
 from arc_kernel.tasks import Task, load_challenges
 from arc_kernel.views import task_rng
 
@@ -74,6 +75,11 @@ class Plain:
         return loss.item(), time.perf_counter() - begun
 
 
+def plain_dtype(dtype: str) -> str:
+    """What the plain loop trains in beside ours in this dtype: it knows no 8-bit products."""
+    return int8.rest(device_name()) if dtype == int8.NAME else dtype
+
+
 def opened(model: str) -> Model:
     """The model as a run opens it."""
     return checkup.open_checked(model, "", SET, "shape+rows+digits", "chat", 8192, 3.0)
@@ -81,12 +87,12 @@ def opened(model: str) -> Model:
 
 def compare(model: Model, dtype: str, task: Task, examples: list[Example], lr: float) -> list[dict]:
     """Train both in turns on the same examples; a row per step: tokens, `ours` and `plain` (seconds), `losses` of both, `gemm`
-    (FLOP/s, the better of before and after the two)."""
+    (FLOP/s of products with frozen weights as ours makes them, and of others: the better of before and after the two)."""
     device = device_name()
     trainer = measure.trainer(model, measure.fitting(model, dtype), lr)
-    plain = Plain(model.folder, dtype, device, lr, len(examples))
+    plain = Plain(model.folder, plain_dtype(dtype), device, lr, len(examples))
     rows: list[dict] = []
-    speeds = [ceilings.gemm(dtype, device, 4)]
+    speeds = [measure.step_speeds(dtype, device, 4)]
 
     def feed():
         plain.begin_as(trainer.weights)  # the trainer has just reset its adapter
@@ -94,7 +100,7 @@ def compare(model: Model, dtype: str, task: Task, examples: list[Example], lr: f
 
     def seen(tokens: int, seconds: float, loss: float) -> bool:
         theirs, plain_seconds = plain.step(examples[len(rows)])
-        speeds.append(ceilings.gemm(dtype, device, 4))
+        speeds.append(measure.step_speeds(dtype, device, 4))
         rows.append({"tokens": tokens, "ours": seconds, "plain": plain_seconds, "losses": (loss, theirs), "gemm": max(speeds[-2:])})
         return False
 
@@ -106,16 +112,16 @@ def by_length(model: Model, dtype: str, lengths: list[int], rounds: int) -> None
     """Print seconds, ratio and share per length, and how far the losses are apart; the first round is not counted."""
     examples = [measure.example(model, n, i) for i, n in enumerate(lengths * (rounds + 1))]
     rows, shape = compare(model, dtype, model.tasks[0], examples, 1e-3), ceilings.shape_of(model.folder)
-    fastest = max(r["gemm"] for r in rows) / 1e9
-    print(f"{device_model(device_name())}, {dtype}, product of {ceilings.SIDE}^3 at up to {fastest:.0f} GFLOP/s")
+    frozen, others = (max(speeds) / 1e9 for speeds in zip(*(r["gemm"] for r in rows)))
+    print(f"{device_model(device_name())}, ours in {dtype}, plain in {plain_dtype(dtype)}, product of {ceilings.SIDE}^3 at up to "
+          f"{f'{frozen:.0f} and ' * (frozen != others)}{others:.0f} GFLOP/s")
     print(f"{'tokens':>6}{'plain, s':>10}{'ours, s':>10}{'ours/plain':>12}{'min to max':>14}{'plain of GEMM':>15}{'ours of GEMM':>14}")
     for n in lengths:
         pairs = [r for r in rows[len(lengths):] if r["tokens"] == n]
-        flop = measure.step_flop(shape, n)
-        share = lambda who: statistics.median(flop / r["gemm"] / r[who] for r in pairs)
+        share = lambda who, slow: statistics.median(measure.step_bound(shape, n, r["gemm"][slow], r["gemm"][1]) / r[who] for r in pairs)
         ratios = [r["ours"] / r["plain"] for r in pairs]
         print(f"{n:6}{min(r['plain'] for r in pairs):10.2f}{min(r['ours'] for r in pairs):10.2f}{statistics.median(ratios):12.2f}"
-              f"{f'{min(ratios):.2f} to {max(ratios):.2f}':>14}{share('plain'):15.0%}{share('ours'):14.0%}")
+              f"{f'{min(ratios):.2f} to {max(ratios):.2f}':>14}{share('plain', 1):15.0%}{share('ours', 0):14.0%}")
     apart = max(abs(a - b) for a, b in (r["losses"] for r in rows))
     ours, plain = ([r["losses"][who] for r in rows] for who in (0, 1))
     print(f"losses of {len(rows)} steps: ours {ours[0]:.4f} to {ours[-1]:.4f}, plain {plain[0]:.4f} to {plain[-1]:.4f}, "
@@ -144,13 +150,13 @@ def main() -> None:
     """Compare both loops on examples of given lengths, or on tasks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="model folder, or smollm2-135m (embedded)")
-    parser.add_argument("--dtype", default="auto", choices=("auto", *ceilings.DTYPES), help="auto: what TaskTrainer takes on this device")
+    parser.add_argument("--dtype", default="auto", choices=TTT_DTYPES, help="auto: what TaskTrainer takes on this device")
     parser.add_argument("--lengths", default="512,1024,2048", help="tokens of the examples, comma-separated")
     parser.add_argument("--rounds", type=int, default=3, help="pairs counted at each length")
     parser.add_argument("--tasks", default="", help="task ids, comma-separated: train on these instead")
     parser.add_argument("--steps", type=int, default=20, help="of each task")
     options = parser.parse_args()
-    dtype, model = verdict.candidates(options.dtype, device_name())[0], opened(options.model)
+    dtype, model = verdict.training_candidates(options.dtype, device_name())[0], opened(options.model)
     if options.tasks:
         by_task(model, dtype, list(load_challenges(SET).select(options.tasks.split(",")).tasks.values()), options.steps)
     else:

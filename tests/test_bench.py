@@ -124,8 +124,8 @@ def part(tiny, name, monkeypatch, rounds=2, **changes):
     for key, value in changes.items():
         monkeypatch.setattr(bench_part, key, value)
     out = io.StringIO()
-    bench_part.Part({"part": name, "model": str(tiny), "dtype": "float32", "backend": "transformers", "quick": True, "rounds": rounds,
-                     "seconds": 0.0, "spawned": 0.0, "bandwidth": 1e10}, out).measure()
+    bench_part.Part({"part": name, "model": str(tiny), "dtype": "float32", "ttt_dtype": "float32", "backend": "transformers", "quick": True,
+                     "rounds": rounds, "seconds": 0.0, "spawned": 0.0, "bandwidth": 1e10}, out).measure()
     return [json.loads(line) for line in out.getvalue().splitlines()]
 
 

@@ -128,6 +128,15 @@ def candidates(wanted: str, device: str) -> list[str]:
     return [first, *(d for d in NEXT[first] if d != "bfloat16" or native)]
 
 
+def training_candidates(wanted: str, device: str) -> list[str]:
+    """The same for the frozen weights in test-time training, where `auto` is int8 on CPUs that are faster in it."""
+    from .. import int8  # imports torch, which `run` can do without
+
+    if wanted == int8.NAME or (wanted == "auto" and not int8.refused(device)):
+        return [int8.NAME, *candidates("auto", device)]
+    return candidates(wanted, device)
+
+
 def judge(answers: Answers, reference: Answers, last: bool) -> Judgement:
     """Judge a canary's answers by the reference's, prompt by prompt, up to the first token in which they differ.
 

@@ -1,0 +1,118 @@
+"""Products with frozen weights in 8-bit integers, for training on a CPU.
+
+CPUs with instructions for it multiply 8-bit integers twice as fast as bfloat16, and many times as fast as float32 where they have no
+bfloat16. The weights under a LoRA do not change: they are rounded once, each output with a scale of its own, and once more for the
+gradient to the input. What they are multiplied with is rounded token by token. Products with A and B, their gradients, attention,
+norms and the head stay as they are. Method: SwitchBack (Wortsman et al. 2023, "Stable and low-precision training for large-scale
+vision-language models": forward and the gradient to the input in 8 bits, the gradient to weights in 16), here without a gradient to weights.
+
+The operators are those of vLLM's CPU build (csrc/cpu/dnnl_kernels.cpp, read in 0.32), which round and scale on the way. Only its library
+is loaded, the one vLLM itself would load, not vLLM.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import time
+import weakref
+from pathlib import Path
+
+import torch
+from torch.nn.functional import linear
+
+from .device import native_bfloat16
+from .errors import named_line
+
+NAME = "int8"
+LARGEST = 127
+SIZES = 512, 576, 1536  # rows, inputs, outputs of the trial: a layer of SmolLM2-135M's
+SHAPES = 128  # numbers of rows for which an operator is kept ready
+TURNS = 4  # of the trial; the fastest counts, the first is left out
+FASTER = 1.2  # how many times the product in 8 bits must outdo the other
+APART = 0.015  # largest distance to the exact product, as a share of it; rounding alone makes 0.011 of normal numbers. Without VNNI pairs
+# of products are added in 16 bits, which saturates: 0.022
+
+
+def rest(device: str) -> str:
+    """The dtype of all but these products: bfloat16 where native, else float32."""
+    return "bfloat16" if native_bfloat16(device) else "float32"
+
+
+@functools.cache
+def refused(device: str) -> str:
+    """Why products with frozen weights are not made in 8 bits on this device; empty where they are right, and faster than in `rest`.
+    Tried once in a process."""
+    if device != "cpu":
+        return "8-bit products are made on a CPU only"
+    reason = _load()
+    if reason:
+        return f"there are no 8-bit products: {reason}"
+    try:
+        x, weight = _some(*SIZES)
+        exact = linear(x.double(), weight.double())
+        apart = ((Product(weight)(x) - exact).norm() / exact.norm()).item()
+        seconds, others = product_seconds(*SIZES, TURNS)
+    except Exception as error:  # a release with other operators
+        return f"there are no 8-bit products: {named_line(error)}"
+    if not apart < APART:
+        return f"8-bit products are {apart:.1%} off on this CPU"
+    return "" if others > FASTER * seconds else f"8-bit products are not faster than {rest(device)}'s on this CPU"
+
+
+def product_seconds(rows: int, inputs: int, outputs: int, turns: int) -> tuple[float, float]:
+    """Seconds of [rows, inputs] x [outputs, inputs]' in 8 bits and in `rest`, by turns; the fastest of each, the first left out."""
+    x, weight = _some(rows, inputs, outputs)
+    ways, times = (Product(weight), lambda x: linear(x, weight)), []
+    for way in ways * turns:
+        begun = time.perf_counter()
+        way(x)
+        times.append(time.perf_counter() - begun)
+    return min(times[2::2]), min(times[3::2])
+
+
+def _some(rows: int, inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normal numbers to multiply with and a weight of them, in `rest` on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, inputs, generator=generator).to(getattr(torch, rest("cpu"))) for n in (rows, outputs))
+    return x, weight
+
+
+@functools.cache
+def _load() -> str:
+    """Load the operators; in words why that cannot be done, empty where it could."""
+    found = importlib.util.find_spec("vllm")
+    if found is None or not found.submodule_search_locations:
+        return "vLLM is not installed"
+    # vLLM's own choice (vllm/platforms/cpu.py, import_kernels): a second library would register the same operators again
+    name = "_C" if torch.cpu._is_avx512_bf16_supported() else "_C_AVX512" if torch.cpu._is_avx512_supported() else "_C_AVX2"
+    libraries = [Path(folder) / f"{name}.abi3.so" for folder in found.submodule_search_locations]
+    there = [path for path in libraries if path.is_file()]
+    if not there:
+        return f"this vLLM has no {libraries[0].name}"
+    try:
+        torch.ops.load_library(str(there[0]))
+    except OSError as error:  # built for a GPU, or for another torch
+        return named_line(error)
+    return "" if hasattr(torch.ops._C, "create_onednn_scaled_mm_handler") else "this vLLM is not built for CPUs"
+
+
+class Product:
+    """x [T, in] to x @ weight.T [T, out] for a frozen `weight` [out, in], both rounded to 8 bits, in x's dtype, which is the weight's."""
+
+    def __init__(self, weight: torch.Tensor):
+        wide = weight.detach().float()
+        scale = (wide.abs().amax(1, keepdim=True) / LARGEST).clamp_min_(torch.finfo(torch.float32).tiny)
+        self._outputs, self._scale = len(weight), scale.view(1, -1).contiguous()
+        rounded = (wide / scale).round_().to(torch.int8).contiguous()  # the operator has its own copy of it, but not of the scales
+        number = torch.ops._C.create_onednn_scaled_mm_handler(rounded.T, self._scale, weight.dtype, True, False, SHAPES)
+        self._handler = torch.tensor(number, dtype=torch.int64)
+        weakref.finalize(self, torch.ops._C.release_dnnl_matmul_handler, number)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        out = x.new_empty(len(x), self._outputs)
+        if len(x):
+            rounded, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), 1)
+            torch.ops._C.dynamic_scaled_int8_quant(rounded, x.contiguous(), scale, None)
+            torch.ops._C.onednn_scaled_mm(out, rounded, scale, None, None, None, self._handler)
+        return out

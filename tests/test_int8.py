@@ -1,0 +1,127 @@
+"""Products with frozen weights in 8 bits, in training: `python -m pytest tests/test_int8.py`."""
+
+import dataclasses
+import importlib.util
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from arc_kernel import adapt, int8, lora_linear
+from arc_kernel.dtypes import Model
+from arc_kernel.fused_layer import install
+from arc_kernel.grids import GridEncoder
+from arc_kernel.precision import verdict
+from arc_kernel.precision.rescale import Refused
+from arc_kernel.prompts import PromptBuilder
+from models import nan_model, tiny_model
+from test_fused_layer import MODELS, batch, gradients, network
+
+made_here = pytest.mark.skipif(bool(int8.refused("cpu")), reason=int8.refused("cpu") or "used here")
+REST = getattr(torch, int8.rest("cpu"))
+
+
+def some(*sides):
+    return torch.randn(sides, generator=torch.Generator().manual_seed(sum(sides)))
+
+
+@made_here
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_product_is_the_exact_one_up_to_rounding_and_no_token_disturbs_another(dtype):
+    x, weight = some(70, 96).to(dtype), some(160, 96).to(dtype)
+    x[3] *= 1000
+    x[4] = 0
+    product = int8.Product(weight)
+    y, exact = product(x), linear(x.double(), weight.double())
+    assert y.dtype == dtype and y[4].abs().max() == 0
+    assert all((y[i] - exact[i]).norm() < 0.03 * exact[i].norm() for i in range(70) if i != 4)
+    assert torch.equal(product(x.T.contiguous().T), y) and product(x[:0]).shape == (0, 160)
+    assert torch.equal(int8.Product(weight.T.contiguous().T)(x), y)
+
+
+@made_here
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_follow_those_of_exact_products_and_answers_are_exact(name):
+    model, rounded = network(name, REST), network(name, REST)
+    install(model)
+    found = install(rounded, rounded=True)
+    assert sum(bool(g._rounded) for g in found.groups) == (4 * len(found.layers) or 7 * 2)
+    cast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=REST != torch.float32)
+    (loss, wanted), (mine, grads) = gradients(model, cast), gradients(rounded, cast)
+    along = torch.nn.functional.cosine_similarity(*(torch.cat([g.flatten() for g in side]) for side in (grads, wanted)), dim=0)
+    assert mine == pytest.approx(loss, rel=0.01) and along > 0.99
+    exact = [torch.equal(*pair) for pair in zip(grads, wanted)]
+    assert all(exact) if name == "mistral, window" else not any(exact), "under a mask of its own a fused layer is transformers'"
+    with torch.no_grad(), cast():
+        assert torch.equal(*(m(input_ids=batch()[0]).logits for m in (model, rounded)))
+
+
+@made_here
+def test_training_in_int8_learns_what_training_in_the_rest_learns(model_folder, tokenizer, arc_training, tmp_path):
+    tiny = tiny_model(model_folder, tmp_path / "tiny")
+    builder = PromptBuilder(tokenizer, GridEncoder.from_name("shape+rows+digits"), "chat")
+    recipe, losses = adapt.Recipe(30, 1, 1e-2, 4, 4096, False, 5), {}
+    for dtype in ("int8", int8.rest("cpu")):
+        trainer, losses[dtype] = adapt.TaskTrainer(tiny, builder, recipe, None, "cpu", dtype), []
+        trainer.train(arc_training.tasks["25ff71a9"], tmp_path / dtype, lambda step, loss, tokens: losses[dtype].append(loss))
+    mine, other = losses.values()
+    assert mine != other and np.abs(np.subtract(mine, other)).max() < 0.1 and np.mean(mine[-5:]) < np.mean(mine[:5]) - 0.2
+    sick = adapt.TaskTrainer(nan_model(tiny, tmp_path / "nan"), builder, dataclasses.replace(recipe, steps=1), None, "cpu", "int8")
+    with pytest.raises(FloatingPointError, match="loss is not finite at step 1 in int8"):
+        sick.train(arc_training.tasks["25ff71a9"], tmp_path / "a", lambda *_: None)
+
+
+@made_here
+def test_a_value_that_is_not_finite_stays_visible_in_the_residual():
+    group = lora_linear.Group([network("llama", REST).base_model.model.model.layers[0].self_attn.o_proj])
+    group.round_weight()
+    hidden = some(5, group.weight.shape[0]).to(REST)
+    hidden[2] = torch.nan
+    y, _ = group.forward(some(5, group.weight.shape[1]).to(REST), group.masters, hidden)
+    assert y.isnan().all(1).tolist() == [False, False, True, False, False]
+
+
+@pytest.fixture
+def anew():
+    """As in a new process: nothing has been tried."""
+    yield int8.refused.cache_clear() or int8._load.cache_clear()
+    int8.refused.cache_clear()
+    int8._load.cache_clear()
+
+
+@pytest.mark.parametrize("instead, reason", [
+    ({"_load": lambda: "vLLM is not installed"}, "there are no 8-bit products: vLLM is not installed"),
+    ({"product_seconds": lambda *_: (1.0, 1.1)}, "8-bit products are not faster than"),
+    ({"APART": 0.001}, "8-bit products are 1.1% off on this CPU"),
+    ({"Product": lambda weight: weight.no_such_operator}, "there are no 8-bit products: AttributeError: 'Tensor' object has no attribute"),
+])
+def test_where_8_bits_are_of_no_use_it_is_said_why_and_the_next_dtype_is_taken(instead, reason, anew, monkeypatch):
+    if "_load" not in instead and int8._load():
+        pytest.skip(int8._load())
+    for name, value in instead.items():
+        monkeypatch.setattr(int8, name, value)
+    assert reason in int8.refused("cpu")
+    assert verdict.training_candidates("auto", "cpu") == verdict.candidates("auto", "cpu")
+    assert verdict.training_candidates("int8", "cpu") == ["int8", *verdict.candidates("auto", "cpu")]
+    with pytest.raises(Refused, match=reason.replace("(", r"\(")):
+        Model.variant(SimpleNamespace(device="cpu"), "int8")
+
+
+def test_without_vllm_or_with_one_for_a_gpu_there_are_none(anew, monkeypatch, tmp_path):
+    for found, reason in ((None, "vLLM is not installed"), (SimpleNamespace(submodule_search_locations=[str(tmp_path)]), "this vLLM has no _C")):
+        int8._load.cache_clear()
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+        assert int8._load().startswith(reason)
+    for path in ("_C", "_C_AVX512", "_C_AVX2"):
+        (tmp_path / f"{path}.abi3.so").write_bytes(b"no library")
+    int8._load.cache_clear()
+    assert "Could not load this library" in int8._load()
+    assert int8.refused("cuda")
+
+
+@made_here
+def test_auto_trains_in_int8_and_goes_on_in_what_auto_was_before():
+    assert verdict.training_candidates("auto", "cpu") == ["int8", *verdict.candidates("auto", "cpu")]
+    assert verdict.training_candidates("float32", "cpu") == ["float32"]

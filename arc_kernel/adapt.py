@@ -83,18 +83,19 @@ class TaskTrainer:
     Where `model` holds weights rescaled by `rescale`, each layer's LoRA is scaled like its weight, so that A and B, their
     gradients, and what is saved are those of the original weights. In `int8` the frozen weights are multiplied with in 8 bits, and all
     else is in `int8.rest`. `left_out` says what gets no LoRA (see the function). On a
-    GPU passes are CUDA graphs where they can be (`decoder_pass`), unless `graphs` is False.
+    GPU passes are CUDA graphs where they can be (`decoder_pass`), unless `graphs` is False. `peaks`: how large activations get with an
+    adapter is looked at and saved, for an engine in float16; it takes as long as a step.
     """
 
     def __init__(self, model: Path, builder: PromptBuilder, recipe: Recipe, start: Path | None, device: str, dtype: str,
-                 rescale: Rescale | None = None, graphs: bool = True):
+                 rescale: Rescale | None = None, graphs: bool = True, peaks: bool = True):
         import torch
 
         from . import decoder_pass, fused_layer, int8  # import torch, which `run` can do without
         from .answer_loss import LOOKED_AT, plain_head
         from .flat_weights import FlatWeights
 
-        self.recipe, self.builder, self.device, self.dtype, self.rescale = recipe, builder, device, dtype, rescale
+        self.recipe, self.builder, self.device, self.dtype, self.rescale, self.peaks = recipe, builder, device, dtype, rescale, peaks
         rounded, rest = dtype == int8.NAME, int8.rest(device) if dtype == int8.NAME else dtype
         self._rest, base = getattr(torch, rest), load_model(model, rest, device)
         try:
@@ -178,7 +179,7 @@ class TaskTrainer:
                 on_trouble(trouble)
         if not torch.isfinite(flat).all():
             raise FloatingPointError(f"adapter weights are not finite after training in {self.dtype}")
-        save_adapter(self.model, folder, {"range.json": {"peaks": self._peaks(task), "steps": step}})
+        save_adapter(self.model, folder, {"range.json": {"steps": step} | ({"peaks": self._peaks(task)} if self.peaks else {})})
         return {"steps": step} | facts
 
     def _keep(self, step: int, optimizer) -> tuple:

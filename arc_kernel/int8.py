@@ -22,7 +22,7 @@ import torch
 from torch.nn.functional import linear
 
 from .device import native_bfloat16
-from .errors import named_line
+from .errors import ArcKernelError, named_line
 
 NAME = "int8"
 LARGEST = 127
@@ -45,14 +45,13 @@ def refused(device: str) -> str:
     Tried once in a process."""
     if device != "cpu":
         return "8-bit products are made on a CPU only"
-    reason = _load()
-    if reason:
-        return f"there are no 8-bit products: {reason}"
     try:
         x, weight = _some(*SIZES)
         exact = linear(x.double(), weight.double())
         apart = ((Product(weight)(x) - exact).norm() / exact.norm()).item()
         seconds, others = product_seconds(*SIZES, TURNS)
+    except ArcKernelError as error:
+        return str(error)
     except Exception as error:  # a release with other operators
         return f"there are no 8-bit products: {named_line(error)}"
     if not apart < APART:
@@ -98,9 +97,12 @@ def _load() -> str:
 
 
 class Product:
-    """x [T, in] to x @ weight.T [T, out] for a frozen `weight` [out, in], both rounded to 8 bits, in x's dtype, which is the weight's."""
+    """x [T, in] to x @ weight.T [T, out] for a frozen `weight` [out, in], both rounded to 8 bits, in x's dtype, which is the weight's.
+    Raises ArcKernelError where the operators are not there."""
 
     def __init__(self, weight: torch.Tensor):
+        if reason := _load():
+            raise ArcKernelError(f"there are no 8-bit products: {reason}")
         wide = weight.detach().float()
         scale = (wide.abs().amax(1, keepdim=True) / LARGEST).clamp_min_(torch.finfo(torch.float32).tiny)
         self._outputs, self._scale = len(weight), scale.view(1, -1).contiguous()

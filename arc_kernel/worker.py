@@ -125,6 +125,7 @@ class Worker:
         """Load the model in the first of these dtypes that may train it; False where there is none."""
         job, self._trainer = self.job, None  # the old model goes before the new one comes
         free_memory()
+        peaks = "float16" in verdict.candidates(job.dtype, self.device)
         recipe = adapt.Recipe(job.ttt_steps, job.ttt_batch, job.ttt_lr, job.lora_rank, job.max_seq_len, job.permute_background,
                               job.seed, job.ttt_loss == "all")
         for dtype in dtypes:
@@ -134,7 +135,7 @@ class Worker:
                 self.tell("precision", stage="adapt", dtype=dtype, text=f"{dtype} is not used for training: {reason}")
                 continue
             self._trainer = adapt.TaskTrainer(variant.folder, self.builder, recipe, self.model.adapter, self.device, dtype, variant.rescale,
-                                              job.graphs)
+                                              job.graphs, peaks)
             return True
         return False
 

@@ -1,7 +1,7 @@
 """Products with frozen weights in 8-bit integers, for training on a CPU.
 
-CPUs with instructions for it multiply 8-bit integers twice as fast as bfloat16, and many times as fast as float32 where they have no
-bfloat16. The weights under a LoRA do not change: they are rounded once, each output with a scale of its own, and once more for the
+CPUs with VNNI multiply 8-bit integers twice as fast as bfloat16, and many times as fast as float32; those without twice as fast as float32,
+with weights of 7 bits. The weights under a LoRA do not change: they are rounded once, each output with a scale of its own, and once more for the
 gradient to the input. What they are multiplied with is rounded token by token. Products with A and B, their gradients, attention,
 norms and the head stay as they are. Method: SwitchBack (Wortsman et al. 2023, "Stable and low-precision training for large-scale
 vision-language models": forward and the gradient to the input in 8 bits, the gradient to weights in 16), here without a gradient to weights.
@@ -25,13 +25,12 @@ from .device import native_bfloat16
 from .errors import ArcKernelError, named_line
 
 NAME = "int8"
-LARGEST = 127
+LARGEST = 127, 64  # of a rounded weight; the second where the CPU adds pairs of products in 16 bits: (127 + 128) * 64 * 2 is below 2**15
 SIZES = 512, 576, 1536  # rows, inputs, outputs of the trial: a layer of SmolLM2-135M's
 SHAPES = 128  # numbers of rows for which an operator is kept ready
 TURNS = 4  # of the trial; the fastest counts, the first is left out
 FASTER = 1.2  # how many times the product in 8 bits must outdo the other
-APART = 0.015  # largest distance to the exact product, as a share of it; rounding alone makes 0.011 of normal numbers. Without VNNI pairs
-# of products are added in 16 bits, which saturates: 0.022
+APART = 0.02  # largest distance to the exact product, as a share of it; of normal numbers rounding makes 0.011, with the smaller weights 0.017
 
 
 def rest(device: str) -> str:
@@ -78,6 +77,13 @@ def _some(rows: int, inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Ten
 
 
 @functools.cache
+def _largest() -> int:
+    """The largest rounded weight: CPUs without VNNI add pairs of products in 16 bits, which saturates beyond the smaller one."""
+    ones = torch.ones(2, 64)
+    return LARGEST[0] if torch.allclose(Product(ones, LARGEST[0])(ones), torch.tensor(64.0)) else LARGEST[1]
+
+
+@functools.cache
 def _load() -> str:
     """Load the operators; in words why that cannot be done, empty where it could."""
     found = importlib.util.find_spec("vllm")
@@ -98,13 +104,14 @@ def _load() -> str:
 
 class Product:
     """x [T, in] to x @ weight.T [T, out] for a frozen `weight` [out, in], both rounded to 8 bits, in x's dtype, which is the weight's.
-    Raises ArcKernelError where the operators are not there."""
+    `largest`: of the weight's integers, by default what this CPU multiplies exactly. Raises ArcKernelError where the operators are not
+    there."""
 
-    def __init__(self, weight: torch.Tensor):
+    def __init__(self, weight: torch.Tensor, largest: int = 0):
         if reason := _load():
             raise ArcKernelError(f"there are no 8-bit products: {reason}")
         wide = weight.detach().float()
-        scale = (wide.abs().amax(1, keepdim=True) / LARGEST).clamp_min_(torch.finfo(torch.float32).tiny)
+        scale = (wide.abs().amax(1, keepdim=True) / (largest or _largest())).clamp_min_(torch.finfo(torch.float32).tiny)
         self._outputs, self._scale = len(weight), scale.view(1, -1).contiguous()
         rounded = (wide / scale).round_().to(torch.int8).contiguous()  # the operator has its own copy of it, but not of the scales
         number = torch.ops._C.create_onednn_scaled_mm_handler(rounded.T, self._scale, weight.dtype, True, False, SHAPES)

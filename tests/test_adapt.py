@@ -336,6 +336,18 @@ def worker(tmp_path):
     return made, lambda: [json.loads(line) for line in said.getvalue().splitlines()]
 
 
+def test_peaks_are_looked_at_where_float16_may_ask_for_them(worker, tiny, builder, arc_training, tmp_path):
+    made, _ = worker
+    made.device, made.builder = "cpu", builder
+    made.model = types.SimpleNamespace(variant=lambda dtype: types.SimpleNamespace(folder=tiny, rescale=None), adapter=None)
+    for dtype, wanted in (("float16", {"steps", "peaks"}), ("bfloat16", {"steps"}), ("float32", {"steps"})):
+        made.job = dataclasses.replace(made.job, dtype=dtype, ttt_steps=1, ttt_batch=1, ttt_lr=1e-3, lora_rank=4, max_seq_len=4096, seed=0)
+        assert made._load_trainer(["float32"])
+        trained(made._trainer, arc_training.tasks["25ff71a9"], tmp_path / dtype)
+        assert json.loads((tmp_path / dtype / "range.json").read_text()).keys() == wanted
+        assert adapt.steps_taken(tmp_path / dtype) == 1
+
+
 def test_task_too_long_for_the_gpu_is_trained_with_shorter_examples_and_the_next_as_before(worker, tmp_path, arc_training):
     made, said = worker
 

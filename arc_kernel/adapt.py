@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import math
 import shutil
@@ -31,7 +32,7 @@ from .passes import answer_tokens, padded, together
 from .precision.probe import UnknownLayout, check_layout, collected, recording
 from .precision.rescale import Rescale
 from .prompts import Example, PromptBuilder
-from .tasks import Task
+from .tasks import COLOURS, Pair, Task
 from .views import random_view, task_rng
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -42,6 +43,8 @@ ROLLBACKS = 3  # of a task before its dtype is given up
 LR_DROP = 0.5  # of the learning rate at each of them
 GRADIENT_NORM = 1.0  # transformers' TrainingArguments.max_grad_norm, which arc24 keeps
 WARMUP = 0.05  # share of the steps
+MADE_UP = (3, 3), (4, 6), (5, 5), (7, 8)  # sides of grids to look at: some 500 tokens of a prompt ...
+MADE_UP_TOKENS = 1024  # ... and room for it, however little the recipe leaves
 
 
 def default_lr(parameters: int) -> float:
@@ -96,7 +99,7 @@ class TaskTrainer:
         from .flat_weights import FlatWeights
 
         self.recipe, self.builder, self.device, self.dtype, self.rescale, self.peaks = recipe, builder, device, dtype, rescale, peaks
-        rounded, rest = dtype == int8.NAME, int8.rest(device) if dtype == int8.NAME else dtype
+        rest = int8.rest(device) if dtype == int8.NAME else dtype
         self._rest, base = getattr(torch, rest), load_model(model, rest, device)
         try:
             check_layout(base)
@@ -110,12 +113,29 @@ class TaskTrainer:
             for name, module in self.model.get_base_model().named_modules():
                 if hasattr(module, "lora_A"):
                     module.scaling["default"] *= 2.0 ** rescale.exponent(f"{name}.weight")
-        fused = fused_layer.install(self.model, rounded)
+        fused = fused_layer.install(self.model)
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
         self._flat = FlatWeights(self.weights, fused.groups)
         self._start = None if start is None else self._flat.tensor.detach().clone()
         graphs = graphs and device == "cuda" and decoder_pass.fits(base, fused)
         self._decoder = decoder_pass.Decoder(base, fused, self._flat) if graphs else None
+        if dtype == int8.NAME:
+            self._round(fused.groups)
+
+    def _round(self, groups: list) -> None:
+        """Multiply with the frozen weights in 8 bits, those of layers that a pass goes through. What is usual there is looked at on an
+        example of its own, the same for all tasks and workers."""
+        from .lora_linear import watched
+
+        rng = np.random.default_rng(0)
+        grids = [rng.integers(COLOURS, size=sides).astype(np.int8) for sides in MADE_UP]
+        task = Task("made up", tuple(Pair(grid, np.fliplr(grid)) for grid in grids), ())
+        recipe = dataclasses.replace(self.recipe, max_seq_len=max(self.recipe.max_seq_len, MADE_UP_TOKENS))
+        with watched(groups) as found:
+            self._loss([next(leave_one_out(task, self.builder, recipe, rng))]).backward()
+        self._flat.tensor.grad.zero_()
+        for group, (of_x, of_grad) in found.items():
+            group.round_weight(of_x, of_grad)
 
     def train(self, task: Task, folder: Path, on_step: Callable[[int, float, int], None],
               on_trouble: Callable[[str], None] = lambda text: None, examples: Iterator[Example] | None = None,

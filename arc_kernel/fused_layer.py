@@ -141,25 +141,20 @@ class Fused:
     groups: list[Group]
 
 
-def install(model: torch.nn.Module, rounded: bool = False) -> Fused:
-    """Exchange `forward` of every decoder layer that is one of LAYERS with plain LoRA layers throughout; if `rounded`, frozen weights under
-    a LoRA are multiplied with in 8 bits (`int8`) in training, but for calls of a fused layer that are not `ready`.
+def install(model: torch.nn.Module) -> Fused:
+    """Exchange `forward` of every decoder layer that is one of LAYERS with plain LoRA layers throughout.
 
     The layer's own forward still answers what is not training (see `_Parts.ready`), and other architectures: its linear
     layers are lora_linear's. The model must be where it is trained: the weights of a group are put together there.
     """
-    single = lora_linear.install(model)
+    groups = lora_linear.install(model)
     found = [module for module in model.modules() if type(module).__name__ in LAYERS and _fits(module)]
     masks, layers = _Masks(), []
     for layer in found:
         layers.append(_Parts(layer, masks))
         layer.forward = _forward(layers[-1], layer.forward)
         cpu_attention.settle(layers[-1].qkv.weight)
-    joint = [g for p in layers for g in (p.qkv, p.o, p.gate_up, p.down)]
-    of_layers = {id(w) for g in joint for w in g.masters}
-    for group in [*joint, *(g for g in single if id(g.masters[0]) not in of_layers)] if rounded else ():
-        group.round_weight()
-    return Fused(layers, single + joint)
+    return Fused(layers, groups + [g for p in layers for g in (p.qkv, p.o, p.gate_up, p.down)])
 
 
 def _head_norms(attention) -> list:

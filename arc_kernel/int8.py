@@ -5,6 +5,9 @@ with weights of 7 bits. The weights under a LoRA do not change: they are rounded
 gradient to the input. What they are multiplied with is rounded token by token. Products with A and B, their gradients, attention,
 norms and the head stay as they are. Method: SwitchBack (Wortsman et al. 2023, "Stable and low-precision training for large-scale
 vision-language models": forward and the gradient to the input in 8 bits, the gradient to weights in 16), here without a gradient to weights.
+Some columns of what is multiplied are far larger than others, and would take all the bits: they are divided by what the weight's
+columns are multiplied with (Xiao et al. 2023, "SmoothQuant", with root mean squares for largest values, which leaves a third to two
+thirds of the rounding on SmolLM2-135M; benchmarks/LOG.md).
 
 The operators are those of vLLM's CPU build (csrc/cpu/dnnl_kernels.cpp, read in 0.32), which round and scale on the way. Only its library
 is loaded, the one vLLM itself would load, not vLLM.
@@ -80,7 +83,7 @@ def _some(rows: int, inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Ten
 def _largest() -> int:
     """The largest rounded weight: CPUs without VNNI add pairs of products in 16 bits, which saturates beyond the smaller one."""
     ones = torch.ones(2, 64)
-    return LARGEST[0] if torch.allclose(Product(ones, LARGEST[0])(ones), torch.tensor(64.0)) else LARGEST[1]
+    return LARGEST[0] if torch.allclose(Product(ones, largest=LARGEST[0])(ones), torch.tensor(64.0)) else LARGEST[1]
 
 
 @functools.cache
@@ -104,13 +107,20 @@ def _load() -> str:
 
 class Product:
     """x [T, in] to x @ weight.T [T, out] for a frozen `weight` [out, in], both rounded to 8 bits, in x's dtype, which is the weight's.
-    `largest`: of the weight's integers, by default what this CPU multiplies exactly. Raises ArcKernelError where the operators are not
-    there."""
 
-    def __init__(self, weight: torch.Tensor, largest: int = 0):
+    `columns` float32 [in]: the root mean squares of x to expect, where they are known. `largest`: of the weight's integers, by default
+    what this CPU multiplies exactly. Raises ArcKernelError where the operators are not there.
+    """
+
+    def __init__(self, weight: torch.Tensor, columns: torch.Tensor | None = None, largest: int = 0):
         if reason := _load():
             raise ArcKernelError(f"there are no 8-bit products: {reason}")
-        wide = weight.detach().float()
+        wide, self._factor = weight.detach().float(), None
+        if columns is not None:
+            even = (columns / wide.square().mean(0).sqrt()).sqrt()
+            even[~(even.isfinite() & (even > 0))] = 1.0
+            self._factor = (1 / even).to(weight.dtype)
+            wide = wide / self._factor.float()
         scale = (wide.abs().amax(1, keepdim=True) / (largest or _largest())).clamp_min_(torch.finfo(torch.float32).tiny)
         self._outputs, self._scale = len(weight), scale.view(1, -1).contiguous()
         rounded = (wide / scale).round_().to(torch.int8).contiguous()  # the operator has its own copy of it, but not of the scales
@@ -121,7 +131,8 @@ class Product:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         out = x.new_empty(len(x), self._outputs)
         if len(x):
+            x = x.contiguous() if self._factor is None else x * self._factor
             rounded, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), 1)
-            torch.ops._C.dynamic_scaled_int8_quant(rounded, x.contiguous(), scale, None)
+            torch.ops._C.dynamic_scaled_int8_quant(rounded, x, scale, None)
             torch.ops._C.onednn_scaled_mm(out, rounded, scale, None, None, None, self._handler)
         return out

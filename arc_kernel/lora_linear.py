@@ -9,6 +9,9 @@ exchanged while training.
 
 from __future__ import annotations
 
+import contextlib
+from typing import Iterator
+
 import torch
 from torch.nn.functional import linear
 
@@ -35,9 +38,10 @@ class Group:
                 base.weight.data = rows
         self._rounded: tuple[int8.Product, int8.Product] | None = None  # the weight's and its transpose's
 
-    def round_weight(self) -> None:
-        """From now on multiply with the frozen weight in 8 bits where a gradient is wanted, forward and backward."""
-        self._rounded = int8.Product(self.weight), int8.Product(self.weight.T)
+    def round_weight(self, of_x: torch.Tensor, of_grad: torch.Tensor) -> None:
+        """From now on multiply with the frozen weight in 8 bits where a gradient is wanted, forward and backward. Of what it is multiplied
+        with the root mean squares by column are given, [in] and [out]."""
+        self._rounded = int8.Product(self.weight, of_x), int8.Product(self.weight.T, of_grad)
 
     def forward(self, x, masters, residual=None, training=True):
         """y [T, out] of x [T, in], with `residual` [T, out] added where there is one, and what `backward` needs of it."""
@@ -115,6 +119,32 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx, grad):
         grad_x, of_masters = ctx.group.backward(grad, *ctx.saved_tensors, ctx.kept, need_x=ctx.needs_input_grad[0])
         return grad_x, None, None, *of_masters
+
+
+@contextlib.contextmanager
+def watched(groups: list[Group]) -> Iterator[dict[Group, list[torch.Tensor]]]:
+    """While the block runs, gather of each group that is trained what `round_weight` asks for, of its last pass."""
+    found: dict[Group, list[torch.Tensor]] = {}
+
+    def watch(group: Group) -> None:
+        def forward(x, masters, residual=None, training=True):
+            if training:
+                found[group] = [x.float().square().mean(0).sqrt()]
+            return Group.forward(group, x, masters, residual, training)
+
+        def to_input(grad, kept, need_x=True):
+            found[group].append(grad.float().square().mean(0).sqrt())
+            return Group.to_input(group, grad, kept, need_x)
+
+        group.forward, group.to_input = forward, to_input
+
+    for each in groups:
+        watch(each)
+    try:
+        yield found
+    finally:
+        for each in groups:
+            del each.forward, each.to_input
 
 
 def install(model: torch.nn.Module) -> list[Group]:

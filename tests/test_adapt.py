@@ -301,7 +301,7 @@ def test_default_learning_rate_follows_the_size():
 def test_a_pass_that_does_not_fit_beside_the_graphs_is_done_again_without_them(tiny, builder, arc_training, monkeypatch):
     """As on a GPU whose memory the graphs fill: seen here through the decoder, in whose place no graph can be made."""
     made, install = [], fused_layer.install
-    monkeypatch.setattr(fused_layer, "install", lambda *given: made.append(install(*given)) or made[0])
+    monkeypatch.setattr(fused_layer, "install", lambda model: made.append(install(model)) or made[0])
     trainer = adapt.TaskTrainer(tiny, builder, RECIPE, None, "cpu", "float32")
     base, scaler = trainer.model.get_base_model(), torch.amp.GradScaler("cpu", enabled=False)
     drawn = [next(adapt.leave_one_out(arc_training.tasks["d037b0a7"], builder, RECIPE, np.random.default_rng(i))) for i in range(2)]

@@ -84,10 +84,10 @@ class TaskTrainer:
     """A base model and one LoRA that is reset for each task. `start` names a trained LoRA to start each task from.
 
     Where `model` holds weights rescaled by `rescale`, each layer's LoRA is scaled like its weight, so that A and B, their
-    gradients, and what is saved are those of the original weights. In `int8` the frozen weights are multiplied with in 8 bits, and all
-    else is in `int8.rest`. `left_out` says what gets no LoRA (see the function). On a
-    GPU passes are CUDA graphs where they can be (`decoder_pass`), unless `graphs` is False. `peaks`: how large activations get with an
-    adapter is looked at and saved, for an engine in float16; it takes as long as a step.
+    gradients, and what is saved are those of the original weights. `left_out` says what gets no LoRA (see the function). On a
+    GPU passes are CUDA graphs where they can be (`decoder_pass`), unless `graphs` is False. In `int8` the frozen weights are multiplied
+    with in 8 bits, and all else is in `int8.rest`. `peaks`: how large activations get with an adapter is looked at and saved, for an
+    engine in float16; it takes as long as a step.
     """
 
     def __init__(self, model: Path, builder: PromptBuilder, recipe: Recipe, start: Path | None, device: str, dtype: str,
@@ -134,8 +134,9 @@ class TaskTrainer:
         with watched(groups) as found:
             self._loss([next(leave_one_out(task, self.builder, recipe, rng))]).backward()
         self._flat.tensor.grad.zero_()
-        for group, (of_x, of_grad) in found.items():
-            group.round_weight(of_x, of_grad)
+        for group, columns in found.items():
+            if len(columns) == 2:  # forward and back
+                group.round_weight(*columns)
 
     def train(self, task: Task, folder: Path, on_step: Callable[[int, float, int], None],
               on_trouble: Callable[[str], None] = lambda text: None, examples: Iterator[Example] | None = None,

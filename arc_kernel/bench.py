@@ -90,7 +90,8 @@ def bench(model: str, vocabulary: str, dtype: str, backend: str, out: Path | Non
     for note in notes + (differences(facts, earlier) if earlier else []):
         print(f"note: {note}")
     seconds = time.perf_counter() - begun
-    print(f"{facts['device']}, {facts['cores']} cores, {dtype}, training in {ttt_dtype}, {backend}, load {facts['load']:.1f} at the start; {seconds:.0f} s in all")
+    print(f"{facts['device']}, {facts['cores']} cores, {dtype}, training in {ttt_dtype}, {backend}, load {facts['load']:.1f} at the start; "
+          f"{seconds:.0f} s in all")
     write_json(out, facts | {"seconds": round(seconds, 1), "notes": notes, "figures": [_plain(f) for f in figures]})
     print(f"figures: {out}")
     return out

@@ -1,13 +1,13 @@
 """Products with frozen weights in 8-bit integers, for training on a CPU.
 
-CPUs with VNNI multiply 8-bit integers twice as fast as bfloat16, and many times as fast as float32; those without twice as fast as float32,
-with weights of 7 bits. The weights under a LoRA do not change: they are rounded once, each output with a scale of its own, and once more for the
-gradient to the input. What they are multiplied with is rounded token by token. Products with A and B, their gradients, attention,
-norms and the head stay as they are. Method: SwitchBack (Wortsman et al. 2023, "Stable and low-precision training for large-scale
-vision-language models": forward and the gradient to the input in 8 bits, the gradient to weights in 16), here without a gradient to weights.
-Some columns of what is multiplied are far larger than others, and would take all the bits: they are divided by what the weight's
-columns are multiplied with (Xiao et al. 2023, "SmoothQuant", with root mean squares for largest values, which leaves a third to two
-thirds of the rounding on SmolLM2-135M; benchmarks/LOG.md).
+CPUs with VNNI multiply 8-bit integers twice as fast as bfloat16, and many times as fast as float32; those without twice as fast as
+float32, with weights of 7 bits. The weights under a LoRA do not change: they are rounded once, each output with a scale of its own, and
+once more for the gradient to the input. What they are multiplied with is rounded token by token. Products with A and B, their gradients,
+attention, norms and the head stay as they are. Method: SwitchBack (Wortsman et al. 2023, "Stable and low-precision training for
+large-scale vision-language models": forward and the gradient to the input in 8 bits, the gradient to weights in 16), here without a
+gradient to weights. Some columns of what is multiplied are far larger than others, and would take all the bits: they are divided by what
+the weight's columns are multiplied with (Xiao et al. 2023, "SmoothQuant", with root mean squares for largest values, which leaves 0.3 to
+0.8 of the rounding on SmolLM2-135M; benchmarks/LOG.md).
 
 The operators are those of vLLM's CPU build (csrc/cpu/dnnl_kernels.cpp, read in 0.32), which round and scale on the way. Only its library
 is loaded, the one vLLM itself would load, not vLLM.
@@ -33,7 +33,7 @@ SIZES = 512, 576, 1536  # rows, inputs, outputs of the trial: a layer of SmolLM2
 SHAPES = 128  # numbers of rows for which an operator is kept ready
 TURNS = 4  # of the trial; the fastest counts, the first is left out
 FASTER = 1.2  # how many times the product in 8 bits must outdo the other
-APART = 0.02  # largest distance to the exact product, as a share of it; of normal numbers rounding makes 0.011, with the smaller weights 0.017
+APART = 0.02  # largest distance to the exact product, as a share of it; rounding makes 0.011 of normal numbers, 0.017 with the smaller weights
 
 
 def rest(device: str) -> str:

@@ -133,7 +133,8 @@ def by_length(model: Model, whole: Model, dtype: str, lengths: list[int], rounds
     print(f"{'tokens':>6}{'plain, s':>10}{'ours, s':>10}{'ours/plain':>12}{'min to max':>14}{'plain of GEMM':>15}{'ours of GEMM':>14}")
     for n in lengths:
         pairs = [r for r in rows[len(lengths):] if r["tokens"] == n]
-        share = lambda who, shape, kind: statistics.median(measure.step_bound(shape, n, r["gemm"][kind], r["gemm"][1]) / r[who] for r in pairs)
+        bound = lambda shape, row, kind: measure.step_bound(shape, n, row["gemm"][kind], row["gemm"][1])
+        share = lambda who, shape, kind: statistics.median(bound(shape, r, kind) / r[who] for r in pairs)
         ratios = [r["ours"] / r["plain"] for r in pairs]
         print(f"{n:6}{min(r['plain'] for r in pairs):10.2f}{min(r['ours'] for r in pairs):10.2f}{statistics.median(ratios):12.2f}"
               f"{f'{min(ratios):.2f} to {max(ratios):.2f}':>14}{share('plain', theirs, 1):15.0%}{share('ours', ours, 0):14.0%}")

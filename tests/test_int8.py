@@ -150,7 +150,8 @@ def test_where_8_bits_are_of_no_use_it_is_said_why_and_the_next_dtype_is_taken(i
 
 
 def test_without_vllm_or_with_one_for_a_gpu_there_are_none(anew, monkeypatch, tmp_path):
-    for found, reason in ((None, "vLLM is not installed"), (SimpleNamespace(submodule_search_locations=[str(tmp_path)]), "this vLLM has no _C")):
+    empty = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    for found, reason in ((None, "vLLM is not installed"), (empty, "this vLLM has no _C")):
         int8._load.cache_clear()
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
         assert int8._load().startswith(reason)

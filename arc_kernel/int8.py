@@ -33,7 +33,7 @@ SIZES = 512, 576, 1536  # rows, inputs, outputs of the trial: a layer of SmolLM2
 SHAPES = 128  # numbers of rows for which an operator is kept ready
 TURNS = 4  # of the trial; the fastest counts, the first is left out
 FASTER = 1.2  # how many times the product in 8 bits must outdo the other
-APART = 0.02  # largest distance to the exact product, as a share of it; rounding makes 0.011 of normal numbers, 0.017 with the smaller weights
+APART = 0.02  # largest distance to the exact product, as a share of it; of normal numbers rounding makes 0.011, with small weights 0.017
 
 
 def rest(device: str) -> str:

@@ -7,7 +7,8 @@ The plain loop is what anybody would write first: transformers' model, peft's Lo
 torch's AdamW with the same learning rates and clipping, autocast where the dtype has 16 bits, logits at the labels only.
 Examples are measure.example's: exactly so many real tokens, labels at the last 150. Steps alternate (ours, plain, ours,
 plain, ...), so that a busy minute falls on both; the first round warms up and is not counted. Printed per length: the
-best seconds of both, the ratio as the median over pairs, and the share of a large product's speed measured beside them.
+best seconds of both, the ratio as the median over pairs, and what share of it their products would take at the speed of a large
+one measured beside them; in int8 those with frozen weights at that of one in 8 bits.
 
 With `--tasks` both train on the examples a run would draw for these tasks of ARC-AGI-1 training, loss on all outputs, from the
 same fresh adapter at the model's own learning rate. Printed per task: seconds of all steps and the loss at the start and the end.

@@ -99,7 +99,7 @@ class TaskTrainer:
         from .flat_weights import FlatWeights
 
         self.recipe, self.builder, self.device, self.dtype, self.rescale, self.peaks = recipe, builder, device, dtype, rescale, peaks
-        rest = int8.rest(device) if dtype == int8.NAME else dtype
+        rest = int8.rest(dtype, device)
         self._rest, base = getattr(torch, rest), load_model(model, rest, device)
         try:
             check_layout(base)
@@ -119,7 +119,7 @@ class TaskTrainer:
         self._start = None if start is None else self._flat.tensor.detach().clone()
         graphs = graphs and device == "cuda" and decoder_pass.fits(base, fused)
         self._decoder = decoder_pass.Decoder(base, fused, self._flat) if graphs else None
-        if dtype == int8.NAME:
+        if dtype == "int8":
             self._round(fused.groups)
 
     def _round(self, groups: list) -> None:

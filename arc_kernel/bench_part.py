@@ -132,10 +132,10 @@ class Part:
         flop = {(batch, n): batch * measure.step_flop(self.shape, n) for batch, n in STEPS[self.quick]}
         name = lambda batch, n: f"{batch} x {n} tokens" if batch > 1 else f"{n} tokens"
         speeds = measure.step_speeds(self.ttt_dtype, self.device, 4)
-        bound = lambda batch, n: batch * measure.step_bound(self.shape, n, *speeds)
-        kinds = [kind for kind in flop if bound(*kind) < TOO_LONG]
+        bound = lambda kind, speeds: kind[0] * measure.step_bound(self.shape, kind[1], *speeds)
+        kinds = [kind for kind in flop if bound(kind, speeds) < TOO_LONG]
         for kind in (kind for kind in flop if kind not in kinds):
-            self.note(f"no step of {name(*kind)}: its matrix products alone take {bound(*kind):.0f} s")
+            self.note(f"no step of {name(*kind)}: its matrix products alone take {bound(kind, speeds):.0f} s")
         if self.asked["rounds"] == 0 or not kinds:
             return
         warm = kinds * (PLAIN + 1) if self.device == "cuda" else kinds[:1]  # there a kind is compiled, then captured
@@ -145,9 +145,9 @@ class Part:
         def seen(tokens: int, seconds: float, loss: float) -> bool:
             nonlocal speeds
             if len(rounds) >= len(warm):
-                before, now, kind = speeds, measure.step_speeds(self.ttt_dtype, self.device, 4), order[len(rounds)]
-                speeds = max(before, now)
-                self.say(f"TTT step, {name(*kind)}", seconds, tokens=tokens, flop=flop[kind], bound=bound(*kind), by="GEMM")
+                now, kind = measure.step_speeds(self.ttt_dtype, self.device, 4), order[len(rounds)]
+                least = bound(kind, max(speeds, now))
+                self.say(f"TTT step, {name(*kind)}", seconds, tokens=tokens, flop=flop[kind], bound=least, by="GEMM")
                 speeds = now
             rounds.append(seconds)
             counted = len(rounds) - len(warm)

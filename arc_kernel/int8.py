@@ -27,7 +27,6 @@ from torch.nn.functional import linear
 from .device import native_bfloat16
 from .errors import ArcKernelError, named_line
 
-NAME = "int8"
 LARGEST = 127, 64  # of a rounded weight; the second where the CPU adds pairs of products in 16 bits: (127 + 128) * 64 * 2 is below 2**15
 SIZES = 512, 576, 1536  # rows, inputs, outputs of the trial: a layer of SmolLM2-135M's
 SHAPES = 128  # numbers of rows for which an operator is kept ready
@@ -36,9 +35,9 @@ FASTER = 1.2  # how many times the product in 8 bits must outdo the other
 APART = 0.02  # largest distance to the exact product, as a share of it; of normal numbers rounding makes 0.011, with small weights 0.017
 
 
-def rest(device: str) -> str:
-    """The dtype of all but these products: bfloat16 where native, else float32."""
-    return "bfloat16" if native_bfloat16(device) else "float32"
+def rest(dtype: str, device: str) -> str:
+    """The dtype of all but the frozen weights, which are in `dtype`: the same, but for int8 bfloat16 where native, else float32."""
+    return dtype if dtype != "int8" else "bfloat16" if native_bfloat16(device) else "float32"
 
 
 @functools.cache
@@ -58,7 +57,7 @@ def refused(device: str) -> str:
         return f"there are no 8-bit products: {named_line(error)}"
     if not apart < APART:
         return f"8-bit products are {apart:.1%} off on this CPU"
-    return "" if others > FASTER * seconds else f"8-bit products are not faster than {rest(device)}'s on this CPU"
+    return "" if others > FASTER * seconds else f"8-bit products are not faster than {rest('int8', device)}'s on this CPU"
 
 
 def product_seconds(rows: int, inputs: int, outputs: int, turns: int) -> tuple[float, float]:
@@ -75,7 +74,7 @@ def product_seconds(rows: int, inputs: int, outputs: int, turns: int) -> tuple[f
 def _some(rows: int, inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Normal numbers to multiply with and a weight of them, in `rest` on the CPU."""
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(n, inputs, generator=generator).to(getattr(torch, rest("cpu"))) for n in (rows, outputs))
+    x, weight = (torch.randn(n, inputs, generator=generator).to(getattr(torch, rest("int8", "cpu"))) for n in (rows, outputs))
     return x, weight
 
 

@@ -70,11 +70,10 @@ def step_bound(shape: Shape, length: int, frozen: float, others: float) -> float
 
 def step_speeds(dtype: str, device: str, repeats: int) -> tuple[float, float]:
     """FLOP/s of a large product, now, as training in this dtype makes those with frozen weights, and all others."""
-    if dtype != "int8":
-        return (ceilings.gemm(dtype, device, repeats),) * 2
     from . import int8  # imports torch, which `run` can do without
 
-    return ceilings.gemm(dtype, device, repeats), ceilings.gemm(int8.rest(device), device, repeats)
+    frozen, others = ceilings.gemm(dtype, device, repeats), int8.rest(dtype, device)
+    return frozen, frozen if others == dtype else ceilings.gemm(others, device, repeats)
 
 
 def _labels(length: int) -> int:

@@ -80,11 +80,6 @@ class Plain:
         return loss.item(), time.perf_counter() - begun
 
 
-def plain_dtype(dtype: str) -> str:
-    """What the plain loop trains in beside ours in this dtype: it knows no 8-bit products."""
-    return int8.rest(device_name()) if dtype == int8.NAME else dtype
-
-
 def opened(model: str, vocabulary: str = "full") -> Model:
     """The model as a run with this vocabulary opens it."""
     folder = trimmed(checkpoint.open_model(model), vocabulary, PROMPT, ENCODER, "", lambda text: print(f"note: {text}", file=sys.stderr))
@@ -104,7 +99,7 @@ def compare(model: Model, whole: Model, dtype: str, task: Task, examples: list[E
     as ours makes them, and of others: the better of before and after the two)."""
     device = device_name()
     trainer = measure.trainer(model, measure.fitting(model, dtype), lr)
-    plain = Plain(whole.folder, plain_dtype(dtype), device, lr, len(examples))
+    plain = Plain(whole.folder, int8.rest(dtype, device), device, lr, len(examples))
     mine = [known_to(model, e, whole) for e in examples]
     rows: list[dict] = []
     speeds = [measure.step_speeds(dtype, device, 4)]
@@ -129,7 +124,8 @@ def by_length(model: Model, whole: Model, dtype: str, lengths: list[int], rounds
     rows = compare(model, whole, dtype, model.tasks[0], examples, 1e-3)
     ours, theirs = (ceilings.shape_of(m.folder) for m in (model, whole))
     frozen, others = (max(speeds) / 1e9 for speeds in zip(*(r["gemm"] for r in rows)))
-    print(f"{device_model(device_name())}, ours in {dtype}, plain in {plain_dtype(dtype)}, product of {ceilings.SIDE}^3 at up to "
+    device = device_name()
+    print(f"{device_model(device)}, ours in {dtype}, plain in {int8.rest(dtype, device)}, product of {ceilings.SIDE}^3 at up to "
           f"{f'{frozen:.0f} and ' * (frozen != others)}{others:.0f} GFLOP/s")
     print(f"{'tokens':>6}{'plain, s':>10}{'ours, s':>10}{'ours/plain':>12}{'min to max':>14}{'plain of GEMM':>15}{'ours of GEMM':>14}")
     for n in lengths:

@@ -24,7 +24,7 @@ from models import nan_model, tiny_model
 from test_fused_layer import MODELS, batch, gradients, network
 
 made_here = pytest.mark.skipif(bool(int8.refused("cpu")), reason=int8.refused("cpu") or "used here")
-REST = getattr(torch, int8.rest("cpu"))
+REST = getattr(torch, int8.rest("int8", "cpu"))
 
 
 def some(*sides):
@@ -102,7 +102,7 @@ def test_training_in_int8_learns_what_training_in_the_rest_learns(model_folder, 
     tiny = tiny_model(model_folder, tmp_path / "tiny")
     builder = PromptBuilder(tokenizer, GridEncoder.from_name("shape+rows+digits"), "chat")
     recipe, losses = adapt.Recipe(30, 1, 1e-2, 4, 4096, False, 5), {}
-    for dtype in ("int8", int8.rest("cpu")):
+    for dtype in ("int8", int8.rest("int8", "cpu")):
         trainer, losses[dtype] = adapt.TaskTrainer(tiny, builder, recipe, None, "cpu", dtype), []
         trainer.train(arc_training.tasks["25ff71a9"], tmp_path / dtype, lambda step, loss, tokens: losses[dtype].append(loss))
     mine, other = losses.values()

@@ -132,8 +132,8 @@ def training_candidates(wanted: str, device: str) -> list[str]:
     """The same for the frozen weights in test-time training, where `auto` is int8 on CPUs that are faster in it."""
     from .. import int8  # imports torch, which `run` can do without
 
-    if wanted == int8.NAME or (wanted == "auto" and not int8.refused(device)):
-        return [int8.NAME, *candidates("auto", device)]
+    if wanted == "int8" or (wanted == "auto" and not int8.refused(device)):
+        return ["int8", *candidates("auto", device)]
     return candidates(wanted, device)
 
 

@@ -4,6 +4,7 @@ vLLM's torch operators (vllm/lora/ops/torch_ops/lora_ops.py, read in 0.32) gathe
 32 on SmolLM2-135M that is 20 MB of copies a token in bfloat16, and index -1 (no adapter) takes the last slot's weights. Here a layer's
 slots lie side by side. Answers of several adapters that are decoded together are multiplied with all slots' A, what is another's is
 zeroed, and one product with all B adds the rest: so few rows cost their operators, not their FLOP. A prompt is multiplied with its own.
+What few rows are multiplied with is put in order once for each adapter that is loaded (`cpu_operators.Product`).
 For the head vLLM copies [vocabulary, rank] a token, 6 MB, also where no adapter has one: such adapters are passed over. GPUs keep
 vLLM's own kernels.
 """
@@ -12,7 +13,10 @@ from __future__ import annotations
 
 import inspect
 
+from . import cpu_operators
+
 SHORT = 32  # rows: shorter runs of one adapter are put together with their neighbours
+FEW = 256  # rows: more are multiplied as fast in 16 bits without anything put in order, and need no zeros between slices
 
 
 def install() -> bool:
@@ -91,20 +95,37 @@ class _Layer:
                 theirs.set_(mine.untyped_storage(), mine.storage_offset(), mine.shape, mine.stride())
             self.parts.append((low, out))
             start += size
-        self.all = self.a.flatten(0, 1).T, self.b.flatten(0, 1)
-        self.each = [(a.T, b) for a, b in zip(self.a, self.b)]
+        self.weights = {None: (self.a.flatten(0, 1).T, self.b.flatten(0, 1))} | {
+            slot: (a.T, b) for slot, (a, b) in enumerate(zip(self.a, self.b))}
+        self._ordered, self._written = {}, 0
 
     def add(self, y, x, segment: _Segment, scale) -> None:
         """y [rows, out] += scale * x [rows, in] @ A.T @ B.T, with each row's own A and B."""
-        a, b = self.all if segment.slot is None else self.each[segment.slot]
-        low = x.mm(a)
+        a, b = self.weights[segment.slot]
+        ordered = self._in_order(segment.slot) if len(x) < FEW or x.itemsize > 2 else None
+        low = ordered[0](x) if ordered else x.mm(a)
         if segment.slot is None:
             low.masked_fill_(segment.foreign(self.slots, self.columns), 0)
-        if len(self.parts) == 1 or segment.slot is None or len(x) < SHORT:
+        if ordered:
+            y.add_(ordered[1](low), alpha=scale)
+        elif len(self.parts) == 1 or segment.slot is None or len(x) < SHORT:
             y.addmm_(low, b, alpha=scale)
         else:
             for columns, out in self.parts:
                 y[:, out].addmm_(low[:, columns], b[columns, out], alpha=scale)
+
+    def _in_order(self, slot: int | None) -> tuple[cpu_operators.Product, cpu_operators.Product] | None:
+        """Products with A and B of a slot, or of all (None), until vLLM writes into one; None where there are none, or where no
+        tensor says that it was written to."""
+        tensors = [*self.tensors[0], *self.tensors[1]]
+        if not cpu_operators.has("create_onednn_mm_handler") or tensors[0].is_inference():
+            return None
+        written = sum(tensor._version for tensor in tensors)
+        if written != self._written:
+            self._ordered, self._written = {}, written
+        if slot not in self._ordered:
+            self._ordered[slot] = tuple(map(cpu_operators.Product, self.weights[slot]))
+        return self._ordered[slot]
 
 
 def _add_lora_linear(self, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **_):

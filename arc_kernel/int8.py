@@ -9,21 +9,18 @@ gradient to weights. Some columns of what is multiplied are far larger than othe
 the weight's columns are multiplied with (Xiao et al. 2023, "SmoothQuant", with root mean squares for largest values, which leaves 0.3 to
 0.8 of the rounding on SmolLM2-135M; benchmarks/LOG.md).
 
-The operators are those of vLLM's CPU build (csrc/cpu/dnnl_kernels.cpp, read in 0.32), which round and scale on the way. Only its library
-is loaded, the one vLLM itself would load, not vLLM.
+The operators are those of vLLM's CPU build (`cpu_operators`), which round and scale on the way.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import time
-import weakref
-from pathlib import Path
 
 import torch
 from torch.nn.functional import linear
 
+from . import cpu_operators
 from .device import native_bfloat16
 from .errors import ArcKernelError, named_line
 
@@ -85,25 +82,6 @@ def _largest() -> int:
     return LARGEST[0] if torch.allclose(Product(ones, largest=LARGEST[0])(ones), torch.tensor(64.0)) else LARGEST[1]
 
 
-@functools.cache
-def _load() -> str:
-    """Load the operators; in words why that cannot be done, empty where it could."""
-    found = importlib.util.find_spec("vllm")
-    if found is None or not found.submodule_search_locations:
-        return "vLLM is not installed"
-    # vLLM's own choice (vllm/platforms/cpu.py, import_kernels): a second library would register the same operators again
-    name = "_C" if torch.cpu._is_avx512_bf16_supported() else "_C_AVX512" if torch.cpu._is_avx512_supported() else "_C_AVX2"
-    libraries = [Path(folder) / f"{name}.abi3.so" for folder in found.submodule_search_locations]
-    there = [path for path in libraries if path.is_file()]
-    if not there:
-        return f"this vLLM has no {libraries[0].name}"
-    try:
-        torch.ops.load_library(str(there[0]))
-    except OSError as error:  # built for a GPU, or for another torch
-        return named_line(error)
-    return "" if hasattr(torch.ops._C, "create_onednn_scaled_mm_handler") else "this vLLM is not built for CPUs"
-
-
 class Product:
     """x [T, in] to x @ weight.T [T, out] for a frozen `weight` [out, in], both rounded to 8 bits, in x's dtype, which is the weight's.
 
@@ -112,7 +90,7 @@ class Product:
     """
 
     def __init__(self, weight: torch.Tensor, columns: torch.Tensor | None = None, largest: int = 0):
-        if reason := _load():
+        if reason := cpu_operators.load():
             raise ArcKernelError(f"there are no 8-bit products: {reason}")
         wide, self._factor = weight.detach().float(), None
         if columns is not None:
@@ -123,9 +101,8 @@ class Product:
         scale = (wide.abs().amax(1, keepdim=True) / (largest or _largest())).clamp_min_(torch.finfo(torch.float32).tiny)
         self._outputs, self._scale = len(weight), scale.view(1, -1).contiguous()
         rounded = (wide / scale).round_().to(torch.int8).contiguous()  # the operator has its own copy of it, but not of the scales
-        number = torch.ops._C.create_onednn_scaled_mm_handler(rounded.T, self._scale, weight.dtype, True, False, SHAPES)
-        self._handler = torch.tensor(number, dtype=torch.int64)
-        weakref.finalize(self, torch.ops._C.release_dnnl_matmul_handler, number)
+        made = torch.ops._C.create_onednn_scaled_mm_handler(rounded.T, self._scale, weight.dtype, True, False, SHAPES)
+        self._handler = cpu_operators.held(self, made)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         out = x.new_empty(len(x), self._outputs)

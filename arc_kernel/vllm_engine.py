@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
-from . import cpu_drafts, cpu_lora, loopback
+from . import cpu_drafts, cpu_lora, cpu_norm, loopback
 from .checkpoint import read_config
 from .device import cores, wide_sums
 from .engine import Answer, EngineSettings, Prompt, ServedAdapters, Viable, Wanted, due, failed
@@ -66,6 +66,7 @@ class VllmEngine:
             if not cpu_lora.install():
                 print("this vLLM's LoRA on a CPU is another than arc_kernel.cpu_lora knows: its own is used, up to 8 times slower",
                       file=sys.stderr, flush=True)
+            cpu_norm.install()
             keep_memory()
             args.update(kv_cache_memory_bytes=CPU_KV_BYTES, block_size=CPU_BLOCK)
             if settings.drafts:

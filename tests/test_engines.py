@@ -97,6 +97,24 @@ def test_vllm_gives_the_tokens_and_logprobs_of_transformers_for_mixed_adapters(a
         assert answer.logprob == pytest.approx(reference[key].logprob, abs=5e-3), key
 
 
+@needs_vllm
+def test_an_adapter_in_the_place_of_another_is_answered_with(engines, prompts, adapters, tmp_path):
+    """More adapters than vLLM has places for, one after the other: each answer is its own adapter's."""
+    places, asked = engines["vllm"].adapters, prompts[0]
+    weights = load_file(adapters / TASKS[0] / "adapter_model.safetensors")
+    made = []
+    for number in range(places + 2):
+        folder = shutil.copytree(adapters / TASKS[0], tmp_path / f"adapter-{number}")
+        factor = 1.5 * number / (places + 1)
+        save_file({k: v * factor if "lora_B" in k else v for k, v in weights.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
+        made.append(Prompt((number,), asked.token_ids, folder))
+    short = {"max_new_tokens": 5}
+    first = {**answers(engines["vllm"], made[:places], **short), **answers(engines["vllm"], made[places:], **short)}
+    assert len({a.logprob for a in first.values()}) == len(made)
+    for key, answer in answers(engines["transformers"], made, **short).items():
+        assert first[key].token_ids == answer.token_ids and first[key].logprob == pytest.approx(answer.logprob, abs=5e-3), key
+
+
 def test_adapters_change_answers_and_the_base_model_is_left_alone(reference):
     bases = [task_id for task_id, kind in reference if kind == "base"]
     assert len(bases) == 2

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from arc_kernel import adapt, int8, lora_linear
+from arc_kernel import adapt, cpu_operators, int8, lora_linear
 from arc_kernel.dtypes import Model
 from arc_kernel.fused_layer import install
 from arc_kernel.grids import ENCODERS, GridEncoder
@@ -126,20 +126,20 @@ def test_a_value_that_is_not_finite_stays_visible_in_the_residual():
 @pytest.fixture
 def anew():
     """As in a new process: nothing has been tried."""
-    yield int8.refused.cache_clear() or int8._load.cache_clear()
+    yield int8.refused.cache_clear() or cpu_operators.load.cache_clear()
     int8.refused.cache_clear()
-    int8._load.cache_clear()
+    cpu_operators.load.cache_clear()
 
 
 @pytest.mark.parametrize("instead, reason", [
-    ({"_load": lambda: "vLLM is not installed"}, "there are no 8-bit products: vLLM is not installed"),
+    ({"cpu_operators": SimpleNamespace(load=lambda: "vLLM is not installed")}, "there are no 8-bit products: vLLM is not installed"),
     ({"product_seconds": lambda *_: (1.0, 1.1)}, "8-bit products are not faster than"),
     ({"APART": 0.001}, "% off on this CPU"),
     ({"Product": lambda weight: weight.no_such_operator}, "there are no 8-bit products: AttributeError: 'Tensor' object has no attribute"),
 ])
 def test_where_8_bits_are_of_no_use_it_is_said_why_and_the_next_dtype_is_taken(instead, reason, anew, monkeypatch):
-    if "_load" not in instead and int8._load():
-        pytest.skip(int8._load())
+    if "cpu_operators" not in instead and cpu_operators.load():
+        pytest.skip(cpu_operators.load())
     for name, value in instead.items():
         monkeypatch.setattr(int8, name, value)
     assert reason in int8.refused("cpu")
@@ -152,13 +152,13 @@ def test_where_8_bits_are_of_no_use_it_is_said_why_and_the_next_dtype_is_taken(i
 def test_without_vllm_or_with_one_for_a_gpu_there_are_none(anew, monkeypatch, tmp_path):
     empty = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
     for found, reason in ((None, "vLLM is not installed"), (empty, "this vLLM has no _C")):
-        int8._load.cache_clear()
+        cpu_operators.load.cache_clear()
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
-        assert int8._load().startswith(reason)
+        assert cpu_operators.load().startswith(reason)
     for path in ("_C", "_C_AVX512", "_C_AVX2"):
         (tmp_path / f"{path}.abi3.so").write_bytes(b"no library")
-    int8._load.cache_clear()
-    assert "Could not load this library" in int8._load()
+    cpu_operators.load.cache_clear()
+    assert "Could not load this library" in cpu_operators.load()
     assert int8.refused("cuda")
 
 

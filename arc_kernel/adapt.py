@@ -123,8 +123,8 @@ class TaskTrainer:
             self._round(fused.groups)
 
     def _round(self, groups: list) -> None:
-        """Multiply with the frozen weights in 8 bits, those of layers that a pass goes through. What is usual there is looked at on an
-        example of its own, the same for all tasks and workers."""
+        """Multiply with the frozen weights in 8 bits, those of layers that a pass goes through, the head aside. What is usual there is
+        looked at on an example of its own, the same for all tasks and workers."""
         from .lora_linear import watched
 
         rng = np.random.default_rng(0)
@@ -134,8 +134,9 @@ class TaskTrainer:
         with watched(groups) as found:
             self._loss([next(leave_one_out(task, self.builder, recipe, rng))]).backward()
         self._flat.tensor.grad.zero_()
+        head = self.model.get_base_model().get_output_embeddings().weight
         for group, columns in found.items():
-            if len(columns) == 2:  # forward and back
+            if len(columns) == 2 and group.weight is not head:  # forward and back
                 group.round_weight(*columns)
 
     def train(self, task: Task, folder: Path, on_step: Callable[[int, float, int], None],

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from . import cpu_operators
 
+WIDTH = 8  # what the operators take is a multiple of it
+
 
 def install() -> None:
     """Exchange the forward of vLLM's RMSNorm on a CPU; nothing changes where there is no such class or operator."""
@@ -24,7 +26,7 @@ def _forward(self, x, residual=None):
 
     weight = getattr(self, "weight", None)
     others = [t for t in (x, residual) if t is not None]
-    if (weight is None or self.variance_size_override is not None
+    if (weight is None or self.variance_size_override is not None or x.shape[-1] % WIDTH
             or not all(t.is_contiguous() and t.dtype == weight.dtype for t in others)):
         return self.forward_native(x, residual)
     if residual is None:

@@ -10,9 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn.functional import linear
 
 from arc_kernel import adapt, cpu_operators, int8, lora_linear
+from arc_kernel.checkpoint import load_model
 from arc_kernel.dtypes import Model
 from arc_kernel.fused_layer import install
 from arc_kernel.grids import ENCODERS, GridEncoder
@@ -95,6 +97,19 @@ def test_what_is_usual_is_looked_at_in_the_shortest_context_too(model_folder, to
         builder = PromptBuilder(tokenizer, GridEncoder.from_name(name), kind)
         trainer = adapt.TaskTrainer(tiny, builder, adapt.Recipe(1, 1, 1e-3, 4, 256, False, 0), None, "cpu", "int8")
         assert trainer._flat.tensor.grad.abs().max() == 0 and trainer.dtype == "int8"
+
+
+@made_here
+def test_a_head_with_a_lora_is_not_rounded(model_folder, tokenizer, tmp_path):
+    tiny = tiny_model(model_folder, tmp_path / "tiny")
+    made = get_peft_model(load_model(tiny, "float32", "cpu"), LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"))
+    adapt.save_adapter(made, tmp_path / "start")
+    builder = PromptBuilder(tokenizer, GridEncoder.from_name("digits"), "compact")
+    trainer = adapt.TaskTrainer(tiny, builder, adapt.Recipe(1, 1, 1e-3, 4, 1024, False, 0), tmp_path / "start", "cpu", "int8")
+    groups = {id(group): group for group, *_ in trainer._flat._groups}.values()
+    rounded = {group.weight.shape: group._rounded is not None for group in groups if group.masters}
+    head = trainer.model.get_base_model().lm_head.weight.shape
+    assert not rounded.pop(head) and rounded and all(rounded.values())
 
 
 @made_here

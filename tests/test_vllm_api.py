@@ -304,14 +304,16 @@ def test_few_rows_are_multiplied_with_what_was_put_in_order_once_for_each_adapte
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("asked", ["alone", "residual", "of heads", "part of the width", "other weight"])
+@pytest.mark.parametrize("asked", ["alone", "residual", "of heads", "odd width", "part of the width", "other weight"])
 def test_norms_on_cpu_are_one_operator_where_it_computes_the_same(asked, dtype, stand_in):
     if reason := cpu_operators.load():
         pytest.skip(reason)
 
+    width = 68 if asked == "odd width" else 64
+
     class RMSNorm:
         variance_epsilon, variance_size_override = 1e-5, 32 if asked == "part of the width" else None
-        weight = torch.nn.Parameter(torch.rand(64, dtype=torch.float64 if asked == "other weight" else dtype) + 0.5)
+        weight = torch.nn.Parameter(torch.rand(width, dtype=torch.float64 if asked == "other weight" else dtype) + 0.5)
 
         def forward_cpu(self, x, residual=None):
             raise AssertionError("the class's own, which a stand-in does not have")
@@ -330,7 +332,7 @@ def test_norms_on_cpu_are_one_operator_where_it_computes_the_same(asked, dtype, 
     stand_in(**{"vllm.model_executor.layers.layernorm.RMSNorm": RMSNorm})
     cpu_norm.install()
     torch.manual_seed(0)
-    x = torch.randn(7, 3, 128, dtype=dtype)[..., :64] if asked == "of heads" else torch.randn(7, 64, dtype=dtype)
+    x = torch.randn(7, 3, 128, dtype=dtype)[..., :64] if asked == "of heads" else torch.randn(7, width, dtype=dtype)
     given = (x, torch.randn(7, 64, dtype=dtype)) if asked == "residual" else (x,)
     wanted, found = norm.exact(*given), norm.forward_cpu(*given)
     torch.testing.assert_close(found, wanted, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)

@@ -10,7 +10,11 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from .memory import keep_memory
+from .memory import available_memory, keep_memory
+
+WORKER = 7 << 30  # bytes of a CPU's worker beside its model: 8.1 GB were seen with one of 135M weights, on prompts of 5,000 to 7,000 tokens
+WEIGHT = 8  # bytes of a worker for each of the model's weights: a copy in 32 bits, two in 16
+TASKS, STEPS = 2, 64  # for each of a CPU's workers at least, or its start, some 5 s of a run, costs more than is gained
 
 
 def gpu_count() -> int:
@@ -27,6 +31,15 @@ def gpu_count() -> int:
 def cores() -> list[int]:
     """The CPU cores this process may use."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def cpu_workers(tasks: int, steps: int, weights: int) -> int:
+    """How many processes share the cores for so many tasks, trained for so many steps each, with a model of so many weights: one a core, or
+    fewer with as many cores each where there is too little to do for them, or too little memory. Two with a core each took 0.74 to 0.9 of
+    the seconds of training of one with both, and as many for answers (benchmarks/LOG.md)."""
+    count = len(cores())
+    most = min(count, tasks // TASKS, tasks * steps // STEPS, available_memory() // (WORKER + WEIGHT * weights))
+    return max((n for n in range(1, most + 1) if count % n == 0), default=1)
 
 
 def device_name() -> str:

@@ -1,4 +1,4 @@
-"""The memory of this process: kept from step to step, given back from stage to stage."""
+"""The memory of this process: kept from step to step, given back from stage to stage; and how much there is for others."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import ctypes
 import gc
 import os
 import sys
+from pathlib import Path
 from typing import Iterator
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt(3)
@@ -70,6 +71,26 @@ def free_memory() -> None:
     torch = sys.modules.get("torch")  # what was not loaded holds nothing
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def available_memory() -> int:
+    """Bytes that new processes may take: what Linux has left, or a container, where that is less; 0 where neither is told."""
+    told = [1024 * amount for amount in _amounts("/proc/meminfo", "MemAvailable:")]
+    for folder, limit, used, cached in (("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+                                        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")):
+        with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit ("max")
+            left = int(Path(folder, limit).read_text()) - int(Path(folder, used).read_text())
+            told.append(left + sum(_amounts(f"{folder}/memory.stat", cached)))
+    return max(0, min(told, default=0))
+
+
+def _amounts(path: str, name: str) -> list[int]:
+    """The amount on a line `name amount ...` of a file; none where it is not there."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return []
+    return [int(line.split()[1]) for line in lines if line.split()[:1] == [name]]
 
 
 def _libc():

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from . import adapt, adapter_fit, checkpoint, disk, generate, progress, report, score, select, trained_prompt
 from .budget import Budget, share
-from .device import gpu_count
+from .device import cores, cpu_workers, gpu_count
 from .errors import ArcKernelError, named_line
 from .events import EventLog, read_events, stage_rows
 from .files import read_json, take_folder, write_json
@@ -338,6 +338,10 @@ class Run:
         gpus = gpu_count()
         if gpus and s.devices > gpus:
             raise ArcKernelError(f"settings: devices is {s.devices}: this machine shows {gpus} GPU")
+        if not (s.devices or gpus):
+            self.devices = cpu_workers(len(self._unanswered()), s.ttt_steps, checkpoint.parameter_count(model))
+            if self.devices > 1:
+                self.log.say("note", text=f"{self.devices} workers share this machine's {len(cores())} cores (devices=1: one has them all)")
         identity = self._identity(resume=True) | {"weights_sha256": self._claim_weights(model)}
         adapters = disk.adapters_folder(self.out, s.scratch, identity)
         backend = generate.chosen_backend(s.backend)

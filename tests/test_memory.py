@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from arc_kernel.memory import importing
+from arc_kernel import memory
+from arc_kernel.memory import available_memory, importing
 
 # As training does: arrays beyond the 32 MB up to which glibc keeps what is freed, the same again and again.
 STEPS = """
@@ -76,3 +77,24 @@ def test_a_library_keeps_its_bytecode_where_this_process_writes_none_unless_the_
     finally:
         gc.unfreeze()
     assert len(list(tmp_path.rglob("*.pyc"))) == kept and sys.dont_write_bytecode
+
+
+def test_memory_for_others_is_what_the_system_has_left_or_a_container_where_that_is_less(monkeypatch, tmp_path):
+    files = {"/proc/meminfo": "MemTotal:       24000 kB\nMemAvailable:   9000 kB\n",
+             "/sys/fs/cgroup/memory.max": "max\n", "/sys/fs/cgroup/memory.current": "3000000\n",
+             "/sys/fs/cgroup/memory.stat": "inactive_file 1000000\nactive_file 7\n"}
+
+    class There(type(tmp_path)):
+        def read_text(self):
+            if str(self) not in files:
+                raise FileNotFoundError(self)
+            return files[str(self)]
+
+    monkeypatch.setattr(memory, "Path", There)
+    assert available_memory() == 9000 * 1024
+    files["/sys/fs/cgroup/memory.max"] = "8000000\n"
+    assert available_memory() == 8000000 - 3000000 + 1000000
+    files["/sys/fs/cgroup/memory.max"] = "1\n"
+    assert available_memory() == 0
+    files.clear()
+    assert available_memory() == 0

@@ -13,7 +13,7 @@ from models import tiny_model
 from run_folders import write_run, write_tasks
 from safetensors.numpy import save_file
 
-from arc_kernel import adapt, disk, report, select
+from arc_kernel import adapt, device, disk, report, select
 from arc_kernel import run as running
 from arc_kernel.errors import ArcKernelError
 from arc_kernel.events import read_events
@@ -370,6 +370,35 @@ def test_what_a_job_is_told(made, fast, tmp_path, capsys):
     (model / "trained_prompt.json").write_text('{"prompt": "chat", "grid_encoder": "shape+rows+digits"}')
     run._resolve()
     assert "prompt is compact, but" in capsys.readouterr().err
+
+
+GB = 1 << 30
+
+
+@pytest.mark.parametrize("tasks, steps, cores, memory, weights, workers", [
+    (4, 60, 2, 64 * GB, 135e6, 2), (3, 60, 2, 64 * GB, 135e6, 1), (40, 1, 2, 64 * GB, 135e6, 1), (40, 0, 2, 64 * GB, 135e6, 1),
+    (400, 320, 2, 17 * GB, 135e6, 2), (400, 320, 2, 15 * GB, 135e6, 1), (400, 320, 2, 20 * GB, 494e6, 1), (400, 320, 2, 0, 135e6, 1),
+    (400, 320, 16, 64 * GB, 135e6, 4), (400, 320, 6, 40 * GB, 135e6, 3), (400, 320, 7, 40 * GB, 135e6, 1), (400, 320, 1, 64 * GB, 135e6, 1),
+])
+def test_a_cpus_cores_are_shared_by_as_many_workers_as_there_is_work_and_memory_for(tasks, steps, cores, memory, weights, workers, monkeypatch):
+    monkeypatch.setattr(device, "cores", lambda: list(range(cores)))
+    monkeypatch.setattr(device, "available_memory", lambda: memory)
+    assert device.cpu_workers(tasks, steps, int(weights)) == workers
+
+
+def test_without_a_gpu_the_tasks_that_are_left_say_how_many_workers_there_are(fast, tmp_path, monkeypatch, capfd):
+    for module in (device, running):
+        monkeypatch.setattr(module, "cores", lambda: [0, 1])
+    monkeypatch.setattr(device, "available_memory", lambda: 64 * GB)
+    source = write_tasks(tmp_path / "many.json", {f"{number:08x}": [None] for number in range(5)})
+    for devices, answered, workers in ((0, 0, 2), (0, 2, 1), (1, 0, 1)):
+        out = tmp_path / f"run {devices} {answered}"
+        run = Run(Settings(tasks=str(source), model=str(fast["model"]), out=str(out), devices=devices, ttt_steps=40))
+        for task_id in list(run.challenges.tasks)[:answered]:
+            select.write_completions(out / "completions" / f"{task_id}.jsonl", [])
+        run._resolve()
+        run.stop()
+        assert run.devices == workers and ("2 workers share this machine's 2 cores" in capfd.readouterr().err) == (workers == 2)
 
 
 def test_more_devices_than_gpus_are_refused(made, fast, monkeypatch):

@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=32, help="predictions per test input")
     parser.add_argument("--ttt-steps", type=int, default=0, help="test-time training steps per task; 0: no adapters")
     parser.add_argument("--ttt-lr", type=float, default=0.0, help="peak learning rate; 0: by the model's size")
-    parser.add_argument("--devices", type=int, default=0, help="worker processes; 0: one per GPU, without a GPU one")
+    parser.add_argument("--devices", type=int, default=0, help="worker processes; 0: as `solve` has it")
     parser.add_argument("--max-seq-len", type=int, default=2048, help="tokens of prompt plus answer")
     parser.add_argument("--seed", type=int, default=0, help="seed of views and training; with --replay of the order")
     parser.add_argument("--out", type=Path, default=Path("runs/avoided"), help="folder for both runs")

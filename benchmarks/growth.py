@@ -42,7 +42,8 @@ def measured(count: int, largest: int, folder: Path, options: argparse.Namespace
     challenges, out = folder / "challenges.json", folder / "run"
     challenges.write_text(json.dumps(alike(count, largest)))
     command = [sys.executable, "-m", "arc_kernel", "solve", "--tasks", challenges, "--model", options.model, "--backend", options.backend,
-               "--out", out, "--ttt-steps", options.steps, "--views", options.views, "--max-new-tokens", options.max_new_tokens]
+               "--out", out, "--devices", 1, "--ttt-steps", options.steps, "--views", options.views,
+               "--max-new-tokens", options.max_new_tokens]
     begun = time.perf_counter()
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"})

@@ -16,7 +16,7 @@ def install() -> None:
         from vllm.model_executor.layers.layernorm import RMSNorm
     except ImportError:
         return
-    if getattr(RMSNorm, "forward_cpu", None) and all(map(cpu_operators.has, ("rms_norm", "fused_add_rms_norm"))):
+    if hasattr(RMSNorm, "forward_cpu") and not cpu_operators.load() and all(map(cpu_operators.has, ("rms_norm", "fused_add_rms_norm"))):
         RMSNorm.forward_cpu = _forward
 
 

@@ -108,8 +108,8 @@ class Settings(Checked):
     out: str = setting("runs/latest", "output folder; a killed run started again on it continues", resume=False, needed=True)
     seed: int = setting(0, "seed of views and training", low=0)
     scratch: str = setting("", "folder for the adapters, which are not part of the result; empty: inside out", resume=False)
-    devices: int = setting(0, "worker processes; 0: one per GPU, without a GPU one per core where there are tasks and memory for them", low=0, high=64,
-                           resume=False)
+    devices: int = setting(0, "worker processes; 0: one per GPU, without a GPU one per core where there are tasks and memory for them",
+                           low=0, high=64, resume=False)
     profile: str = setting("auto", "machine whose vLLM arguments are used (kaggle/profiles.toml); auto: by the device")
     backend: str = setting("auto", "inference engine; auto: vllm where it is installed", choices=BACKENDS)
     dtype: str = setting("auto", "inference dtype; auto: bfloat16 where native, else float16 where it is faster than float32",

@@ -380,7 +380,7 @@ GB = 1 << 30
     (400, 320, 2, 17 * GB, 135e6, 2), (400, 320, 2, 15 * GB, 135e6, 1), (400, 320, 2, 20 * GB, 494e6, 1), (400, 320, 2, 0, 135e6, 1),
     (400, 320, 16, 64 * GB, 135e6, 4), (400, 320, 6, 40 * GB, 135e6, 3), (400, 320, 7, 40 * GB, 135e6, 1), (400, 320, 1, 64 * GB, 135e6, 1),
 ])
-def test_a_cpus_cores_are_shared_by_as_many_workers_as_there_is_work_and_memory_for(tasks, steps, cores, memory, weights, workers, monkeypatch):
+def test_cores_are_shared_by_as_many_workers_as_there_is_work_and_memory_for(tasks, steps, cores, memory, weights, workers, monkeypatch):
     monkeypatch.setattr(device, "cores", lambda: list(range(cores)))
     monkeypatch.setattr(device, "available_memory", lambda: memory)
     assert device.cpu_workers(tasks, steps, int(weights)) == workers

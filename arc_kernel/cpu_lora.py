@@ -82,7 +82,7 @@ class _Layer:
     def __init__(self, a_stacked, b_stacked, sizes):
         import torch
 
-        self.tensors = a_stacked, b_stacked  # held: their ids are how the layer is known
+        self.tensors = [*a_stacked, *b_stacked]  # held: their ids are how the layer is known
         slots, _, rank, inputs = a_stacked[0].shape
         self.slots, self.columns = slots, len(a_stacked) * rank
         self.a = a_stacked[0].new_empty(slots, self.columns, inputs)
@@ -97,12 +97,13 @@ class _Layer:
             start += size
         self.weights = {None: (self.a.flatten(0, 1).T, self.b.flatten(0, 1))} | {
             slot: (a.T, b) for slot, (a, b) in enumerate(zip(self.a, self.b))}
+        self._orderly = cpu_operators.multiplies(self.a.dtype) and not any(tensor.is_inference() for tensor in self.tensors)
         self._ordered, self._written = {}, 0
 
     def add(self, y, x, segment: _Segment, scale) -> None:
         """y [rows, out] += scale * x [rows, in] @ A.T @ B.T, with each row's own A and B."""
         a, b = self.weights[segment.slot]
-        ordered = self._in_order(segment.slot) if len(x) < FEW or x.itemsize > 2 else None
+        ordered = self._in_order(segment.slot) if self._orderly and (len(x) < FEW or x.itemsize > 2) else None
         low = ordered[0](x) if ordered else x.mm(a)
         if segment.slot is None:
             low.masked_fill_(segment.foreign(self.slots, self.columns), 0)
@@ -114,13 +115,10 @@ class _Layer:
             for columns, out in self.parts:
                 y[:, out].addmm_(low[:, columns], b[columns, out], alpha=scale)
 
-    def _in_order(self, slot: int | None) -> tuple[cpu_operators.Product, cpu_operators.Product] | None:
-        """Products with A and B of a slot, or of all (None), until vLLM writes into one; None where there are none, or where no
-        tensor says that it was written to."""
-        tensors = [*self.tensors[0], *self.tensors[1]]
-        if not cpu_operators.multiplies(self.a.dtype) or tensors[0].is_inference():
-            return None
-        written = sum(tensor._version for tensor in tensors)
+    def _in_order(self, slot: int | None) -> tuple[cpu_operators.Product, cpu_operators.Product]:
+        """Products with A and B of a slot, or of all (None), the same until vLLM writes into one: tensors count that, but those made in
+        inference mode."""
+        written = sum(tensor._version for tensor in self.tensors)
         if written != self._written:
             self._ordered, self._written = {}, written
         if slot not in self._ordered:

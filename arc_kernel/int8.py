@@ -26,7 +26,6 @@ from .errors import ArcKernelError, named_line
 
 LARGEST = 127, 64  # of a rounded weight; the second where the CPU adds pairs of products in 16 bits: (127 + 128) * 64 * 2 is below 2**15
 SIZES = 512, 576, 1536  # rows, inputs, outputs of the trial: a layer of SmolLM2-135M's
-SHAPES = 128  # numbers of rows for which an operator is kept ready
 TURNS = 16  # of the trial; the fastest counts, the first is left out. So many because another process may have the core
 FASTER = 1.2  # how many times the product in 8 bits must outdo the other
 APART = 0.02  # largest distance to the exact product, as a share of it; of normal numbers rounding makes 0.011, with small weights 0.017
@@ -101,7 +100,7 @@ class Product:
         scale = (wide.abs().amax(1, keepdim=True) / (largest or _largest())).clamp_min_(torch.finfo(torch.float32).tiny)
         self._outputs, self._scale = len(weight), scale.view(1, -1).contiguous()
         rounded = (wide / scale).round_().to(torch.int8).contiguous()  # the operator has its own copy of it, but not of the scales
-        made = torch.ops._C.create_onednn_scaled_mm_handler(rounded.T, self._scale, weight.dtype, True, False, SHAPES)
+        made = torch.ops._C.create_onednn_scaled_mm_handler(rounded.T, self._scale, weight.dtype, True, False, cpu_operators.SHAPES)
         self._handler = cpu_operators.held(self, made)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,7 @@ from .dtypes import Model, Variant
 from .engine import Prompt
 from .errors import ArcKernelError
 from .files import write_json
+from .memory import amounts
 from .prompts import IGNORED, Example
 from .tasks import Task
 
@@ -161,8 +162,4 @@ def write_adapter(shape: Shape, folder: Path, seed: int) -> Path:
 
 def peak_memory() -> float | None:
     """Largest resident memory of this process so far, MiB (VmHWM); None where the system does not say."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), None)
+    return next((kib / 1024 for kib in amounts("/proc/self/status", "VmHWM:")), None)

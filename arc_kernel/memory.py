@@ -75,17 +75,17 @@ def free_memory() -> None:
 
 def available_memory() -> int:
     """Bytes that new processes may take: what Linux has left, or a container, where that is less; 0 where neither is told."""
-    told = [1024 * amount for amount in _amounts("/proc/meminfo", "MemAvailable:")]
+    told = [1024 * amount for amount in amounts("/proc/meminfo", "MemAvailable:")]
     for folder, limit, used, cached in (("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
                                         ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")):
         with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit ("max")
             left = int(Path(folder, limit).read_text()) - int(Path(folder, used).read_text())
-            told.append(left + sum(_amounts(f"{folder}/memory.stat", cached)))
+            told.append(left + sum(amounts(f"{folder}/memory.stat", cached)))
     return max(0, min(told, default=0))
 
 
-def _amounts(path: str, name: str) -> list[int]:
-    """The amount on a line `name amount ...` of a file; none where it is not there."""
+def amounts(path: str, name: str) -> list[int]:
+    """The amount on a line `name amount ...` of a file of the system; none where it is not there."""
     try:
         lines = Path(path).read_text().splitlines()
     except OSError:

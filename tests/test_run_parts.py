@@ -390,6 +390,7 @@ def test_without_a_gpu_the_tasks_that_are_left_say_how_many_workers_there_are(fa
     for module in (device, running):
         monkeypatch.setattr(module, "cores", lambda: [0, 1])
     monkeypatch.setattr(device, "available_memory", lambda: 64 * GB)
+    monkeypatch.setattr(running, "gpu_count", lambda: 0)
     source = write_tasks(tmp_path / "many.json", {f"{number:08x}": [None] for number in range(5)})
     for devices, answered, workers in ((0, 0, 2), (0, 2, 1), (1, 0, 1)):
         out = tmp_path / f"run {devices} {answered}"

@@ -316,7 +316,7 @@ def test_norms_on_cpu_are_one_operator_where_it_computes_the_same(asked, dtype, 
         weight = torch.nn.Parameter(torch.rand(width, dtype=torch.float64 if asked == "other weight" else dtype) + 0.5)
 
         def forward_cpu(self, x, residual=None):
-            raise AssertionError("the class's own, which a stand-in does not have")
+            raise AssertionError("not exchanged")
 
         def forward_native(self, x, residual=None):
             native.append(True)

@@ -85,22 +85,23 @@ class TaskTrainer:
 
     Where `model` holds weights rescaled by `rescale`, each layer's LoRA is scaled like its weight, so that A and B, their
     gradients, and what is saved are those of the original weights. `left_out` says what gets no LoRA (see the function). On a
-    GPU passes are CUDA graphs where they can be (`decoder_pass`), unless `graphs` is False. In `int8` the frozen weights are multiplied
-    with in 8 bits, and all else is in `int8.rest`. `peaks`: how large activations get with an adapter is looked at and saved, for an
-    engine in float16; it takes as long as a step.
+    GPU passes are CUDA graphs where they can be (`decoder_pass`), unless `graphs` is False; `slow` says what a CPU lacks. In `int8` the
+    frozen weights are multiplied with in 8 bits, and all else is in `int8.rest`. `peaks`: how large activations get with an adapter is
+    looked at and saved, for an engine in float16; it takes as long as a step.
     """
 
     def __init__(self, model: Path, builder: PromptBuilder, recipe: Recipe, start: Path | None, device: str, dtype: str,
                  rescale: Rescale | None = None, graphs: bool = True, peaks: bool = True):
         import torch
 
-        from . import decoder_pass, fused_layer, int8  # import torch, which `run` can do without
+        from . import cpu_kernels, decoder_pass, fused_layer, int8  # import torch, which `run` can do without
         from .answer_loss import LOOKED_AT, plain_head
         from .flat_weights import FlatWeights
 
         self.recipe, self.builder, self.device, self.dtype, self.rescale, self.peaks = recipe, builder, device, dtype, rescale, peaks
         rest = int8.rest(dtype, device)
         self._rest, base = getattr(torch, rest), load_model(model, rest, device)
+        self.slow = cpu_kernels.missing() if device == "cpu" and rest == "bfloat16" else ""
         try:
             check_layout(base)
         except UnknownLayout as error:

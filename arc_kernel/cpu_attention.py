@@ -1,12 +1,12 @@
-"""Causal attention on a CPU as batched matrix products, for dtypes whose products outrun torch's attention kernel.
+"""Causal attention on a CPU, for dtypes whose products outrun torch's attention kernel.
 
 torch's kernel works in small blocks of its own. In bfloat16 on CPUs that have instructions for it, it takes more than half of a
-training step at 2,048 tokens (benchmarks/LOG.md), while products of whole blocks of rows go to the fast library. So the rows of all
-query heads that share a key head are one product, and what lies above the diagonal is left out but for the diagonal's blocks. A
-layer keeps what its softmax gave for its backward up to KEPT bytes; what is beyond is computed again, so that memory grows with the
-tokens, not with their square (Dao et al. 2022, "FlashAttention"). Which way is fastest is measured where it would be used: with AMX
-the kernel's forward was as good as the products'. It is measured on one shape for all models, where the ways are far apart: two processes
-that chose differently would differ in rounding.
+training step at 2,048 tokens (benchmarks/LOG.md). Two ways are faster. `compiled`: blocks of scores that never leave the core's cache, by
+`cpu_kernels`, where there is a C compiler. `products`: the rows of all query heads that share a key head are one product of the fast
+library, and what lies above the diagonal is left out but for the diagonal's blocks. A layer keeps what its softmax gave for its backward
+up to KEPT bytes; what is beyond is computed again, so that memory grows with the tokens, not with their square (Dao et al. 2022,
+"FlashAttention"). Which way is fastest is measured where it would be used: with AMX the kernel's forward was as good as the products'.
+It is measured on one shape for all models, where the ways are far apart: two processes that chose differently would differ in rounding.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Callable
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+
+from . import cpu_kernels
 
 ROWS = 256  # query positions of a block: its scores of nine heads and 1,024 keys are 4.7 MB in 16 bits
 KEPT = 48 << 20  # bytes a layer: all probabilities of nine heads at 2,048 tokens
@@ -57,6 +59,19 @@ class _Attention(torch.autograd.Function):
             of_rows[:, at] = torch.bmm(of_scores, keys[:, seen])
         shared = (t.to(rows.dtype).unflatten(0, (ctx.shape[0], -1)) for t in (of_keys, of_values))
         return _heads(of_rows.mul_(ctx.scaling), ctx.shape), *shared, None, None
+
+
+class _Compiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, scaling):
+        out, levels = cpu_kernels.attention(q, k, v, scaling)
+        ctx.scaling = scaling
+        ctx.save_for_backward(q, k, v, out, levels)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *cpu_kernels.attention_back(*ctx.saved_tensors, grad, ctx.scaling), None
 
 
 def _rows(x, keys: int):
@@ -107,6 +122,11 @@ def products(q, k, v, scaling: float):
     return _Attention.apply(q, k, v, scaling, True)
 
 
+def compiled(q, k, v, scaling: float):
+    """The same in bfloat16 by `cpu_kernels`, or by products for heads of a width that those do not take."""
+    return _Compiled.apply(q, k, v, scaling) if cpu_kernels.takes(q.shape[-1]) else products(q, k, v, scaling)
+
+
 def attend(q, k, v, scaling: float):
     """The same by what is fastest here in this dtype. In float32 that is the kernel: benchmarks/attention.py, benchmarks/LOG.md."""
     return (kernel if q.dtype == torch.float32 else fastest(q.dtype))(q, k, v, scaling)
@@ -121,8 +141,8 @@ def settle(weight: torch.Tensor) -> None:
 
 @functools.cache
 def fastest(dtype: torch.dtype) -> Callable:
-    """`kernel`, `half` or `products`, by forward and backward on this machine: tried once in a process, in turns, on TRIED tokens."""
-    ways = (kernel, half, products)
+    """The fastest of `ways`, by forward and backward on this machine: tried once in a process, in turns, on TRIED tokens."""
+    ways = ways_of(dtype)
     turns = [[seconds(way, dtype, *SHAPE, TRIED) for way in ways] for _ in range(TURNS)]
     times = dict(zip(ways, map(min, zip(*turns))))
     best = kernel
@@ -130,6 +150,11 @@ def fastest(dtype: torch.dtype) -> Callable:
         if times[best] > FASTER * times[way]:
             best = way
     return best
+
+
+def ways_of(dtype: torch.dtype) -> tuple[Callable, ...]:
+    """The ways there are for this dtype on this machine."""
+    return (kernel, half, products, *([compiled] if dtype == torch.bfloat16 and not cpu_kernels.refused() else []))
 
 
 def seconds(way, dtype: torch.dtype, heads: int, keys: int, width: int, tokens: int) -> float:

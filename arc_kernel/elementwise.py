@@ -1,8 +1,9 @@
 """What a decoder layer does beside its matrix products and attention: norm, rotary and SwiGLU, forward and backward.
 
-Written once, as plain torch operations without autograd. On a CPU they run as they stand, in place where that saves memory
-traffic. On a GPU each is compiled to one or two kernels (torch.compile): as separate operations they were half of the GPU's time
-in a step of 8,192 tokens. Whether compiling works there is tried once (`compile_on_gpu`); where it does not, they run as they stand.
+Written as plain torch operations without autograd, in place where that saves memory traffic. On a GPU each is compiled to one or two
+kernels (torch.compile): as separate operations they were half of the GPU's time in a step of 8,192 tokens. On a CPU with avx512_bf16
+`cpu_kernels` has a function for each, in a third to a seventh of the seconds. Whether these compute the same is tried once
+(`compile_on_gpu`, `take_kernels`); where they do not, or there is no compiler, the plain operations run as they stand.
 Norm: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization"; rotary: Su et al. 2021, "RoFormer"; SwiGLU: Shazeer 2020,
 "GLU Variants Improve Transformer". Fusing them for small models is Liger's idea (Hsu et al. 2024).
 """
@@ -14,12 +15,13 @@ import functools
 import torch
 from torch.nn.functional import silu
 
+from . import cpu_kernels
 from .errors import named_line
 from .memory import exhausted
 
 TRIED = ((1, 80), (3, 112))  # batches and tokens of the trial; a batch of one is compiled for itself
 CLOSE = 3e-2  # largest share of the largest value by which compiled and plain may differ: 16-bit rounding at other places
-compiled: dict = {}  # plain piece to its compiled form, in a process that trains on a GPU; where it is empty none is used
+compiled: dict = {}  # plain piece to its compiled form, the one a process trains with; where it is empty none is used
 trouble = ""  # why compiled pieces were given up; whoever tells of it empties it
 
 
@@ -28,7 +30,8 @@ def _piece(plain):
     def call(*given):
         global trouble
         try:
-            return compiled.get(plain, plain)(*given)
+            found = compiled.get(plain, plain)(*given)
+            return plain(*given) if found is NotImplemented else found
         except Exception as error:  # a size or layout the trial did not have and the compiler cannot do
             if exhausted(error) or plain not in compiled:
                 raise
@@ -102,6 +105,9 @@ def swiglu_back(grad, both):
     return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), active.mul_(grad)], 1), product
 
 
+PIECES = norm, norm_back, rotate, rotate_back, swiglu, swiglu_back
+
+
 @functools.cache
 def compile_on_gpu(dtype: torch.dtype, device: str, hidden: int, inner: int, heads: int, keys: int, width: int,
                    head_norm: bool) -> str:
@@ -110,8 +116,18 @@ def compile_on_gpu(dtype: torch.dtype, device: str, hidden: int, inner: int, hea
 
     Empty, or in one line why they are left as they are: no compiler on this machine, a GPU it does not know, wrong numbers.
     """
-    pieces = (norm, norm_back, rotate, rotate_back, swiglu, swiglu_back)
-    made = {p.plain: torch.compile(p.plain, options={"compile_threads": 1}) for p in pieces}
+    return _taken({p.plain: torch.compile(p.plain, options={"compile_threads": 1}) for p in PIECES},
+                  dtype, device, hidden, inner, heads, keys, width, head_norm)
+
+
+@functools.cache
+def take_kernels(hidden: int, inner: int, heads: int, keys: int, width: int, head_norm: bool) -> str:
+    """The same with the functions of `cpu_kernels`, which are for bfloat16 on a CPU."""
+    made = {p.plain: getattr(cpu_kernels, p.__name__) for p in PIECES}
+    return cpu_kernels.refused() or _taken(made, torch.bfloat16, "cpu", hidden, inner, heads, keys, width, head_norm)
+
+
+def _taken(made: dict, dtype: torch.dtype, device: str, hidden: int, inner: int, heads: int, keys: int, width: int, head_norm: bool) -> str:
     generator = torch.Generator().manual_seed(0)
     some = lambda *sides: torch.randn(sides, generator=generator).to(device, dtype)
     try:
@@ -129,14 +145,16 @@ def compile_on_gpu(dtype: torch.dtype, device: str, hidden: int, inner: int, hea
                 asked += ((norm, both, weight, torch.tensor(1e-6, device=device)),
                           (norm_back, both, some(*both.shape), some(*both.shape[:3], 1).float(), weight))
             for piece, *given in asked:
-                for tensor in (g for g in given if g.dim() > 1):  # batch and tokens are variables of a kernel, a model's own sizes are not
+                for tensor in (g for g in given if g.dim() > 1 and g.is_cuda):  # batch and tokens vary, a model's own sizes do not
                     torch._dynamo.maybe_mark_dynamic(tensor, (0, 1) if tensor.dim() > 2 else 0)
                 with torch.no_grad():  # as in an autograd function
                     wanted, found = piece.plain(*(g.clone() for g in given)), made[piece.plain](*given)
+                if found is NotImplemented:
+                    continue
                 for one, other in zip(*(x if isinstance(x, tuple) else (x,) for x in (wanted, found))):
                     apart = ((one - other).abs().max() / one.abs().max()).item()
                     if not apart < CLOSE:
-                        return f"{piece.__name__} compiled for this GPU is {apart:.2g} off"
+                        return f"{piece.__name__} compiled for this device is {apart:.2g} off"
     except Exception as error:  # whatever a compiler that is missing, or too old for this GPU, raises
         return named_line(error)
     compiled.update(made)

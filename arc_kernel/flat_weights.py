@@ -27,6 +27,8 @@ class FlatWeights:
         self.zero_grad()
         number = {id(w): i for i, w in enumerate(weights)}
         self._groups = [(group, group.masters, [number[id(w)] for w in group.masters]) for group in groups]
+        for group in groups:
+            group.sums = [w.grad for w in group.masters]
 
     def zero_grad(self) -> None:
         """Zero the gradient, and give each trained parameter its view of it back, also where somebody dropped it."""

@@ -64,6 +64,13 @@ class _Parts:
         """A and B of what comes after attention."""
         return [*self.o.masters, *self.gate_up.masters, *self.down.masters]
 
+    def settle(self) -> None:
+        """Find out now what is fastest on a CPU, and right."""
+        weight = self.qkv.weight
+        cpu_attention.settle(weight)
+        if weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
+            elementwise.take_kernels(weight.shape[1], self.inner, *self.heads[:2], self.width, bool(self.head_norm))
+
     def ready(self, hidden, mask, past, embeddings) -> bool:
         """Training from the start of a sequence, causal and no more, and nobody wants to see what is inside."""
         return (torch.is_grad_enabled() and past is None and embeddings is not None
@@ -153,7 +160,7 @@ def install(model: torch.nn.Module) -> Fused:
     for layer in found:
         layers.append(_Parts(layer, masks))
         layer.forward = _forward(layers[-1], layer.forward)
-        cpu_attention.settle(layers[-1].qkv.weight)
+        layers[-1].settle()
     return Fused(layers, groups + [g for p in layers for g in (p.qkv, p.o, p.gate_up, p.down)])
 
 

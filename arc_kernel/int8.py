@@ -20,7 +20,7 @@ import time
 import torch
 from torch.nn.functional import linear
 
-from . import cpu_operators
+from . import cpu_kernels, cpu_operators
 from .device import native_bfloat16
 from .errors import ArcKernelError, named_line
 
@@ -106,8 +106,13 @@ class Product:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         out = x.new_empty(len(x), self._outputs)
         if len(x):
-            x = x.contiguous() if self._factor is None else x * self._factor
-            rounded, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), 1)
-            torch.ops._C.dynamic_scaled_int8_quant(rounded, x, scale, None)
-            torch.ops._C.onednn_scaled_mm(out, rounded, scale, None, None, None, self._handler)
+            torch.ops._C.onednn_scaled_mm(out, *self._round(x.contiguous()), None, None, None, self._handler)
         return out
+
+    def _round(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found = cpu_kernels.round_to_8_bits(x, self._factor)
+        if found is NotImplemented:
+            x = x if self._factor is None else x * self._factor
+            found = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), 1)
+            torch.ops._C.dynamic_scaled_int8_quant(found[0], x, found[1], None)
+        return found

@@ -15,7 +15,7 @@ from typing import Iterator
 import torch
 from torch.nn.functional import linear
 
-from . import int8
+from . import cpu_kernels, int8
 
 LONG = 4096  # rows; at 8,192 it takes 0.96 of a Qwen2.5-0.5B's step and 1.00 of a SmolLM2-135M's (H200, benchmarks/LOG.md)
 
@@ -37,6 +37,9 @@ class Group:
             for base, rows in zip(bases, self.weight.split(self.sizes)):
                 base.weight.data = rows
         self._rounded: tuple[int8.Product, int8.Product] | None = None  # the weight's and its transpose's
+        self.sums = None  # where the masters' gradients are added up, float32, or None where autograd is given them
+        ranks = [len(a) for a in self.masters[0::2]]
+        self._compiled = cpu_kernels.Lora(self.weight.shape[1], self.sizes, ranks) if cpu_kernels.Lora.fits(self.weight, ranks) else None
 
     def round_weight(self, of_x: torch.Tensor, of_grad: torch.Tensor) -> None:
         """From now on multiply with the frozen weight in 8 bits where a gradient is wanted, forward and backward. Of what it is multiplied
@@ -45,9 +48,12 @@ class Group:
 
     def forward(self, x, masters, residual=None, training=True):
         """y [T, out] of x [T, in], with `residual` [T, out] added where there is one, and what `backward` needs of it."""
-        a = torch.cat(masters[0::2]).to(x.dtype) if len(masters) > 2 else masters[0].to(x.dtype)
-        bs = [b.to(x.dtype) for b in masters[1::2]]
-        scales = [scaling[name] for scaling, name in self.scaling]
+        masters, scales = [m.to(x.dtype) for m in masters], [scaling[name] for scaling, name in self.scaling]
+        if self._compiled:
+            y = self._rounded[0](x) if training and self._rounded else linear(x, self.weight)
+            y = y if self.bias is None else y.add_(self.bias)
+            return y, (self._compiled.forward(x, y, masters, scales, residual), masters, scales)
+        a, bs = torch.cat(masters[0::2]) if len(masters) > 2 else masters[0], masters[1::2]
         h, weight = x @ a.T, self.weight
         wide = _wider(x, *self.weight.shape)
         if wide:
@@ -69,6 +75,9 @@ class Group:
 
     def to_input(self, grad, kept, need_x=True):
         """From the gradient to y [T, out] that to x [T, in] (None where not asked for), and that to h, for `to_masters`."""
+        if self._compiled:
+            of_x = None if not need_x else self._rounded[1](grad) if self._rounded else grad @ self.weight
+            return of_x, self._compiled.to_input(grad, of_x, *kept[1:])
         h, a, scales, *bs = kept
         grad_h = torch.empty_like(h)
         for g, low, b, scale in zip(grad.split(self.sizes, 1), self._parts(grad_h, bs), bs, scales):
@@ -81,7 +90,11 @@ class Group:
         return of_x.addmm_(grad_h, a), grad_h
 
     def to_masters(self, grad, grad_h, x, kept, factor=None):
-        """Gradients to the masters, in x's dtype. With `factor` [in] the layers' input was x times factor."""
+        """Gradients to the masters, None where they are added to `sums`. With `factor` [in] the layers' input was x times factor."""
+        if self._compiled:
+            sums = self.sums or [m.new_zeros(m.shape, dtype=torch.float32) for m in kept[1]]
+            self._compiled.to_masters(grad, grad_h, x, factor, *kept, sums)
+            return [None] * len(sums) if self.sums else sums
         h, _, scales, *bs = kept
         grad_a = grad_h.T @ x
         if factor is not None:

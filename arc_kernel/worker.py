@@ -103,8 +103,8 @@ class Worker:
         self._dtypes = verdict.training_candidates(self.job.ttt_dtype, self.device)
         if not self._load_trainer(self._dtypes):
             raise ArcKernelError(f"{self.job.model}: no dtype is left to train in: set ttt_steps=0")
-        if self._trainer.left_out:
-            self.tell("note", text=self._trainer.left_out)
+        for text in filter(None, (self._trainer.left_out, self._trainer.slow)):
+            self.tell("note", text=text)
         self.lap("load model")
         tokens = 0
         while asked is not None:

@@ -80,8 +80,9 @@ def test_manifest_covers_every_file(built):
 
 
 def test_code_bundle_holds_the_whole_package(code):
-    package = {f.relative_to(HOME).as_posix() for f in (HOME / "arc_kernel").rglob("*") if f.suffix in (".py", ".toml", ".txt", ".json")}
-    assert {"arc_kernel/kaggle/profiles.toml", "arc_kernel/lora_tiles/Tesla_T4_SHRINK.json"} <= package
+    parts = (".py", ".toml", ".txt", ".json", ".c", ".h")
+    package = {f.relative_to(HOME).as_posix() for f in (HOME / "arc_kernel").rglob("*") if f.suffix in parts}
+    assert {"arc_kernel/kaggle/profiles.toml", "arc_kernel/lora_tiles/Tesla_T4_SHRINK.json", "arc_kernel/c/bfloat16.h"} <= package
     others = {name for name in ("requirements.txt", "requirements-cpu.txt", "notebooks/submission.py") if (HOME / name).is_file()}
     assert set(contents(code)) == package | others | {"manifest.json", "dataset-metadata.json"}
 

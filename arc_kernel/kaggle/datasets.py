@@ -24,7 +24,7 @@ from ..trained_prompt import FRESH, recorded
 from . import templates
 
 PACKAGE = Path(__file__).resolve().parent.parent
-PARTS = (".py", ".toml", ".txt", ".json")  # what the package is made of: modules, profiles, lists of packages, tiles
+PARTS = (".py", ".toml", ".txt", ".json", ".c", ".h")  # what the package is made of: modules, profiles, lists of packages, tiles, C
 
 
 def build_code(out: Path, username: str = templates.USERNAME, say: Callable[[str], None] = print) -> Path:

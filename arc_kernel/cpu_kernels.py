@@ -1,0 +1,327 @@
+"""C functions for training on a CPU with avx512_bf16 (`c/`): attention, a LoRA's products, norm, rotary and SwiGLU, rounding to 8 bits. The
+machine's own compiler compiles them, in a second, once; they are kept beside converted models. Where there is no compiler, or another
+CPU, training does without. They fill the processor where torch's operators wait for memory, for their weights to be put in order and for
+Python: a step takes two thirds of the seconds (benchmarks/LOG.md).
+
+Their threads are those of torch: its library of OpenMP, which it loads for all, is what they are linked to at load. A second one would have
+threads of its own, which wait spinning on the cores of the first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from .checkpoint import check_cache
+from .errors import ArcKernelError, named_line
+
+SOURCES = Path(__file__).parent / "c"
+COMPILERS = "gcc", "cc"  # clang's OpenMP is not the one that torch comes with
+FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-mfma", *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "bf16")))
+LANES, BLOCK, WIDEST = 16, 64, 256  # numbers in a register, tokens in a block of attention, its widest head: as in `c/`
+TRIED, TURNS = (512, 576, 32), 8  # tokens, inputs and outputs, rank; turns of the trial of a LoRA's products
+FASTER = 1.2  # how many times these must outdo the library's: not by a hair, or two processes would differ in rounding
+PATIENCE = 60  # seconds for a compiler that takes one
+KINDS = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float, "i": ctypes.c_int}
+ELEMENTWISE = {"norm": "ppfpppll", "norm_back": "ppppppll", "rotate": "pllppipllll", "rotate_back": "pppppiplllll", "swiglu": "ppll",
+               "swiglu_back": "ppppll", "round_to_8_bits": "ppppll"}  # what each function takes, before the number of threads
+WITH_ROOM = {"attention_forward": "ppppppf", "attention_backward": "ppppppppppf", "lora_forward": "pppppl", "lora_to_input": "ppppl",
+             "lora_to_masters": "ppppppl"}  # those that give back whether they found no memory
+
+
+class _Heads(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_long) for name in ("batch", "head", "token"))]
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_long) for name in ("batch", "heads", "keys", "tokens", "width")]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("a", "b", "of_a", "of_b")),
+                *((name, ctypes.c_long) for name in ("rank", "outputs", "ranks_before", "outputs_before")), ("scale", ctypes.c_float)]
+
+
+class _Group(ctypes.Structure):
+    _fields_ = [("layers", ctypes.POINTER(_Layer)), *((name, ctypes.c_long) for name in ("many", "inputs", "outputs", "ranks"))]
+
+
+@functools.cache
+def refused() -> str:
+    """Why these functions cannot be used here, in one line; empty where they can."""
+    import torch
+
+    if not torch.cpu._is_avx512_bf16_supported():
+        return "this CPU has no avx512_bf16"
+    try:
+        _library()
+    except (ArcKernelError, OSError, subprocess.SubprocessError) as error:
+        return named_line(error)
+    return ""
+
+
+def missing() -> str:
+    """What to say of a CPU that could be used better; empty where there is nothing to say."""
+    import torch
+
+    slow = torch.cpu._is_avx512_bf16_supported() and refused()
+    return f"training on this CPU takes longer than it could: {slow}: install gcc" if slow else ""
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    import torch  # noqa: F401  brings the OpenMP library
+
+    files = sorted(SOURCES.iterdir())
+    digest = hashlib.sha256(" ".join(FLAGS).encode() + b"".join(file.read_bytes() for file in files)).hexdigest()
+    made = check_cache() / "kernels" / f"{digest[:16]}.so"
+    library = _opened(made)
+    if library is None:
+        _compile([file for file in files if file.suffix == ".c"], made)
+        library = ctypes.CDLL(str(made))
+    for name, takes in (ELEMENTWISE | WITH_ROOM).items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = [KINDS[kind] for kind in takes + "i"], ctypes.c_int if name in WITH_ROOM else None
+    return library
+
+
+def _opened(made: Path) -> ctypes.CDLL | None:
+    """What was compiled before, where it is there, whole, for this machine, and this user's: another's is not run."""
+    with contextlib.suppress(OSError):
+        if made.stat().st_uid == os.geteuid():
+            return ctypes.CDLL(str(made))
+    return None
+
+
+def _compile(sources: list[Path], made: Path) -> None:
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        raise ArcKernelError(f"there is no C compiler ({' or '.join(COMPILERS)})")
+    made.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=made.parent, prefix=".making-") as folder:
+        objects = [str(Path(folder) / f"{file.stem}.o") for file in sources]
+        running = [_started([compiler, *FLAGS, "-c", str(file), "-o", name]) for file, name in zip(sources, objects)]
+        for each in running:
+            _finish(each)
+        shared = Path(folder) / made.name
+        _finish(_started([compiler, "-shared", *objects, "-o", str(shared), "-lm"]))
+        os.replace(shared, made)
+
+
+def _started(command: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
+
+
+def _finish(process: subprocess.Popen) -> None:
+    try:
+        said = process.communicate(timeout=PATIENCE)[1]
+    finally:
+        process.kill()
+    if process.returncode:
+        line = next((line for line in said.splitlines() if "error" in line), f"code {process.returncode}")
+        raise ArcKernelError(f"{process.args[0]}: {line.strip()}")
+
+
+def takes(width: int) -> bool:
+    """Whether there is attention for heads of this width."""
+    return width % LANES == 0 and width <= WIDEST
+
+
+def attention(q, k, v, scaling: float):
+    """Causal attention of q [B, n, T, width] over k and v [B, m, T, width], n a multiple of m, bfloat16 of a width that it `takes`: the
+    same shape as q, in memory [B, T, n, width]; and what the gradient needs, float32 [B, n, T rounded up to 64]."""
+    import torch
+
+    q, k, v = map(_lined_up, (q, k, v))
+    out, levels = _empty_heads(q), torch.empty(*q.shape[:2], -(-q.shape[2] // BLOCK) * BLOCK)
+    _run("attention_forward", *map(_heads, (q, k, v, out)), levels.data_ptr(), _shape(q, k), scaling)
+    return out, levels
+
+
+def attention_back(q, k, v, out, levels, grad, scaling: float):
+    """The gradients to q, k and v from that to `out`, which `attention` gave with `levels`."""
+    given, made = list(map(_lined_up, (q, k, v, out, grad))), [_empty_heads(x) for x in (q, k, v)]
+    _run("attention_backward", *map(_heads, given), levels.data_ptr(), *map(_heads, made), _shape(q, k), scaling)
+    return made
+
+
+class Lora:
+    """The products of LoRA layers that read the same input, A [rank, in] and B [outputs, rank] each, in bfloat16. `masters` below are A and
+    B of one after the other."""
+
+    def __init__(self, inputs: int, outputs: list[int], ranks: list[int]):
+        self.ranks, self._layers = sum(ranks), (_Layer * len(ranks))()
+        self._group = _Group(self._layers, len(ranks), inputs, sum(outputs), self.ranks)
+        self._given = None
+        for number, layer in enumerate(self._layers):
+            layer.rank, layer.ranks_before = ranks[number], sum(ranks[:number])
+            layer.outputs, layer.outputs_before = outputs[number], sum(outputs[:number])
+
+    @staticmethod
+    def fits(weight, ranks) -> bool:
+        """Whether there is this for a frozen `weight` [out, in] and these ranks."""
+        import torch
+
+        return (weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not refused()
+                and all(side % LANES == 0 for side in (*weight.shape, *ranks)) and _outdoes_the_library())
+
+    def forward(self, x, y, masters, scales, residual=None):
+        """Adds to y [T, out] what the layers add to it for x [T, in], and the `residual` [T, out]; gives back h [T, ranks], x A' of all."""
+        x, h, beside = x.contiguous(), x.new_empty(x.shape[0], self.ranks), None if residual is None else residual.contiguous()
+        _run("lora_forward", x.data_ptr(), self._of(masters, scales), h.data_ptr(), y.data_ptr(), _at(beside), x.shape[0])
+        return h
+
+    def to_input(self, grad, to_x, masters, scales):
+        """The gradient to h from that to y, `grad`; and to_x [T, in], where it is there, has what h adds to the gradient to x added."""
+        grad, to_h = grad.contiguous(), grad.new_empty(grad.shape[0], self.ranks)
+        _run("lora_to_input", grad.data_ptr(), self._of(masters, scales), to_h.data_ptr(), _at(to_x), grad.shape[0])
+        return to_h
+
+    def to_masters(self, grad, to_h, x, factor, h, masters, scales, sums) -> None:
+        """Adds the gradients to the masters to `sums`, float32; with `factor` [in] the layers' input was x times that."""
+        grad, x = grad.contiguous(), x.contiguous()
+        for layer, of_a, of_b in zip(self._layers, sums[0::2], sums[1::2]):
+            layer.of_a, layer.of_b = of_a.data_ptr(), of_b.data_ptr()
+        _run("lora_to_masters", grad.data_ptr(), to_h.data_ptr(), x.data_ptr(), _at(factor), h.data_ptr(), self._of(masters, scales),
+             x.shape[0])
+
+    def _of(self, masters, scales):
+        given = [m.data_ptr() for m in masters], scales
+        if given != self._given:
+            self._given = given
+            for number, layer in enumerate(self._layers):
+                layer.a, layer.b = given[0][2 * number:2 * number + 2]
+                layer.scale = scales[number]
+        return ctypes.byref(self._group)
+
+
+@functools.cache
+def _outdoes_the_library() -> bool:
+    """Whether a layer's products are faster than those of torch's library, as they are where that has no AMX to use: tried once in a
+    process, by turns."""
+    import torch
+
+    tokens, inputs, rank = TRIED
+    x, y = torch.ones(tokens, inputs, dtype=torch.bfloat16), torch.zeros(tokens, inputs, dtype=torch.bfloat16)
+    a, b = torch.ones(rank, inputs, dtype=torch.bfloat16), torch.ones(inputs, rank, dtype=torch.bfloat16)
+    ours, times = Lora(inputs, [inputs], [rank]), []
+    ways = lambda: ours.forward(x, y, [a, b], [1.0]), lambda: y.addmm_(x @ a.T, b.T)
+    with torch.no_grad():
+        for way in ways * TURNS:
+            begun = time.perf_counter()
+            way()
+            times.append(time.perf_counter() - begun)
+    return min(times[1::2]) > FASTER * min(times[0::2])
+
+
+def round_to_8_bits(x, factor=None):
+    """x [T, n] times `factor` [n], where there is one, as int8 [T, n] and float32 [T, 1], what each row of that is to be multiplied with;
+    like all that follow, NotImplemented for what cannot be done."""
+    import torch
+
+    if not _rows(x) or refused():
+        return NotImplemented
+    rounded, scales = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[0], 1)
+    _run("round_to_8_bits", x.data_ptr(), _at(factor), rounded.data_ptr(), scales.data_ptr(), *x.shape)
+    return rounded, scales
+
+
+def norm(x, weight, eps):
+    """As `elementwise.norm`."""
+    import torch
+
+    if not _rows(x, weight) or weight.dim() > 1:
+        return NotImplemented
+    normed, scaled, inverse = torch.empty_like(x), torch.empty_like(x), torch.empty(x.shape[0], 1)
+    _run("norm", x.data_ptr(), weight.data_ptr(), eps.item(), normed.data_ptr(), inverse.data_ptr(), scaled.data_ptr(), *x.shape)
+    return normed, inverse, scaled
+
+
+def norm_back(grad, normed, inverse, weight, beside=None):
+    """As `elementwise.norm_back`."""
+    if not _rows(grad, normed, weight, *(() if beside is None else (beside,))) or grad.dim() > 2:
+        return NotImplemented
+    made = grad.new_empty(grad.shape)
+    _run("norm_back", *map(_at, (grad, normed, inverse, weight, beside, made)), *grad.shape)
+    return made
+
+
+def rotate(x, cos, sin):
+    """As `elementwise.rotate`."""
+    width = x.shape[-1]
+    if x.stride()[2:] != (width, 1) or width % (2 * LANES) or not _rows(cos, sin) or x.dtype != cos.dtype:
+        return NotImplemented
+    made = x.new_empty(x.shape)
+    _run("rotate", x.data_ptr(), *x.stride()[:2], cos.data_ptr(), sin.data_ptr(), cos.shape[0] == 1, made.data_ptr(), *x.shape)
+    return made
+
+
+def rotate_back(of_q, of_k, of_v, cos, sin):
+    """As `elementwise.rotate_back`."""
+    batch, tokens, heads, width = of_q.shape
+    keys = of_k.shape[2]
+    if width % (2 * LANES) or not _rows(of_q, of_k, of_v, cos, sin):
+        return NotImplemented
+    made = of_q.new_empty(batch, tokens, heads + 2 * keys, width)
+    _run("rotate_back", *map(_at, (of_q, of_k, of_v, cos, sin)), cos.shape[0] == 1, made.data_ptr(), batch, tokens, heads, keys, width)
+    return made
+
+
+def swiglu(both):
+    """As `elementwise.swiglu`."""
+    if not _rows(both) or both.shape[1] % (2 * LANES):
+        return NotImplemented
+    made = both.new_empty(both.shape[0], both.shape[1] // 2)
+    _run("swiglu", both.data_ptr(), made.data_ptr(), *made.shape)
+    return made
+
+
+def swiglu_back(grad, both):
+    """As `elementwise.swiglu_back`."""
+    if not _rows(grad, both):
+        return NotImplemented
+    to_both, product = both.new_empty(both.shape), grad.new_empty(grad.shape)
+    _run("swiglu_back", *map(_at, (grad, both, to_both, product)), *grad.shape)
+    return to_both, product
+
+
+def _run(name: str, *given) -> None:
+    import torch
+
+    if getattr(_library(), name)(*given, torch.get_num_threads()):
+        raise MemoryError(f"{name}: no memory")
+
+
+def _rows(*tensors) -> bool:
+    """Are these bfloat16, one number after the other, in rows of whole registers?"""
+    import torch
+
+    return all(t.dtype == torch.bfloat16 and t.is_contiguous() and t.shape[-1] % LANES == 0 for t in tensors)
+
+
+def _at(tensor) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _lined_up(x):
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _empty_heads(x):
+    """Heads [B, n, T, width] that are [B, T, n, width] in memory."""
+    return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
+
+
+def _heads(x):
+    return ctypes.byref(_Heads(x.data_ptr(), *x.stride()[:3]))
+
+
+def _shape(q, k):
+    return ctypes.byref(_Shape(*q.shape[:2], k.shape[1], *q.shape[2:]))

@@ -19,6 +19,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+
 from .checkpoint import check_cache
 from .errors import ArcKernelError, named_line
 
@@ -79,7 +80,7 @@ def missing() -> str:
 def _library() -> ctypes.CDLL:
     import torch  # noqa: F401  brings the OpenMP library
 
-    files = sorted(SOURCES.iterdir())
+    files = sorted(file for file in SOURCES.iterdir() if file.suffix in (".c", ".h"))
     digest = hashlib.sha256(" ".join(FLAGS).encode() + b"".join(file.read_bytes() for file in files)).hexdigest()
     made = check_cache() / "kernels" / f"{digest[:16]}.so"
     library = _opened(made)
@@ -186,7 +187,7 @@ class Lora:
 
     def to_masters(self, grad, to_h, x, factor, h, masters, scales, sums) -> None:
         """Adds the gradients to the masters to `sums`, float32; with `factor` [in] the layers' input was x times that."""
-        grad, x = grad.contiguous(), x.contiguous()
+        grad, x, factor = grad.contiguous(), x.contiguous(), None if factor is None else factor.to(x.dtype)
         for layer, of_a, of_b in zip(self._layers, sums[0::2], sums[1::2]):
             layer.of_a, layer.of_b = of_a.data_ptr(), of_b.data_ptr()
         _run("lora_to_masters", grad.data_ptr(), to_h.data_ptr(), x.data_ptr(), _at(factor), h.data_ptr(), self._of(masters, scales),

@@ -1,5 +1,5 @@
 """Seconds of attention in training, forward and backward, in turns: torch's CPU kernel, its forward with a gradient by batched
-products (half), and all by products.
+products (half), all by products, and compiled, in bfloat16 where there is a C compiler.
 
     python -m benchmarks.attention [--dtype bfloat16] [--lengths 512,1024,2048] [--rounds 5] [--heads 9,3,64]
 
@@ -16,9 +16,6 @@ from arc_kernel import ceilings, cpu_attention
 from arc_kernel.device import device_model, prepare_for
 from arc_kernel.precision import verdict
 
-WAYS = (cpu_attention.kernel, cpu_attention.half, cpu_attention.products)
-
-
 def main() -> None:
     """Compare them at each length."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -32,13 +29,14 @@ def main() -> None:
     dtype, (heads, keys, width) = getattr(torch, name), map(int, options.heads.split(","))
     print(f"{device_model('cpu')}, {name}, {torch.get_num_threads()} threads, product of {ceilings.SIDE}^3 at "
           f"{ceilings.gemm(name, 'cpu') / 1e9:.0f} GFLOP/s")
-    beside = "".join(f"{f'{way.__name__}, s':>13}{f'{way.__name__}/kernel':>17}{'min to max':>14}" for way in WAYS[1:])
+    ways = cpu_attention.ways_of(dtype)
+    beside = "".join(f"{f'{way.__name__}, s':>13}{f'{way.__name__}/kernel':>17}{'min to max':>14}" for way in ways[1:])
     print(f"{'tokens':>6}{'kernel, s':>11}{beside}{'GFLOP/s':>9}{'peak':>6}")
     for tokens in map(int, options.lengths.split(",")):
-        rounds = [[cpu_attention.seconds(way, dtype, heads, keys, width, tokens) for way in WAYS] for _ in range(options.rounds + 1)][1:]
+        rounds = [[cpu_attention.seconds(way, dtype, heads, keys, width, tokens) for way in ways] for _ in range(options.rounds + 1)][1:]
         best = [min(times) for times in zip(*rounds)]
         line = f"{tokens:6}{best[0]:11.4f}"
-        for number in range(1, len(WAYS)):
+        for number in range(1, len(ways)):
             ratios = [times[number] / times[0] for times in rounds]
             line += f"{best[number]:13.4f}{statistics.median(ratios):17.2f}{f'{min(ratios):.2f} to {max(ratios):.2f}':>14}"
         speed = 3.5 * 2.0 * tokens**2 * heads * width / min(best)

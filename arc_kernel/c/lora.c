@@ -7,9 +7,11 @@
 
 #include "bfloat16.h"
 
+#include <omp.h>
 #include <stdlib.h>
 
-enum { ROWS = 8, MOST = 3 }; /* of a tile that is made at a time, MOST in 16 columns */
+enum { ROWS = 8, MOST = 3 };                /* of a tile that is made at a time, MOST in 16 columns */
+enum { PANEL = 2 * MOST * LANES, AT_ONCE = 1024 }; /* columns and rows that are packed at a time for gradients */
 #define EACH(i, many) _Pragma("GCC unroll 8") for (int i = 0; i < many; i++)
 
 typedef struct { /* a [rank, inputs], b [outputs, rank], and the sums of their gradients; ranks and outputs of the layers before it */
@@ -93,6 +95,12 @@ ALWAYS void pack_turned(uint32_t *to, const bfloat16 *x, long depth)
     for (long k = 0; k < depth / 2; k++) _mm512_storeu_si512(to + k * LANES, _mm512_i32gather_epi32(steps, (const uint32_t *)x + k, 4));
 }
 
+/* A row of the left that is packed as a column, of so many words. */
+ALWAYS Left packed_row(const uint32_t *packed, long row, long words)
+{
+    return (Left){packed + row / LANES * LANES * span(words) + row % LANES, 1, LANES};
+}
+
 #define THREADS _Pragma("omp parallel num_threads(threads)")
 #define SHARED _Pragma("omp for schedule(static)")
 #define SHARED_NO_WAIT _Pragma("omp for schedule(static) nowait")
@@ -166,39 +174,50 @@ int lora_to_input(const bfloat16 *grad, const Group *g, bfloat16 *to_h, bfloat16
     return 0;
 }
 
-/* of_a += to_h' x, times `factor` [inputs] where there is one; of_b += grad' h * scale; layer by layer. */
+/* of_a += to_h' x, times `factor` [inputs] where there is one; of_b += grad' h * scale; layer by layer. So many rows, and columns of x and
+   grad, at a time that what is packed of them stays in a core's cache. */
 int lora_to_masters(const bfloat16 *grad, const bfloat16 *to_h, const bfloat16 *x, const bfloat16 *factor, const bfloat16 *h,
                     const Group *g, long rows, int threads)
 {
-    long words = (rows + 1) / 2, far = span(words);
-    uint32_t *of_grad = room(far * (g->outputs + g->inputs + 2 * g->ranks)), *of_x = of_grad + far * g->outputs;
-    uint32_t *of_to_h = of_x + far * g->inputs, *of_h = of_to_h + far * g->ranks;
-    if (!of_grad) return 1;
+    const long far = span(AT_ONCE / 2);
+    uint32_t *of_h = room(2 * g->ranks * far), *of_to_h = of_h + g->ranks * far, *panels = room(threads * PANEL * far);
+    if (!of_h || !panels) return free(of_h), free(panels), 1;
     THREADS
     {
-        SHARED
-        for (long k = 0; k < words; k++) {
-            pack_pair(of_grad, grad, g->outputs, rows, g->outputs, k), pack_pair(of_x, x, g->inputs, rows, g->inputs, k);
-            pack_pair(of_to_h, to_h, g->ranks, rows, g->ranks, k), pack_pair(of_h, h, g->ranks, rows, g->ranks, k);
-        }
-        for (LAYERS) {
-            const uint32_t *of_ranks = of_to_h + l->ranks_before * far, *of_outputs = of_grad + l->outputs_before * far;
-            SHARED_NO_WAIT
-            for (long n = 0; n < g->inputs; n += MOST * LANES) /* so that what is on the right stays in the cache */
-                for (long row = 0; row < l->rank; row += ROWS) {
-                    const Left left = {of_ranks + row / LANES * LANES * far + row % LANES, 1, LANES};
-                    const To to = {NULL, l->of_a + row * g->inputs + n, g->inputs};
-                    const More more = {factor ? factor + n : NULL, NULL};
-                    strip(to, left, of_x + n * far, words, ROWS, least(MOST * LANES, g->inputs - n), 1, more, 1);
+        uint32_t *panel = panels + omp_get_thread_num() * PANEL * far;
+        for (long start = 0; start < rows; start += AT_ONCE) {
+            long many = least(AT_ONCE, rows - start), words = (many + 1) / 2;
+            SHARED
+            for (long k = 0; k < words; k++) {
+                pack_pair(of_h, h + start * g->ranks, g->ranks, many, g->ranks, k);
+                pack_pair(of_to_h, to_h + start * g->ranks, g->ranks, many, g->ranks, k);
+            }
+            for (LAYERS) {
+                SHARED_NO_WAIT
+                for (long n = 0; n < l->outputs; n += PANEL) {
+                    long columns = least(PANEL, l->outputs - n);
+                    const bfloat16 *from = grad + start * g->outputs + l->outputs_before + n;
+                    for (long k = 0; k < words; k++) pack_pair(panel, from, g->outputs, many, columns, k);
+                    for (long row = 0; row < columns; row += ROWS) {
+                        const To to = {NULL, l->of_b + (n + row) * l->rank, l->rank};
+                        const uint32_t *beside = of_h + l->ranks_before * span(words);
+                        strip(to, packed_row(panel, row, words), beside, words, ROWS, l->rank, l->scale, (More){0}, 1);
+                    }
                 }
-            SHARED_NO_WAIT
-            for (long row = 0; row < l->outputs; row += ROWS) {
-                const Left left = {of_outputs + row / LANES * LANES * far + row % LANES, 1, LANES};
-                const To to = {NULL, l->of_b + row * l->rank, l->rank};
-                strip(to, left, of_h + l->ranks_before * far, words, ROWS, l->rank, l->scale, (More){0}, 1);
+            }
+            SHARED
+            for (long n = 0; n < g->inputs; n += PANEL) {
+                long columns = least(PANEL, g->inputs - n);
+                for (long k = 0; k < words; k++) pack_pair(panel, x + start * g->inputs + n, g->inputs, many, columns, k);
+                for (LAYERS)
+                    for (long row = 0; row < l->rank; row += ROWS) {
+                        const To to = {NULL, l->of_a + row * g->inputs + n, g->inputs};
+                        const More more = {factor ? factor + n : NULL, NULL};
+                        strip(to, packed_row(of_to_h, l->ranks_before + row, words), panel, words, ROWS, columns, 1, more, 1);
+                    }
             }
         }
     }
-    free(of_grad);
+    free(of_h), free(panels);
     return 0;
 }

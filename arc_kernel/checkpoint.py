@@ -318,7 +318,10 @@ def cache_folder() -> Path:
 
 def check_cache() -> Path:
     """`cache_folder`, made; raises ArcKernelError where it cannot be."""
-    folder = cache_folder()
+    try:
+        folder = cache_folder()
+    except RuntimeError:  # pathlib's, of a user who has none
+        raise ArcKernelError("there is no home folder: set ARC_KERNEL_CACHE to a folder that can be written") from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -16,19 +16,18 @@ import hashlib
 import os
 import shutil
 import subprocess
+import struct
 import tempfile
-import time
 from pathlib import Path
 
 from .checkpoint import check_cache
 from .errors import ArcKernelError, named_line
+from .files import replacing
 
 SOURCES = Path(__file__).parent / "c"
 COMPILERS = "gcc", "cc"  # clang's OpenMP is not the one that torch comes with
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-mfma", *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "bf16")))
 LANES, BLOCK, WIDEST = 16, 64, 256  # numbers in a register, tokens in a block of attention, its widest head: as in `c/`
-TRIED, TURNS = (512, 576, 32), 8  # tokens, inputs and outputs, rank; turns of the trial of a LoRA's products
-FASTER = 1.2  # how many times these must outdo the library's: not by a hair, or two processes would differ in rounding
 PATIENCE = 60  # seconds for a compiler that takes one
 KINDS = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float, "i": ctypes.c_int}
 ELEMENTWISE = {"norm": "ppfpppll", "norm_back": "ppppppll", "rotate": "pllppipllll", "rotate_back": "pppppiplllll", "swiglu": "ppll",
@@ -73,7 +72,7 @@ def missing() -> str:
     import torch
 
     slow = torch.cpu._is_avx512_bf16_supported() and refused()
-    return f"training on this CPU takes longer than it could: {slow}: install gcc" if slow else ""
+    return f"training on this CPU takes longer than it could: {slow}" if slow else ""
 
 
 @functools.cache
@@ -94,26 +93,30 @@ def _library() -> ctypes.CDLL:
 
 
 def _opened(made: Path) -> ctypes.CDLL | None:
-    """What was compiled before, where it is there, whole, for this machine, and this user's: another's is not run."""
-    with contextlib.suppress(OSError):
+    """What was compiled before, where it is there, for this machine, this user's (another's is not run), and whole: of one that was cut off
+    the first use of what is missing would end the process."""
+    with contextlib.suppress(OSError, struct.error):
         if made.stat().st_uid == os.geteuid():
-            return ctypes.CDLL(str(made))
+            head = made.read_bytes()
+            start, each, count = *struct.unpack_from("<Q", head, 40), *struct.unpack_from("<HH", head, 58)
+            if start + each * count <= len(head):  # of ELF's table of sections, which comes last
+                return ctypes.CDLL(str(made))
     return None
 
 
 def _compile(sources: list[Path], made: Path) -> None:
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
-        raise ArcKernelError(f"there is no C compiler ({' or '.join(COMPILERS)})")
-    made.parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=made.parent, prefix=".making-") as folder:
+        raise ArcKernelError(f"there is no C compiler ({' or '.join(COMPILERS)}): install gcc")
+    with tempfile.TemporaryDirectory() as folder:
         objects = [str(Path(folder) / f"{file.stem}.o") for file in sources]
         running = [_started([compiler, *FLAGS, "-c", str(file), "-o", name]) for file, name in zip(sources, objects)]
         for each in running:
             _finish(each)
         shared = Path(folder) / made.name
         _finish(_started([compiler, "-shared", *objects, "-o", str(shared), "-lm"]))
-        os.replace(shared, made)
+        with replacing(made, "wb") as file:
+            file.write(shared.read_bytes())
 
 
 def _started(command: list[str]) -> subprocess.Popen:
@@ -138,10 +141,8 @@ def takes(width: int) -> bool:
 def attention(q, k, v, scaling: float):
     """Causal attention of q [B, n, T, width] over k and v [B, m, T, width], n a multiple of m, bfloat16 of a width that it `takes`: the
     same shape as q, in memory [B, T, n, width]; and what the gradient needs, float32 [B, n, T rounded up to 64]."""
-    import torch
-
     q, k, v = map(_lined_up, (q, k, v))
-    out, levels = _empty_heads(q), torch.empty(*q.shape[:2], -(-q.shape[2] // BLOCK) * BLOCK)
+    out, levels = _empty_heads(q), _float32(*q.shape[:2], -(-q.shape[2] // BLOCK) * BLOCK)
     _run("attention_forward", *map(_heads, (q, k, v, out)), levels.data_ptr(), _shape(q, k), scaling)
     return out, levels
 
@@ -166,15 +167,18 @@ class Lora:
             layer.outputs, layer.outputs_before = outputs[number], sum(outputs[:number])
 
     @staticmethod
-    def fits(weight, ranks) -> bool:
-        """Whether there is this for a frozen `weight` [out, in] and these ranks."""
+    def fits(weight, outputs: list[int], ranks: list[int]) -> bool:
+        """Whether there is this for layers of so many outputs and such ranks whose frozen weights are rows of `weight` [out, in]. With AMX
+        torch's library multiplies more than twice as fast."""
         import torch
 
-        return (weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not refused()
-                and all(side % LANES == 0 for side in (*weight.shape, *ranks)) and _outdoes_the_library())
+        return (weight.dtype == torch.bfloat16 and weight.is_cpu and not refused() and not torch.cpu._is_amx_tile_supported()
+                and all(side % LANES == 0 for side in (weight.shape[1], *outputs, *ranks)))
 
     def forward(self, x, y, masters, scales, residual=None):
         """Adds to y [T, out] what the layers add to it for x [T, in], and the `residual` [T, out]; gives back h [T, ranks], x A' of all."""
+        if x.dtype != y.dtype:
+            raise TypeError(f"{x.dtype} is multiplied with weights in {y.dtype}")
         x, h, beside = x.contiguous(), x.new_empty(x.shape[0], self.ranks), None if residual is None else residual.contiguous()
         _run("lora_forward", x.data_ptr(), self._of(masters, scales), h.data_ptr(), y.data_ptr(), _at(beside), x.shape[0])
         return h
@@ -203,25 +207,6 @@ class Lora:
         return ctypes.byref(self._group)
 
 
-@functools.cache
-def _outdoes_the_library() -> bool:
-    """Whether a layer's products are faster than those of torch's library, as they are where that has no AMX to use: tried once in a
-    process, by turns."""
-    import torch
-
-    tokens, inputs, rank = TRIED
-    x, y = torch.ones(tokens, inputs, dtype=torch.bfloat16), torch.zeros(tokens, inputs, dtype=torch.bfloat16)
-    a, b = torch.ones(rank, inputs, dtype=torch.bfloat16), torch.ones(inputs, rank, dtype=torch.bfloat16)
-    ours, times = Lora(inputs, [inputs], [rank]), []
-    ways = lambda: ours.forward(x, y, [a, b], [1.0]), lambda: y.addmm_(x @ a.T, b.T)
-    with torch.no_grad():
-        for way in ways * TURNS:
-            begun = time.perf_counter()
-            way()
-            times.append(time.perf_counter() - begun)
-    return min(times[1::2]) > FASTER * min(times[0::2])
-
-
 def round_to_8_bits(x, factor=None):
     """x [T, n] times `factor` [n], where there is one, as int8 [T, n] and float32 [T, 1], what each row of that is to be multiplied with;
     like all that follow, NotImplemented for what cannot be done."""
@@ -229,7 +214,7 @@ def round_to_8_bits(x, factor=None):
 
     if not _rows(x) or refused():
         return NotImplemented
-    rounded, scales = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[0], 1)
+    rounded, scales = torch.empty(x.shape, dtype=torch.int8), _float32(x.shape[0], 1)
     _run("round_to_8_bits", x.data_ptr(), _at(factor), rounded.data_ptr(), scales.data_ptr(), *x.shape)
     return rounded, scales
 
@@ -240,7 +225,7 @@ def norm(x, weight, eps):
 
     if not _rows(x, weight) or weight.dim() > 1:
         return NotImplemented
-    normed, scaled, inverse = torch.empty_like(x), torch.empty_like(x), torch.empty(x.shape[0], 1)
+    normed, scaled, inverse = torch.empty_like(x), torch.empty_like(x), _float32(x.shape[0], 1)
     _run("norm", x.data_ptr(), weight.data_ptr(), eps.item(), normed.data_ptr(), inverse.data_ptr(), scaled.data_ptr(), *x.shape)
     return normed, inverse, scaled
 
@@ -301,10 +286,16 @@ def _run(name: str, *given) -> None:
 
 
 def _rows(*tensors) -> bool:
-    """Are these bfloat16, one number after the other, in rows of whole registers?"""
+    """Are these bfloat16 on the CPU, one number after the other, in rows of whole registers?"""
     import torch
 
-    return all(t.dtype == torch.bfloat16 and t.is_contiguous() and t.shape[-1] % LANES == 0 for t in tensors)
+    return all(t.dtype == torch.bfloat16 and t.is_cpu and t.is_contiguous() and t.shape[-1] % LANES == 0 for t in tensors)
+
+
+def _float32(*sides: int):
+    import torch
+
+    return torch.empty(sides, dtype=torch.float32)
 
 
 def _at(tensor) -> int | None:

@@ -22,14 +22,18 @@ def short_path(path: str) -> str:
 
 
 @contextlib.contextmanager
-def replacing(path: Path):
+def replacing(path: Path, mode: str = "w"):
     """Open a temporary file beside `path` for writing and rename it to `path` when the block ends without error. What UTF-8 has no bytes
-    for, as half a character in a task's id, is written as its number."""
+    for, as half a character in a task's id, is written as its number; with `mode` "wb" bytes are written, and are on the disk before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+        text = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}
+        with os.fdopen(handle, mode, **text) as file:
             yield file
+            if "b" in mode:
+                file.flush()
+                os.fsync(file.fileno())
         os.chmod(name, 0o644)  # mkstemp makes 0600; others must be able to read a submission
         os.replace(name, path)
     except BaseException:

@@ -39,7 +39,8 @@ class Group:
         self._rounded: tuple[int8.Product, int8.Product] | None = None  # the weight's and its transpose's
         self.sums = None  # where the masters' gradients are added up, float32, or None where autograd is given them
         ranks = [len(a) for a in self.masters[0::2]]
-        self._compiled = cpu_kernels.Lora(self.weight.shape[1], self.sizes, ranks) if cpu_kernels.Lora.fits(self.weight, ranks) else None
+        fits = cpu_kernels.Lora.fits(self.weight, self.sizes, ranks)
+        self._compiled = cpu_kernels.Lora(self.weight.shape[1], self.sizes, ranks) if fits else None
 
     def round_weight(self, of_x: torch.Tensor, of_grad: torch.Tensor) -> None:
         """From now on multiply with the frozen weight in 8 bits where a gradient is wanted, forward and backward. Of what it is multiplied
@@ -48,7 +49,7 @@ class Group:
 
     def forward(self, x, masters, residual=None, training=True):
         """y [T, out] of x [T, in], with `residual` [T, out] added where there is one, and what `backward` needs of it."""
-        masters, scales = [m.to(x.dtype) for m in masters], [scaling[name] for scaling, name in self.scaling]
+        masters, scales = [m.to(x.dtype).contiguous() for m in masters], [scaling[name] for scaling, name in self.scaling]
         if self._compiled:
             y = self._rounded[0](x) if training and self._rounded else linear(x, self.weight)
             y = y if self.bias is None else y.add_(self.bias)

@@ -61,6 +61,15 @@ def test_compiled_attention_of_any_shape_and_threads(shape, threads, monkeypatch
 
 
 @made_here
+@pytest.mark.parametrize("scaling", [1e4, 1e6])
+def test_gradients_of_scores_so_large_that_their_rounding_tells(scaling):
+    (q, k, v), grad = heads((1, 4, 2, 150, 64), torch.bfloat16)
+    of_values = torch.autograd.grad(compiled(q, k, v, scaling), v, grad)[0].float()
+    wanted = grad.float().unflatten(1, (2, 2)).sum((2, 3))  # what queries give to values is 1 together, whatever its shares
+    assert (of_values.sum(2) - wanted).norm() < 0.02 * wanted.norm()
+
+
+@made_here
 def test_a_value_that_is_not_finite_reaches_all_that_see_it():
     for which in range(3):
         inputs, _ = heads((1, 2, 1, 150, 32), torch.bfloat16)

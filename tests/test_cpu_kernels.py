@@ -95,6 +95,17 @@ def test_products_of_a_lora_are_torchs(outputs, ranks, tokens, threads, monkeypa
 
 
 @made_here
+def test_layers_whose_sides_are_no_multiples_are_left_to_torch(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    fits = lambda outputs, inputs=64, ranks=(16, 16), dtype=torch.bfloat16: cpu_kernels.Lora.fits(
+        torch.zeros(sum(outputs), inputs, dtype=dtype), outputs, ranks)
+    assert fits([64, 16]) and not fits([200, 200]) and not fits([64, 16], 72)
+    assert not fits([64, 16], ranks=(16, 8)) and not fits([64, 16], dtype=torch.float32)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert not fits([64, 16])
+
+
+@made_here
 @pytest.mark.parametrize("factor", [None, some(96).abs()])
 def test_rounding_to_8_bits(factor):
     x = some(37, 96) * torch.logspace(-4, 4, 37)[:, None].bfloat16()
@@ -137,7 +148,7 @@ def trained(name: str, dtype, flat: bool):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_with_them_is_no_further_from_float32_than_one_without(name, flat, monkeypatch):
     exact, wanted = trained(name, torch.float32, flat)
-    monkeypatch.setattr(cpu_kernels, "_outdoes_the_library", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(cpu_attention, "fastest", lambda dtype: cpu_attention.compiled)
     calls, run = set(), cpu_kernels._run
     monkeypatch.setattr(cpu_kernels, "_run", lambda called, *given: calls.add(called) or run(called, *given))
@@ -189,7 +200,7 @@ def test_processes_that_compile_at_once_do_not_disturb_each_other(anew):
 def test_a_machine_without_a_compiler_trains_without_and_says_what_is_missing(anew, monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert "no C compiler (gcc or cc)" in cpu_kernels.refused() and cpu_kernels.missing().endswith(": install gcc")
-    assert not cpu_kernels.Lora.fits(some(64, 64), [16]) and cpu_kernels.round_to_8_bits(some(3, 64)) is NotImplemented
+    assert not cpu_kernels.Lora.fits(some(64, 64), [64], [16]) and cpu_kernels.round_to_8_bits(some(3, 64)) is NotImplemented
     assert cpu_attention.compiled not in cpu_attention.ways_of(torch.bfloat16)
 
 
@@ -207,11 +218,34 @@ def test_a_compiler_that_fails_is_no_error_of_the_run(anew, script, said, tmp_pa
     monkeypatch.chdir(tmp_path)
     begun = time.monotonic()
     assert said in cpu_kernels.refused() and time.monotonic() - begun < 5
-    assert not [p for p in anew.iterdir() if p.suffix != ".so"]
+    assert not anew.exists() or not [p for p in anew.iterdir() if p.suffix != ".so"]
     monkeypatch.undo()  # the compiler is mended, and what it left is not loaded
     monkeypatch.setenv("ARC_KERNEL_CACHE", str(anew.parent))
     cpu_kernels.refused.cache_clear()
     assert not cpu_kernels.refused()
+
+
+@made_here
+def test_a_library_that_was_cut_off_is_made_again(anew):
+    assert not cpu_kernels.refused()
+    made, = anew.iterdir()
+    whole = made.read_bytes()
+    for kept in (0, 50, 5000, len(whole) - 1):
+        made.unlink()  # not written over: it is in use
+        made.write_bytes(whole[:kept])
+        cpu_kernels._library.cache_clear()
+        cpu_kernels._library()
+        assert len(made.read_bytes()) == len(whole)
+
+
+def test_a_user_without_a_home_trains_without(anew, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.delenv("ARC_KERNEL_CACHE")
+    monkeypatch.setattr(cpu_kernels.Path, "home", homeless)
+    assert "set ARC_KERNEL_CACHE" in cpu_kernels.missing()
 
 
 @made_here

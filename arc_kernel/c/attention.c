@@ -15,6 +15,7 @@
 enum { SIDE = 64, PAIRS = SIDE / 2, ROWS = 4, COLUMNS = SIDE / LANES, WIDEST = 256 }; /* ROWS x SIDE numbers are made at a time */
 #define FAR -1e30f           /* a score of what is not seen */
 #define LOG2_E 1.44269504f   /* powers of two are faster than those of e */
+#define ROUNDED (_MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC) /* by itself: not made one with the sum that follows */
 #define OWN __attribute__((aligned(64)))
 #define EACH(i, many) _Pragma("GCC unroll 4") for (int i = 0; i < many; i++)
 
@@ -131,7 +132,7 @@ static void attend(const uint32_t *queries, const bfloat16 *keys, const uint32_t
             __m512 made[ROWS][COLUMNS];
             scores_of(made, keys + row * width, queries, width);
             EACH(m, ROWS) EACH(n, COLUMNS) {
-                __m512 score = _mm512_mul_ps(made[m][n], unit);
+                __m512 score = _mm512_mul_round_ps(made[m][n], unit, ROUNDED);
                 if (j == block) score = _mm512_mask_mov_ps(score, blind(row + m, n * LANES), one(FAR));
                 most[n] = _mm512_max_ps(most[n], score);
                 _mm512_store_ps(scores + (row + m) * SIDE + n * LANES, score);
@@ -210,7 +211,8 @@ static void add_gradients(const Queries *q, const bfloat16 *keys, const uint32_t
         float chance[ROWS * SIDE] OWN;
         scores_of(made, keys + row * width, q->columns, width);
         EACH(m, ROWS) EACH(n, COLUMNS) {
-            __m512 p = power_of_two(_mm512_fmsub_ps(made[m][n], unit, _mm512_loadu_ps(q->levels + n * LANES)));
+            __m512 score = _mm512_mul_round_ps(made[m][n], unit, ROUNDED); /* as forward: of the largest the rounding tells */
+            __m512 p = power_of_two(_mm512_sub_ps(score, _mm512_loadu_ps(q->levels + n * LANES)));
             if (own) p = _mm512_mask_mov_ps(p, blind(row + m, n * LANES), one(0));
             _mm512_store_ps(chance + m * SIDE + n * LANES, p);
             write(chances + (row + m) * SIDE + n * LANES, p);

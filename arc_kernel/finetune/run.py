@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from .. import ceilings, checkpoint, progress, trained_prompt
+from .. import ceilings, checkpoint, cpu_kernels, progress, trained_prompt
 from ..device import device_model, device_name
 from ..errors import ArcKernelError, counted
 from ..events import EventLog, read_events
@@ -140,8 +140,9 @@ class Run:
         dtype = training_dtype(s.dtype, device)
         torch.manual_seed(s.seed)
         learner = Learner(folder, s.lora_rank, Path(s.adapter) if s.adapter else None, dtype, s.gradient_checkpointing, device)
-        if learner.left_out:
-            self.log.say("data", text=learner.left_out)
+        slow = cpu_kernels.missing() if (device, dtype) == ("cpu", "bfloat16") else ""
+        for text in filter(None, (learner.left_out, slow)):
+            self.log.say("data", text=text)
         trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
         self.peak = ceilings.gemm(dtype, device, repeats=3)
         self.log.say("start", text=f"{trained / 1e6:.1f}M weights trained in {dtype} on {device_model(device)}, "

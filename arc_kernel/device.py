@@ -35,8 +35,8 @@ def cores() -> list[int]:
 
 def cpu_workers(tasks: int, steps: int, weights: int) -> int:
     """How many processes share the cores for so many tasks, trained for so many steps each, with a model of so many weights: one a core, or
-    fewer with as many cores each where there is too little to do for them, or too little memory. Two with a core each took 0.74 to 0.9 of
-    the seconds of training of one with both, and as many for answers (benchmarks/LOG.md)."""
+    fewer with as many cores each where there is too little to do for them, or too little memory. Two with a core each took 0.86 to 0.92
+    of the seconds of training of one with both, and about as many for answers (benchmarks/LOG.md)."""
     count = len(cores())
     most = min(count, tasks // TASKS, tasks * steps // STEPS, available_memory() // (WORKER + WEIGHT * weights))
     return max((n for n in range(1, most + 1) if count % n == 0), default=1)

@@ -15,8 +15,8 @@ import functools
 import hashlib
 import os
 import shutil
-import subprocess
 import struct
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -62,7 +62,9 @@ def refused() -> str:
         return "this CPU has no avx512_bf16"
     try:
         _library()
-    except (ArcKernelError, OSError, subprocess.SubprocessError) as error:
+    except ArcKernelError as error:
+        return str(error)
+    except (OSError, subprocess.SubprocessError) as error:
         return named_line(error)
     return ""
 

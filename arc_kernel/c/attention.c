@@ -9,15 +9,13 @@
 
 #include <math.h>
 #include <omp.h>
-#include <stdlib.h>
 #include <string.h>
 
 enum { SIDE = 64, PAIRS = SIDE / 2, ROWS = 4, COLUMNS = SIDE / LANES, WIDEST = 256 }; /* ROWS x SIDE numbers are made at a time */
-#define FAR -1e30f           /* a score of what is not seen */
-#define LOG2_E 1.44269504f   /* powers of two are faster than those of e */
+#define FAR -1e30f         /* a score of what is not seen */
+#define LOG2_E 1.44269504f /* powers of two are faster than those of e */
 #define ROUNDED (_MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC) /* by itself: not made one with the sum that follows */
 #define OWN __attribute__((aligned(64)))
-#define EACH(i, many) _Pragma("GCC unroll 4") for (int i = 0; i < many; i++)
 
 typedef struct { bfloat16 *data; long batch, head, token; } Heads; /* how far the next is, in numbers; those of a head lie side by side */
 typedef struct { long batch, heads, keys, tokens, width; } Shape;  /* heads is a multiple of keys, width of 16 and at most WIDEST */
@@ -29,8 +27,6 @@ ALWAYS bfloat16 *at(const Heads *x, long batch, long head, long token)
 
 ALWAYS long blocks_of(const Shape *s) { return (s->tokens + SIDE - 1) / SIDE; }
 ALWAYS long rows_of(const Shape *s, long block) { return s->tokens < (block + 1) * SIDE ? s->tokens - block * SIDE : SIDE; }
-
-static void *room(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
 
 /* Of 16 numbers each of two rows the words that hold both. */
 ALWAYS __m512i paired(__m512 first, __m512 second)

@@ -2,12 +2,15 @@
 
 #include <immintrin.h>
 #include <stdint.h>
+#include <stdlib.h>
 
 #define ALWAYS static inline __attribute__((always_inline))
+#define EACH(i, many) _Pragma("GCC unroll 8") for (int i = 0; i < many; i++) /* in registers: `many` is known when it is compiled */
 enum { LANES = 16 };
 
 typedef uint16_t bfloat16; /* its bits */
 
+ALWAYS void *room(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
 ALWAYS __m512 one(float x) { return _mm512_set1_ps(x); }
 
 ALWAYS __m512 read(const bfloat16 *from)

@@ -8,11 +8,9 @@
 #include "bfloat16.h"
 
 #include <omp.h>
-#include <stdlib.h>
 
-enum { ROWS = 8, MOST = 3 };                /* of a tile that is made at a time, MOST in 16 columns */
+enum { ROWS = 8, MOST = 3 };                       /* of a tile that is made at a time, MOST in 16 columns */
 enum { PANEL = 2 * MOST * LANES, AT_ONCE = 1024 }; /* columns and rows that are packed at a time for gradients */
-#define EACH(i, many) _Pragma("GCC unroll 8") for (int i = 0; i < many; i++)
 
 typedef struct { /* a [rank, inputs], b [outputs, rank], and the sums of their gradients; ranks and outputs of the layers before it */
     const bfloat16 *a, *b;
@@ -26,7 +24,7 @@ typedef struct { bfloat16 *made; float *sums; long far; } To;   /* rows that are
 typedef struct { const bfloat16 *columns, *rest; } More;        /* times [columns], plus [.., columns]; either may be missing */
 
 ALWAYS long span(long words) { return words | 1; }
-static void *room(long words) { return aligned_alloc(64, (words * 4 + 63) / 64 * 64); }
+ALWAYS uint32_t *room_for(long words) { return room(words * sizeof(uint32_t)); }
 ALWAYS To to_from(To to, long at) { return (To){to.made ? to.made + at : NULL, to.sums ? to.sums + at : NULL, to.far}; }
 ALWAYS More more_from(More more, long column, long at)
 {
@@ -112,7 +110,7 @@ static long least(long a, long b) { return a < b ? a : b; }
 int lora_forward(const bfloat16 *x, const Group *g, bfloat16 *h, bfloat16 *y, const bfloat16 *residual, long rows, int threads)
 {
     long far_a = span(g->inputs / 2), far_b = span(g->ranks / 2); /* the latter is the longest of the layers' */
-    uint32_t *a = room(g->ranks * far_a), *b = room(g->outputs * far_b);
+    uint32_t *a = room_for(g->ranks * far_a), *b = room_for(g->outputs * far_b);
     if (!a || !b) return free(a), free(b), 1;
     THREADS
     {
@@ -146,7 +144,7 @@ int lora_forward(const bfloat16 *x, const Group *g, bfloat16 *h, bfloat16 *y, co
 int lora_to_input(const bfloat16 *grad, const Group *g, bfloat16 *to_h, bfloat16 *to_x, long rows, int threads)
 {
     long far_a = span(g->ranks / 2), far_b = span(g->outputs / 2); /* the latter is the longest of the layers' */
-    uint32_t *a = room(g->inputs * far_a), *b = room(g->ranks * far_b);
+    uint32_t *a = room_for(g->inputs * far_a), *b = room_for(g->ranks * far_b);
     if (!a || !b) return free(a), free(b), 1;
     THREADS
     {
@@ -180,7 +178,7 @@ int lora_to_masters(const bfloat16 *grad, const bfloat16 *to_h, const bfloat16 *
                     const Group *g, long rows, int threads)
 {
     const long far = span(AT_ONCE / 2);
-    uint32_t *of_h = room(2 * g->ranks * far), *of_to_h = of_h + g->ranks * far, *panels = room(threads * PANEL * far);
+    uint32_t *of_h = room_for(2 * g->ranks * far), *of_to_h = of_h + g->ranks * far, *panels = room_for(threads * PANEL * far);
     if (!of_h || !panels) return free(of_h), free(panels), 1;
     THREADS
     {

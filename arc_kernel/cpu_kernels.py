@@ -20,6 +20,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
+
 from .checkpoint import check_cache
 from .errors import ArcKernelError, named_line
 from .files import replacing
@@ -56,8 +58,6 @@ class _Group(ctypes.Structure):
 @functools.cache
 def refused() -> str:
     """Why these functions cannot be used here, in one line; empty where they can."""
-    import torch
-
     if not torch.cpu._is_avx512_bf16_supported():
         return "this CPU has no avx512_bf16"
     try:
@@ -71,16 +71,12 @@ def refused() -> str:
 
 def missing() -> str:
     """What to say of a CPU that could be used better; empty where there is nothing to say."""
-    import torch
-
     slow = torch.cpu._is_avx512_bf16_supported() and refused()
     return f"training on this CPU takes longer than it could: {slow}" if slow else ""
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    import torch  # noqa: F401  brings the OpenMP library
-
     files = sorted(file for file in SOURCES.iterdir() if file.suffix in (".c", ".h"))
     digest = hashlib.sha256(" ".join(FLAGS).encode() + b"".join(file.read_bytes() for file in files)).hexdigest()
     made = check_cache() / "kernels" / f"{digest[:16]}.so"
@@ -172,8 +168,6 @@ class Lora:
     def fits(weight, outputs: list[int], ranks: list[int]) -> bool:
         """Whether there is this for layers of so many outputs and such ranks whose frozen weights are rows of `weight` [out, in]. With AMX
         torch's library multiplies more than twice as fast."""
-        import torch
-
         return (weight.dtype == torch.bfloat16 and weight.is_cpu and not refused() and not torch.cpu._is_amx_tile_supported()
                 and all(side % LANES == 0 for side in (weight.shape[1], *outputs, *ranks)))
 
@@ -212,8 +206,6 @@ class Lora:
 def round_to_8_bits(x, factor=None):
     """x [T, n] times `factor` [n], where there is one, as int8 [T, n] and float32 [T, 1], what each row of that is to be multiplied with;
     like all that follow, NotImplemented for what cannot be done."""
-    import torch
-
     if not _rows(x) or refused():
         return NotImplemented
     rounded, scales = torch.empty(x.shape, dtype=torch.int8), _float32(x.shape[0], 1)
@@ -223,8 +215,6 @@ def round_to_8_bits(x, factor=None):
 
 def norm(x, weight, eps):
     """As `elementwise.norm`."""
-    import torch
-
     if not _rows(x, weight) or weight.dim() > 1:
         return NotImplemented
     normed, scaled, inverse = torch.empty_like(x), torch.empty_like(x), _float32(x.shape[0], 1)
@@ -281,22 +271,16 @@ def swiglu_back(grad, both):
 
 
 def _run(name: str, *given) -> None:
-    import torch
-
     if getattr(_library(), name)(*given, torch.get_num_threads()):
         raise MemoryError(f"{name}: no memory")
 
 
 def _rows(*tensors) -> bool:
     """Are these bfloat16 on the CPU, one number after the other, in rows of whole registers?"""
-    import torch
-
     return all(t.dtype == torch.bfloat16 and t.is_cpu and t.is_contiguous() and t.shape[-1] % LANES == 0 for t in tensors)
 
 
 def _float32(*sides: int):
-    import torch
-
     return torch.empty(sides, dtype=torch.float32)
 
 

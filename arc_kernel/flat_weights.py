@@ -27,7 +27,7 @@ class FlatWeights:
         self.zero_grad()
         number = {id(w): i for i, w in enumerate(weights)}
         self._groups = [(group, group.masters, [number[id(w)] for w in group.masters]) for group in groups]
-        for group in groups:
+        for group in groups:  # which may add gradients up there by itself
             group.sums = [w.grad for w in group.masters]
 
     def zero_grad(self) -> None:

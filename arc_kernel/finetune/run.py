@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from .. import ceilings, checkpoint, cpu_kernels, progress, trained_prompt
+from .. import ceilings, checkpoint, progress, trained_prompt
 from ..device import device_model, device_name
 from ..errors import ArcKernelError, counted
 from ..events import EventLog, read_events
@@ -131,6 +131,7 @@ class Run:
         """Train, write adapter or model and report.html; returns their paths, the last loss, tokens/s and the share of peak."""
         import torch
 
+        from ..cpu_kernels import missing
         from .learner import Learner
         from .train import Diverged, train
 
@@ -140,7 +141,7 @@ class Run:
         dtype = training_dtype(s.dtype, device)
         torch.manual_seed(s.seed)
         learner = Learner(folder, s.lora_rank, Path(s.adapter) if s.adapter else None, dtype, s.gradient_checkpointing, device)
-        slow = cpu_kernels.missing() if (device, dtype) == ("cpu", "bfloat16") else ""
+        slow = missing() if (device, dtype) == ("cpu", "bfloat16") else ""
         for text in filter(None, (learner.left_out, slow)):
             self.log.say("data", text=text)
         trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)

@@ -166,8 +166,8 @@ class Lora:
 
     @staticmethod
     def fits(weight, outputs: list[int], ranks: list[int]) -> bool:
-        """Whether there is this for layers of so many outputs and such ranks whose frozen weights are rows of `weight` [out, in]. With AMX
-        torch's library multiplies more than twice as fast."""
+        """Whether there is this for layers of so many outputs and such ranks whose frozen weights are rows of `weight` [out, in]. Not with
+        AMX, which torch's library multiplies with and these do not: there they were not tried."""
         return (weight.dtype == torch.bfloat16 and weight.is_cpu and not refused() and not torch.cpu._is_amx_tile_supported()
                 and all(side % LANES == 0 for side in (weight.shape[1], *outputs, *ranks)))
 

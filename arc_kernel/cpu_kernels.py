@@ -107,28 +107,27 @@ def _compile(sources: list[Path], made: Path) -> None:
     if compiler is None:
         raise ArcKernelError(f"there is no C compiler ({' or '.join(COMPILERS)}): install gcc")
     with tempfile.TemporaryDirectory() as folder:
-        objects = [str(Path(folder) / f"{file.stem}.o") for file in sources]
-        running = [_started([compiler, *FLAGS, "-c", str(file), "-o", name]) for file, name in zip(sources, objects)]
-        for each in running:
-            _finish(each)
+        objects = {str(file): str(Path(folder) / f"{file.stem}.o") for file in sources}
         shared = Path(folder) / made.name
-        _finish(_started([compiler, "-shared", *objects, "-o", str(shared), "-lm"]))
+        _carry_out(*([compiler, *FLAGS, "-c", source, "-o", name] for source, name in objects.items()))
+        _carry_out([compiler, "-shared", *objects.values(), "-o", str(shared), "-lm"])
         with replacing(made, "wb") as file:
             file.write(shared.read_bytes())
 
 
-def _started(command: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
-
-
-def _finish(process: subprocess.Popen) -> None:
+def _carry_out(*commands: list[str]) -> None:
+    """Run these at once; raises ArcKernelError where one fails, with what it said."""
+    running = [subprocess.Popen(c, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace") for c in commands]
     try:
-        said = process.communicate(timeout=PATIENCE)[1]
+        for process in running:
+            said = process.communicate(timeout=PATIENCE)[1]
+            if process.returncode:
+                line = next((line for line in said.splitlines() if "error" in line), f"code {process.returncode}")
+                raise ArcKernelError(f"{process.args[0]}: {line.strip()}")
     finally:
-        process.kill()
-    if process.returncode:
-        line = next((line for line in said.splitlines() if "error" in line), f"code {process.returncode}")
-        raise ArcKernelError(f"{process.args[0]}: {line.strip()}")
+        for process in running:
+            with process:  # waits for it, and closes what it said
+                process.kill()
 
 
 def takes(width: int) -> bool:

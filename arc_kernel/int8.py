@@ -9,7 +9,7 @@ gradient to weights. Some columns of what is multiplied are far larger than othe
 the weight's columns are multiplied with (Xiao et al. 2023, "SmoothQuant", with root mean squares for largest values, which leaves 0.3 to
 0.8 of the rounding on SmolLM2-135M; benchmarks/LOG.md).
 
-The operators are those of vLLM's CPU build (`cpu_operators`), which round and scale on the way.
+The operators are those of vLLM's CPU build (`cpu_operators`), which scale on the way; rounding is `cpu_kernels`' where that can be used.
 """
 
 from __future__ import annotations

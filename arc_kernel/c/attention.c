@@ -2,8 +2,8 @@
 
    By blocks of 64 queries and 64 keys, whose scores stay in the core's cache and are made again for the gradient (Dao et al. 2022,
    "FlashAttention"; Dao 2023, "FlashAttention-2"). Scores lie transposed, a key's for 64 queries in four registers: a softmax's largest and
-   sum are then made without looking across a register, and products find what they read as pairs. The processor multiplies pairs of
-   bfloat16: two numbers side by side are a word here. */
+   sum are then made without looking across a register, and products find what they read as pairs. Words are those of
+   bfloat16.h. */
 
 #include "bfloat16.h"
 
@@ -84,21 +84,15 @@ static void copy(bfloat16 *to, const Heads *x, const Shape *s, long batch, long 
 static void pair_rows(uint32_t *to, const bfloat16 *from, long width)
 {
     for (long row = 0; row < PAIRS; row++, to += width, from += 2 * width)
-        for (long n = 0; n < width; n += LANES) {
-            __m512i first = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(from + n)));
-            __m512i second = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(from + width + n)));
-            _mm512_storeu_si512(to + n, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
-        }
+        for (long n = 0; n < width; n += LANES) _mm512_storeu_si512(to + n, words_of_rows(from + n, from + width + n));
 }
 
 /* [64, width] by words of two columns, turned: [width / 2, 64] words. */
 static void pair_columns(uint32_t *to, const bfloat16 *from, long width)
 {
-    const __m512i rows = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i steps = _mm512_mullo_epi32(rows, _mm512_set1_epi32(width / 2));
     for (long k = 0; k < width / 2; k++)
         for (long row = 0; row < SIDE; row += LANES)
-            _mm512_storeu_si512(to + k * SIDE + row, _mm512_i32gather_epi32(steps, (const uint32_t *)(from + row * width) + k, 4));
+            _mm512_storeu_si512(to + k * SIDE + row, words_of_columns(from + row * width + 2 * k, width));
 }
 
 /* Which of 16 queries from `query` on do not see a key: those before it. */

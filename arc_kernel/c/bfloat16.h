@@ -20,6 +20,21 @@ ALWAYS __m512 read(const bfloat16 *from)
 
 ALWAYS void write(bfloat16 *to, __m512 x) { _mm256_storeu_si256((void *)to, (__m256i)_mm512_cvtneps_pbh(x)); }
 
+/* The processor multiplies pairs of bfloat16: words of two numbers. Of 16 columns of two rows (the second may be missing: zeros) ... */
+ALWAYS __m512i words_of_rows(const bfloat16 *first, const bfloat16 *second)
+{
+    __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)first)), high = _mm512_setzero_si512();
+    if (second) high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)second));
+    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+/* ... and of 16 rows, `width` numbers from one to the next, the first two columns. */
+ALWAYS __m512i words_of_columns(const bfloat16 *x, long width)
+{
+    const __m512i rows = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return _mm512_i32gather_epi32(_mm512_mullo_epi32(rows, _mm512_set1_epi32(width / 2)), (const void *)x, 4);
+}
+
 /* 2 to the x, 0 below 2 to the -200; NaN stays. A series to the fifth power: ln(2)^n / n!, within 3e-6. */
 ALWAYS __m512 power_of_two(__m512 x)
 {

@@ -1,9 +1,9 @@
 /* What a LoRA adds to a group of linear layers that read the same input, forward and backward; `lora_linear.py` says what each computes.
    bfloat16 in memory, float32 between. Numbers of inputs, outputs and ranks are multiples of 16.
 
-   The processor multiplies pairs of bfloat16: what is on a product's right lies in words of two numbers that are multiplied one after the
-   other, 16 columns side by side, [columns / 16, span, 16] words ("packed"); what is on its left as it is, or packed. A span is depth / 2
-   made odd, so that what is 16 columns away does not fall on the same lines of the cache. */
+   What is on a product's right lies in words (bfloat16.h) of two numbers that are multiplied one after the other, 16 columns side by side,
+   [columns / 16, span, 16] words ("packed"); what is on its left as it is, or packed. A span is depth / 2 made odd, so that what is 16
+   columns away does not fall on the same lines of the cache. */
 
 #include "bfloat16.h"
 
@@ -78,19 +78,14 @@ ALWAYS void pack_pair(uint32_t *to, const bfloat16 *x, long far, long rows, long
 {
     long far_columns = span((rows + 1) / 2);
     const bfloat16 *first = x + 2 * k * far;
-    for (long n = 0; n < columns; n += LANES) {
-        __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(first + n))), high = _mm512_setzero_si512();
-        if (2 * k + 1 < rows) high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(first + far + n)));
-        _mm512_storeu_si512(to + n * far_columns + k * LANES, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-    }
+    for (long n = 0; n < columns; n += LANES)
+        _mm512_storeu_si512(to + n * far_columns + k * LANES, words_of_rows(first + n, 2 * k + 1 < rows ? first + far + n : NULL));
 }
 
 /* 16 rows of x [rows, depth], packed as the columns they are of its transpose. */
 ALWAYS void pack_turned(uint32_t *to, const bfloat16 *x, long depth)
 {
-    const __m512i rows = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i steps = _mm512_mullo_epi32(rows, _mm512_set1_epi32(depth / 2));
-    for (long k = 0; k < depth / 2; k++) _mm512_storeu_si512(to + k * LANES, _mm512_i32gather_epi32(steps, (const uint32_t *)x + k, 4));
+    for (long k = 0; k < depth / 2; k++) _mm512_storeu_si512(to + k * LANES, words_of_columns(x + 2 * k, depth));
 }
 
 /* A row of the left that is packed as a column, of so many words. */

@@ -1,5 +1,5 @@
-"""C functions for training on a CPU with avx512_bf16 (`c/`): attention, a LoRA's products, norm, rotary and SwiGLU, rounding to 8 bits. The
-machine's own compiler compiles them, in a second, once; they are kept beside converted models. Where there is no compiler, or another
+"""C functions for training on a CPU with avx512_bf16 (`c/`): attention, products with frozen weights in 8 bits, a LoRA's, norm, rotary and
+SwiGLU. The machine's own compiler compiles them, in a second, once; they are kept beside converted models. Where there is no compiler, or another
 CPU, training does without. They fill the processor where torch's operators wait for memory, for their weights to be put in order and for
 Python: a step takes two thirds of the seconds (benchmarks/LOG.md).
 
@@ -28,14 +28,14 @@ from .files import replacing
 
 SOURCES = Path(__file__).parent / "c"
 COMPILERS = "gcc", "cc"  # clang's OpenMP is not the one that torch comes with
-FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-mfma", *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "bf16")))
+FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-mfma", *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "bf16", "vnni")))
 LANES, BLOCK, WIDEST = 16, 64, 256  # numbers in a register, tokens in a block of attention, its widest head: as in `c/`
 PATIENCE = 60  # seconds for a compiler that takes one
 KINDS = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float, "i": ctypes.c_int}
 ELEMENTWISE = {"norm": "ppfpppll", "norm_back": "ppppppll", "rotate": "pllppipllll", "rotate_back": "pppppiplllll", "swiglu": "ppll",
-               "swiglu_back": "ppppll", "round_to_8_bits": "ppppll"}  # what each function takes, before the number of threads
+               "swiglu_back": "ppppll"}  # what each function takes, before the number of threads
 WITH_ROOM = {"attention_forward": "ppppppf", "attention_backward": "ppppppppppf", "lora_forward": "pppppl", "lora_to_input": "ppppl",
-             "lora_to_masters": "ppppppl"}  # those that give back whether they found no memory
+             "lora_to_masters": "ppppppl", "frozen_forward": "ppppppl", "frozen_to_input": "pppppl"}  # those that give back whether they found no memory
 
 
 class _Heads(ctypes.Structure):
@@ -55,11 +55,15 @@ class _Group(ctypes.Structure):
     _fields_ = [("layers", ctypes.POINTER(_Layer)), *((name, ctypes.c_long) for name in ("many", "inputs", "outputs", "ranks"))]
 
 
+class _Frozen(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("words", "scales", "factors")]
+
+
 @functools.cache
 def refused() -> str:
     """Why these functions cannot be used here, in one line; empty where they can."""
-    if not torch.cpu._is_avx512_bf16_supported():
-        return "this CPU has no avx512_bf16"
+    if not _suited():
+        return "this CPU lacks avx512_bf16 or avx512_vnni"
     try:
         _library()
     except ArcKernelError as error:
@@ -69,9 +73,13 @@ def refused() -> str:
     return ""
 
 
+def _suited() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_vnni_supported()
+
+
 def missing() -> str:
     """What to say of a CPU that could be used better; empty where there is nothing to say."""
-    slow = torch.cpu._is_avx512_bf16_supported() and refused()
+    slow = _suited() and refused()
     return f"training on this CPU takes longer than it could: {slow}" if slow else ""
 
 
@@ -151,6 +159,32 @@ def attention_back(q, k, v, out, levels, grad, scaling: float):
     return made
 
 
+def multiplies(weight) -> bool:
+    """Whether there are products in 8 bits with this weight [out, in], and a LoRA's beside it. Not with AMX, which torch's library multiplies
+    with and these do not: there they were not tried."""
+    return (weight.dtype == torch.bfloat16 and weight.is_cpu and not refused() and not torch.cpu._is_amx_tile_supported()
+            and all(side % LANES == 0 for side in weight.shape))
+
+
+class Frozen:
+    """Products with a weight that stays as it is, in 8 bits: int8 [out, in], its outputs' scales float32 [out], and a `factor` bfloat16 [in],
+    where there is one, with which inputs are multiplied before they are rounded, row by row."""
+
+    def __init__(self, weight, scales, factor=None):
+        outputs, inputs = self.sides = weight.shape
+        words = weight.new_zeros(outputs // LANES, inputs // 4 | 1, LANES, 4, dtype=torch.uint8)  # as in `c/frozen.c`
+        words[:, :inputs // 4] = (weight.view(outputs // LANES, LANES, inputs // 4, 4).transpose(1, 2) + 128).to(torch.uint8)
+        self._kept = words, scales, factor
+        self.of = ctypes.byref(_Frozen(*map(_at, self._kept)))
+
+    def __call__(self, x):
+        """x [T, in] times the weight's transpose: [T, out], bfloat16 both."""
+        outputs, inputs = self.sides
+        x, y, alone = x.contiguous(), x.new_empty(x.shape[0], outputs), _Group(None, 0, outputs, inputs, 0)
+        _run("frozen_to_input", x.data_ptr(), ctypes.byref(alone), self.of, None, y.data_ptr(), x.shape[0])
+        return y
+
+
 class Lora:
     """The products of LoRA layers that read the same input, A [rank, in] and B [outputs, rank] each, in bfloat16. `masters` below are A and
     B of one after the other."""
@@ -165,23 +199,25 @@ class Lora:
 
     @staticmethod
     def fits(weight, outputs: list[int], ranks: list[int]) -> bool:
-        """Whether there is this for layers of so many outputs and such ranks whose frozen weights are rows of `weight` [out, in]. Not with
-        AMX, which torch's library multiplies with and these do not: there they were not tried."""
-        return (weight.dtype == torch.bfloat16 and weight.is_cpu and not refused() and not torch.cpu._is_amx_tile_supported()
-                and all(side % LANES == 0 for side in (weight.shape[1], *outputs, *ranks)))
+        """Whether there is this for layers of so many outputs and such ranks whose frozen weights are rows of `weight` [out, in]."""
+        return multiplies(weight) and all(side % LANES == 0 for side in (*outputs, *ranks))
 
-    def forward(self, x, y, masters, scales, residual=None):
-        """Adds to y [T, out] what the layers add to it for x [T, in], and the `residual` [T, out]; gives back h [T, ranks], x A' of all."""
+    def forward(self, x, y, masters, scales, residual=None, frozen: Frozen | None = None):
+        """Adds to y [T, out] what the layers add to it for x [T, in], and the `residual` [T, out]; with `frozen` y is made, its product with
+        them. Gives back h [T, ranks], x A' of all, scaled."""
         if x.dtype != y.dtype:
             raise TypeError(f"{x.dtype} is multiplied with weights in {y.dtype}")
         x, h, beside = x.contiguous(), x.new_empty(x.shape[0], self.ranks), None if residual is None else residual.contiguous()
-        _run("lora_forward", x.data_ptr(), self._of(masters, scales), h.data_ptr(), y.data_ptr(), _at(beside), x.shape[0])
+        name, given = ("frozen_forward", [frozen.of]) if frozen else ("lora_forward", [])
+        _run(name, x.data_ptr(), self._of(masters, scales), *given, h.data_ptr(), y.data_ptr(), _at(beside), x.shape[0])
         return h
 
-    def to_input(self, grad, to_x, masters, scales):
-        """The gradient to h from that to y, `grad`; and to_x [T, in], where it is there, has what h adds to the gradient to x added."""
+    def to_input(self, grad, to_x, masters, scales, frozen: Frozen | None = None):
+        """The gradient to h from that to y, `grad`; and to_x [T, in], where it is there, has what h adds to the gradient to x added; with
+        `frozen`, the transpose, it is made, its product with them."""
         grad, to_h = grad.contiguous(), grad.new_empty(grad.shape[0], self.ranks)
-        _run("lora_to_input", grad.data_ptr(), self._of(masters, scales), to_h.data_ptr(), _at(to_x), grad.shape[0])
+        name, given = ("frozen_to_input", [frozen.of]) if frozen and to_x is not None else ("lora_to_input", [])
+        _run(name, grad.data_ptr(), self._of(masters, scales), *given, to_h.data_ptr(), _at(to_x), grad.shape[0])
         return to_h
 
     def to_masters(self, grad, to_h, x, factor, h, masters, scales, sums) -> None:
@@ -200,16 +236,6 @@ class Lora:
                 layer.a, layer.b = given[0][2 * number:2 * number + 2]
                 layer.scale = scales[number]
         return ctypes.byref(self._group)
-
-
-def round_to_8_bits(x, factor=None):
-    """x [T, n] times `factor` [n], where there is one, as int8 [T, n] and float32 [T, 1], what each row of that is to be multiplied with;
-    like all that follow, NotImplemented for what cannot be done."""
-    if not _rows(x) or refused():
-        return NotImplemented
-    rounded, scales = torch.empty(x.shape, dtype=torch.int8), _float32(x.shape[0], 1)
-    _run("round_to_8_bits", x.data_ptr(), _at(factor), rounded.data_ptr(), scales.data_ptr(), *x.shape)
-    return rounded, scales
 
 
 def norm(x, weight, eps):

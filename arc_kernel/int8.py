@@ -9,7 +9,7 @@ gradient to weights. Some columns of what is multiplied are far larger than othe
 the weight's columns are multiplied with (Xiao et al. 2023, "SmoothQuant", with root mean squares for largest values, which leaves 0.3 to
 0.8 of the rounding on SmolLM2-135M; benchmarks/LOG.md).
 
-The operators are those of vLLM's CPU build (`cpu_operators`), which scale on the way; rounding is `cpu_kernels`' where that can be used.
+They are `cpu_kernels`' where those can be used, and operators of vLLM's CPU build (`cpu_operators`) elsewhere.
 """
 
 from __future__ import annotations
@@ -85,11 +85,13 @@ class Product:
     """x [T, in] to x @ weight.T [T, out] for a frozen `weight` [out, in], both rounded to 8 bits, in x's dtype, which is the weight's.
 
     `columns` float32 [in]: the root mean squares of x to expect, where they are known. `largest`: of the weight's integers, by default
-    what this CPU multiplies exactly. Raises ArcKernelError where the operators are not there.
+    what this CPU multiplies exactly. `frozen`: it as one of `cpu_kernels`, where those are used. Raises ArcKernelError where there are no
+    operators.
     """
 
     def __init__(self, weight: torch.Tensor, columns: torch.Tensor | None = None, largest: int = 0):
-        if reason := cpu_operators.load():
+        ours = cpu_kernels.multiplies(weight)
+        if reason := not ours and cpu_operators.load():
             raise ArcKernelError(f"there are no 8-bit products: {reason}")
         wide, self._factor = weight.detach().float(), None
         if columns is not None:
@@ -97,22 +99,21 @@ class Product:
             even[~(even.isfinite() & (even > 0))] = 1.0
             self._factor = (1 / even).to(weight.dtype)
             wide = wide / self._factor.float()
-        scale = (wide.abs().amax(1, keepdim=True) / (largest or _largest())).clamp_min_(torch.finfo(torch.float32).tiny)
+        scale = wide.abs().amax(1, keepdim=True) / (largest or (LARGEST[0] if ours else _largest()))
+        scale.clamp_min_(torch.finfo(torch.float32).tiny)
         self._outputs, self._scale = len(weight), scale.view(1, -1).contiguous()
-        rounded = (wide / scale).round_().to(torch.int8).contiguous()  # the operator has its own copy of it, but not of the scales
-        made = torch.ops._C.create_onednn_scaled_mm_handler(rounded.T, self._scale, weight.dtype, True, False, cpu_operators.SHAPES)
-        self._handler = cpu_operators.held(self, made)
+        rounded = (wide / scale).round_().to(torch.int8).contiguous()
+        self.frozen = cpu_kernels.Frozen(rounded, self._scale, self._factor) if ours else None
+        if not ours:  # the operator has its own copy of the weight, but not of the scales
+            made = torch.ops._C.create_onednn_scaled_mm_handler(rounded.T, self._scale, weight.dtype, True, False, cpu_operators.SHAPES)
+            self._handler = cpu_operators.held(self, made)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        out = x.new_empty(len(x), self._outputs)
+        if self.frozen:
+            return self.frozen(x)
+        out, x = x.new_empty(len(x), self._outputs), x.contiguous() if self._factor is None else x * self._factor
         if len(x):
-            torch.ops._C.onednn_scaled_mm(out, *self._round(x.contiguous()), None, None, None, self._handler)
+            rounded, scales = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), 1)
+            torch.ops._C.dynamic_scaled_int8_quant(rounded, x, scales, None)
+            torch.ops._C.onednn_scaled_mm(out, rounded, scales, None, None, None, self._handler)
         return out
-
-    def _round(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        found = cpu_kernels.round_to_8_bits(x, self._factor)
-        if found is NotImplemented:
-            x = x if self._factor is None else x * self._factor
-            found = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), 1)
-            torch.ops._C.dynamic_scaled_int8_quant(found[0], x, found[1], None)
-        return found

@@ -51,9 +51,10 @@ class Group:
         """y [T, out] of x [T, in], with `residual` [T, out] added where there is one, and what `backward` needs of it."""
         masters, scales = [m.to(x.dtype).contiguous() for m in masters], [scaling[name] for scaling, name in self.scaling]
         if self._compiled:
-            y = self._rounded[0](x) if training and self._rounded else linear(x, self.weight)
-            y = y if self.bias is None else y.add_(self.bias)
-            return y, (self._compiled.forward(x, y, masters, scales, residual), masters, scales)
+            frozen = self._rounded[0].frozen if training and self._rounded else None
+            y = x.new_empty(len(x), len(self.weight)) if frozen else linear(x, self.weight)
+            h = self._compiled.forward(x, y, masters, scales, residual, frozen)
+            return y if self.bias is None else y.add_(self.bias), (h, masters, scales)
         a, bs = torch.cat(masters[0::2]) if len(masters) > 2 else masters[0], masters[1::2]
         h, weight = x @ a.T, self.weight
         wide = _wider(x, *self.weight.shape)
@@ -77,8 +78,9 @@ class Group:
     def to_input(self, grad, kept, need_x=True):
         """From the gradient to y [T, out] that to x [T, in] (None where not asked for), and that to h, for `to_masters`."""
         if self._compiled:
-            of_x = None if not need_x else self._rounded[1](grad) if self._rounded else grad @ self.weight
-            return of_x, self._compiled.to_input(grad, of_x, *kept[1:])
+            frozen = self._rounded[1].frozen if self._rounded else None
+            of_x = None if not need_x else grad.new_empty(len(grad), self.weight.shape[1]) if frozen else grad @ self.weight
+            return of_x, self._compiled.to_input(grad, of_x, *kept[1:], frozen)
         h, a, scales, *bs = kept
         grad_h = torch.empty_like(h)
         for g, low, b, scale in zip(grad.split(self.sizes, 1), self._parts(grad_h, bs), bs, scales):

@@ -1,5 +1,4 @@
-/* Norm, rotary and SwiGLU of a training pass as one reading and one writing each; `elementwise.py` says what each computes. And rounding to
-   8 bits (`int8.py`). bfloat16 in memory, rounded once. Widths are multiples of 16, rows lie one after the other where nothing else is
+/* Norm, rotary and SwiGLU of a training pass as one reading and one writing each; `elementwise.py` says what each computes. bfloat16 in memory, rounded once. Widths are multiples of 16, rows lie one after the other where nothing else is
    said. */
 
 #include "bfloat16.h"
@@ -111,30 +110,6 @@ void swiglu_back(const bfloat16 *grad, const bfloat16 *both, bfloat16 *to_both, 
             write(to_gate + n, _mm512_mul_ps(_mm512_mul_ps(of_product, of_up), slope));
             write(to_up + n, _mm512_mul_ps(of_product, active));
             write(product + row * width + n, _mm512_mul_ps(active, of_up));
-        }
-    }
-}
-
-ALWAYS __m512 scaled(const bfloat16 *x, const bfloat16 *factors) { return factors ? _mm512_mul_ps(read(x), read(factors)) : read(x); }
-
-/* x times `factors` [width], where there are some, rounded row by row to 8 bits: to [rows, width] is that over scales [rows]. A scale is
-   NaN where a number of its row is: the largest is found by its bits, of which NaN has more than all others. */
-void round_to_8_bits(const bfloat16 *x, const bfloat16 *factors, int8_t *to, float *scales, long rows, long width, int threads)
-{
-    ROWS_IN_PARALLEL
-    for (long row = 0; row < rows; row++) {
-        const bfloat16 *from = x + row * width;
-        __m512i bits = _mm512_setzero_si512();
-        for (long n = 0; n < width; n += LANES)
-            bits = _mm512_max_epi32(bits, _mm512_castps_si512(_mm512_abs_ps(scaled(from + n, factors ? factors + n : NULL))));
-        int most = _mm512_reduce_max_epi32(bits);
-        float largest;
-        memcpy(&largest, &most, sizeof largest);
-        scales[row] = largest / 127;
-        const __m512 over = one(largest > 0 ? 127 / largest : 0);
-        for (long n = 0; n < width; n += LANES) {
-            __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(scaled(from + n, factors ? factors + n : NULL), over));
-            _mm_storeu_si128((void *)(to + row * width + n), _mm512_cvtsepi32_epi8(whole));
         }
     }
 }

@@ -94,7 +94,7 @@ class TaskTrainer:
                  rescale: Rescale | None = None, graphs: bool = True, peaks: bool = True):
         import torch
 
-        from . import cpu_kernels, decoder_pass, fused_layer, int8  # import torch, which `run` can do without
+        from . import cpu_kernels, cpu_pass, decoder_pass, fused_layer, int8  # import torch, which `run` can do without
         from .answer_loss import LOOKED_AT, plain_head
         from .flat_weights import FlatWeights
 
@@ -122,6 +122,7 @@ class TaskTrainer:
         self._decoder = decoder_pass.Decoder(base, fused, self._flat) if graphs else None
         if dtype == "int8":
             self._round(fused.groups)
+            self._decoder = cpu_pass.Decoder(base, fused, self._flat) if cpu_pass.fits(base, fused) else None
 
     def _round(self, groups: list) -> None:
         """Multiply with the frozen weights in 8 bits, those of layers that a pass goes through, the head aside. What is usual there is

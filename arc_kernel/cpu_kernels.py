@@ -35,7 +35,8 @@ KINDS = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float, "i": cty
 ELEMENTWISE = {"norm": "ppfpppll", "norm_back": "ppppppll", "rotate": "pllppipllll", "rotate_back": "pppppiplllll", "swiglu": "ppll",
                "swiglu_back": "ppppll"}  # what each function takes, before the number of threads
 WITH_ROOM = {"attention_forward": "ppppppf", "attention_backward": "ppppppppppf", "lora_forward": "pppppl", "lora_to_input": "ppppl",
-             "lora_to_masters": "ppppppl", "frozen_forward": "ppppppl", "frozen_to_input": "pppppl"}  # those that give back whether they found no memory
+             "lora_to_masters": "ppppppl", "frozen_forward": "ppppppl", "frozen_to_input": "pppppl", "layer_forward": "pppppppill",
+             "layer_backward": "ppppippill"}  # those that give back whether they found no memory
 
 
 class _Heads(ctypes.Structure):
@@ -56,7 +57,12 @@ class _Group(ctypes.Structure):
 
 
 class _Frozen(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("words", "scales", "factors")]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("words", "scales", "factors", "bias")]
+
+
+class _DecoderLayer(ctypes.Structure):
+    _fields_ = [("groups", ctypes.POINTER(_Group) * 4), ("there", _Frozen * 4), ("back", _Frozen * 4), ("norms", ctypes.c_void_p * 2),
+                ("eps", ctypes.c_float * 2), ("scaling", ctypes.c_float), *((name, ctypes.c_long) for name in ("heads", "keys", "width"))]
 
 
 @functools.cache
@@ -95,6 +101,8 @@ def _library() -> ctypes.CDLL:
     for name, takes in (ELEMENTWISE | WITH_ROOM).items():
         function = getattr(library, name)
         function.argtypes, function.restype = [KINDS[kind] for kind in takes + "i"], ctypes.c_int if name in WITH_ROOM else None
+    for function in (library.kept_bytes, library.scratch_bytes):
+        function.argtypes, function.restype = [KINDS[kind] for kind in "pll"], ctypes.c_long
     return library
 
 
@@ -118,7 +126,7 @@ def _compile(sources: list[Path], made: Path) -> None:
         objects = {str(file): str(Path(folder) / f"{file.stem}.o") for file in sources}
         shared = Path(folder) / made.name
         _carry_out(*([compiler, *FLAGS, "-c", source, "-o", name] for source, name in objects.items()))
-        _carry_out([compiler, "-shared", *objects.values(), "-o", str(shared), "-lm"])
+        _carry_out([compiler, "-shared", "-Wl,-Bsymbolic", *objects.values(), "-o", str(shared), "-lm"])
         with replacing(made, "wb") as file:
             file.write(shared.read_bytes())
 
@@ -175,13 +183,13 @@ class Frozen:
         words = weight.new_zeros(outputs // LANES, inputs // 4 | 1, LANES, 4, dtype=torch.uint8)  # as in `c/frozen.c`
         words[:, :inputs // 4] = (weight.view(outputs // LANES, LANES, inputs // 4, 4).transpose(1, 2) + 128).to(torch.uint8)
         self._kept = words, scales, factor
-        self.of = ctypes.byref(_Frozen(*map(_at, self._kept)))
+        self.struct = _Frozen(*map(_at, self._kept))
 
     def __call__(self, x):
         """x [T, in] times the weight's transpose: [T, out], bfloat16 both."""
         outputs, inputs = self.sides
         x, y, alone = x.contiguous(), x.new_empty(x.shape[0], outputs), _Group(None, 0, outputs, inputs, 0)
-        _run("frozen_to_input", x.data_ptr(), ctypes.byref(alone), self.of, None, y.data_ptr(), x.shape[0])
+        _run("frozen_to_input", x.data_ptr(), ctypes.byref(alone), ctypes.byref(self.struct), None, y.data_ptr(), x.shape[0])
         return y
 
 
@@ -202,13 +210,19 @@ class Lora:
         """Whether there is this for layers of so many outputs and such ranks whose frozen weights are rows of `weight` [out, in]."""
         return multiplies(weight) and all(side % LANES == 0 for side in (*outputs, *ranks))
 
+    def bind(self, masters, scales, sums):
+        """Itself as C takes it, with these from now on."""
+        self._add_to(sums)
+        self._of(masters, scales)
+        return self._group
+
     def forward(self, x, y, masters, scales, residual=None, frozen: Frozen | None = None):
         """Adds to y [T, out] what the layers add to it for x [T, in], and the `residual` [T, out]; with `frozen` y is made, its product with
         them. Gives back h [T, ranks], x A' of all, scaled."""
         if x.dtype != y.dtype:
             raise TypeError(f"{x.dtype} is multiplied with weights in {y.dtype}")
         x, h, beside = x.contiguous(), x.new_empty(x.shape[0], self.ranks), None if residual is None else residual.contiguous()
-        name, given = ("frozen_forward", [frozen.of]) if frozen else ("lora_forward", [])
+        name, given = ("frozen_forward", [ctypes.byref(frozen.struct)]) if frozen else ("lora_forward", [])
         _run(name, x.data_ptr(), self._of(masters, scales), *given, h.data_ptr(), y.data_ptr(), _at(beside), x.shape[0])
         return h
 
@@ -216,17 +230,20 @@ class Lora:
         """The gradient to h from that to y, `grad`; and to_x [T, in], where it is there, has what h adds to the gradient to x added; with
         `frozen`, the transpose, it is made, its product with them."""
         grad, to_h = grad.contiguous(), grad.new_empty(grad.shape[0], self.ranks)
-        name, given = ("frozen_to_input", [frozen.of]) if frozen and to_x is not None else ("lora_to_input", [])
+        name, given = ("frozen_to_input", [ctypes.byref(frozen.struct)]) if frozen and to_x is not None else ("lora_to_input", [])
         _run(name, grad.data_ptr(), self._of(masters, scales), *given, to_h.data_ptr(), _at(to_x), grad.shape[0])
         return to_h
 
     def to_masters(self, grad, to_h, x, factor, h, masters, scales, sums) -> None:
         """Adds the gradients to the masters to `sums`, float32; with `factor` [in] the layers' input was x times that."""
         grad, x, factor = grad.contiguous(), x.contiguous(), None if factor is None else factor.to(x.dtype)
-        for layer, of_a, of_b in zip(self._layers, sums[0::2], sums[1::2]):
-            layer.of_a, layer.of_b = of_a.data_ptr(), of_b.data_ptr()
+        self._add_to(sums)
         _run("lora_to_masters", grad.data_ptr(), to_h.data_ptr(), x.data_ptr(), _at(factor), h.data_ptr(), self._of(masters, scales),
              x.shape[0])
+
+    def _add_to(self, sums) -> None:
+        for layer, of_a, of_b in zip(self._layers, sums[0::2], sums[1::2]):
+            layer.of_a, layer.of_b = of_a.data_ptr(), of_b.data_ptr()
 
     def _of(self, masters, scales):
         given = [m.data_ptr() for m in masters], scales
@@ -236,6 +253,44 @@ class Lora:
                 layer.a, layer.b = given[0][2 * number:2 * number + 2]
                 layer.scale = scales[number]
         return ctypes.byref(self._group)
+
+
+class DecoderLayer:
+    """A layer of the Llama family, all of it: of q, k and v, of attention's output, of gate and up, and of down the LoRA, `bind`ed, its weight
+    and the transpose, and a bias or None; of both norms weight and eps."""
+
+    def __init__(self, groups: list[tuple[_Group, Frozen, Frozen, torch.Tensor | None]], norms: list, scaling: float, heads: int, keys: int,
+                 width: int):
+        self._kept = groups, norms  # what is pointed to
+        self._struct = _DecoderLayer(scaling=scaling, heads=heads, keys=keys, width=width)
+        for number, (group, there, back, bias) in enumerate(groups):
+            self._struct.groups[number] = ctypes.pointer(group)
+            self._struct.there[number], self._struct.back[number] = there.struct, back.struct
+            self._struct.there[number].bias = _at(bias)
+        for number, (weight, eps) in enumerate(norms):
+            self._struct.norms[number], self._struct.eps[number] = weight.data_ptr(), eps.item()
+
+    @staticmethod
+    def fits(norms: list, width: int, inner: int) -> bool:
+        """Whether there is this for norms with such weights, heads of this width and so many numbers between down and up."""
+        return takes(width) and width % (2 * LANES) == inner % (2 * LANES) == 0 and _rows(*(weight for weight, _ in norms))
+
+    def scratch(self, batch: int, tokens: int) -> int:
+        """The bytes that a pass of this size needs beside what layers keep; for one layer after the other."""
+        return _library().scratch_bytes(ctypes.byref(self._struct), batch, tokens)
+
+    def forward(self, hidden, out, cos, sin, scratch):
+        """Makes `out` from hidden states, [B, T, d] both; cos and sin [B or 1, T, width]. Gives back what `backward` needs."""
+        batch, tokens, _ = hidden.shape
+        kept = torch.empty(_library().kept_bytes(ctypes.byref(self._struct), batch, tokens), dtype=torch.uint8)
+        _run("layer_forward", ctypes.byref(self._struct), *map(_at, (kept, scratch, hidden, out, cos, sin)), len(cos) == 1, batch, tokens)
+        return kept
+
+    def backward(self, kept, grad, cos, sin, scratch, first: bool) -> None:
+        """`grad` [B, T, d], that to the output, becomes that to the hidden states; not of the first layer, where nobody needs it."""
+        batch, tokens, _ = grad.shape
+        _run("layer_backward", ctypes.byref(self._struct), *map(_at, (kept, scratch, grad)), first, *map(_at, (cos, sin)), len(cos) == 1,
+             batch, tokens)
 
 
 def norm(x, weight, eps):

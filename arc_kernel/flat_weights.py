@@ -36,14 +36,18 @@ class FlatWeights:
         for weight, grad in zip(self._weights, self.tensor.grad.split(self._sizes)):
             weight.grad = grad.view(weight.shape)
 
+    def views(self, tensor: torch.Tensor) -> dict[Group, list[torch.Tensor]]:
+        """Of each group its masters as they lie in a tensor like this one."""
+        views = [v.view(shape) for v, shape in zip(tensor.split(self._sizes), self._shapes)]
+        return {group: [views[i] for i in at] for group, _, at in self._groups}
+
     @contextlib.contextmanager
     def cast(self, dtype: torch.dtype, leaf: torch.Tensor | None = None):
         """Have the layers of `groups` read their A and B as views of one copy of `tensor` in this dtype, with its gradient; or of
         `leaf`, another tensor on the same memory."""
         source = self.tensor if leaf is None else leaf
-        views = [v.view(shape) for v, shape in zip(source.to(dtype).split(self._sizes), self._shapes)]
-        for group, _, at in self._groups:
-            group.masters = [views[i] for i in at]
+        for group, views in self.views(source.to(dtype)).items():
+            group.masters = views
         try:
             yield
         finally:

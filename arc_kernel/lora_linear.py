@@ -47,6 +47,17 @@ class Group:
         with the root mean squares by column are given, [in] and [out]."""
         self._rounded = int8.Product(self.weight, of_x), int8.Product(self.weight.T, of_grad)
 
+    @property
+    def all_in_c(self) -> bool:
+        """Whether its products, in 8 bits, and its LoRA's are those of `cpu_kernels`."""
+        return bool(self._compiled and self._rounded)
+
+    def in_c(self, masters, sums):
+        """Itself for a `cpu_kernels.DecoderLayer`, with these masters and sums of their gradients."""
+        lora = cpu_kernels.Lora(self.weight.shape[1], self.sizes, [len(a) for a in masters[0::2]])
+        there, back = (product.frozen for product in self._rounded)
+        return lora.bind(masters, [scaling[name] for scaling, name in self.scaling], sums), there, back, self.bias
+
     def forward(self, x, masters, residual=None, training=True):
         """y [T, out] of x [T, in], with `residual` [T, out] added where there is one, and what `backward` needs of it."""
         masters, scales = [m.to(x.dtype).contiguous() for m in masters], [scaling[name] for scaling, name in self.scaling]

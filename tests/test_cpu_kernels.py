@@ -143,16 +143,22 @@ def test_products_in_8_bits_with_those_of_a_lora_are_one_after_the_other(outputs
     assert apart(y, wanted_y) < 0.003 and apart(of_x, wanted_x) < 0.003
 
 
-def trained(name: str, dtype, flat: bool):
-    """Loss and gradients of a step of a model whose layers are fused."""
+def network(name: str, dtype):
+    """A model with a LoRA none of whose weights is zero."""
     torch.manual_seed(1)
     base = MODELS[name]()
     for norm in (p for n, p in base.named_parameters() if "norm" in n or n.endswith("bias")):
         torch.nn.init.normal_(norm, 1.0, 0.3)
     model = get_peft_model(base.to(dtype), LoraConfig(r=16, lora_alpha=6, target_modules=list(adapt.TARGET_MODULES))).train()
-    masters = [p for p in model.parameters() if p.requires_grad]
-    for number, weight in enumerate(masters):
+    for number, weight in enumerate(p for p in model.parameters() if p.requires_grad):
         weight.data = torch.empty(weight.shape).normal_(0, 0.1, generator=torch.Generator().manual_seed(number))
+    return model
+
+
+def trained(name: str, dtype, flat: bool):
+    """Loss and gradients of a step of a model whose layers are fused."""
+    model = network(name, dtype)
+    masters = [p for p in model.parameters() if p.requires_grad]
     fused = fused_layer.install(model)
     assert len(fused.layers) == 2
     ids = torch.randint(0, 128, (2, 75), generator=torch.Generator().manual_seed(0))

@@ -6,6 +6,7 @@
    bfloat16.h. */
 
 #include "bfloat16.h"
+#include "kernels.h"
 
 #include <math.h>
 #include <omp.h>
@@ -16,9 +17,6 @@ enum { SIDE = 64, PAIRS = SIDE / 2, ROWS = 4, COLUMNS = SIDE / LANES, WIDEST = 2
 #define LOG2_E 1.44269504f /* powers of two are faster than those of e */
 #define ROUNDED (_MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC) /* by itself: not made one with the sum that follows */
 #define OWN __attribute__((aligned(64)))
-
-typedef struct { bfloat16 *data; long batch, head, token; } Heads; /* how far the next is, in numbers; those of a head lie side by side */
-typedef struct { long batch, heads, keys, tokens, width; } Shape;  /* heads is a multiple of keys, width of 16 and at most WIDEST */
 
 ALWAYS bfloat16 *at(const Heads *x, long batch, long head, long token)
 {

@@ -1,5 +1,8 @@
 /* Sixteen numbers at a time on a CPU with avx512_bf16: bfloat16 in memory, float32 in registers. */
 
+#ifndef BFLOAT16_H
+#define BFLOAT16_H
+
 #include <immintrin.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -47,3 +50,5 @@ ALWAYS __m512 power_of_two(__m512 x)
     sum = _mm512_fmadd_ps(sum, part, one(1.0f));
     return _mm512_scalef_ps(sum, whole);
 }
+
+#endif

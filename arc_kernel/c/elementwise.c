@@ -2,6 +2,7 @@
    said. */
 
 #include "bfloat16.h"
+#include "kernels.h"
 
 #include <math.h>
 #include <string.h>

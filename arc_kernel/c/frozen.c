@@ -8,9 +8,6 @@
 
 enum { CHUNK = 64 };
 
-/* A weight [columns, depth]: its numbers plus 128, four of a column to a word, packed with a span of depth / 4 made odd; each column's
-   scale; what the left is multiplied with before it is rounded [depth], or nothing. */
-typedef struct { const uint32_t *words; const float *scales; const bfloat16 *factors; } Frozen;
 typedef struct { int8_t *numbers; float *scales; int32_t *starts; } Rounded; /* rows, each one's scale, and -128 times its sum */
 
 ALWAYS __m512 scaled(const bfloat16 *x, const bfloat16 *factors, long n)
@@ -35,24 +32,26 @@ static void round_row(Rounded to, long row, const bfloat16 *from, const bfloat16
     to.scales[row] = largest / 127, to.starts[row] = -128 * _mm512_reduce_add_epi32(sum);
 }
 
-/* to [rows, columns] = x w' + low right + rest. The processor multiplies numbers without a sign with such that have one: hence the 128. Its
+/* to [rows, columns] = x w' + bias + low right + rest. The processor multiplies numbers without a sign with such that have one: hence the 128. Its
    instruction by itself, since gcc 12 moves the sums of its own function for it from register to register, at half the speed. */
-ALWAYS void tile_in_8_bits(bfloat16 *to, long far, Rounded x, long depth, const uint32_t *w, const float *scales, Left low,
-                           const uint32_t *right, long words, const bfloat16 *rest, int rows, int columns)
+ALWAYS void tile_in_8_bits(bfloat16 *to, long far, Rounded x, long depth, Frozen w, Left low, const uint32_t *right, long words,
+                           const bfloat16 *rest, int rows, int columns)
 {
     __m512i whole[ROWS][MOST];
     __m512 sums[ROWS][MOST];
     EACH(m, rows) EACH(n, columns) whole[m][n] = _mm512_set1_epi32(x.starts[m]);
     for (long k = 0; k < depth / 4; k++) {
         __m512i beside[MOST];
-        EACH(n, columns) beside[n] = _mm512_loadu_si512(w + (n * span(depth / 4) + k) * LANES);
+        EACH(n, columns) beside[n] = _mm512_loadu_si512(w.words + (n * span(depth / 4) + k) * LANES);
         EACH(m, rows) {
             __m512i word = _mm512_set1_epi32(((const int32_t *)x.numbers)[m * depth / 4 + k]);
             EACH(n, columns) __asm__("vpdpbusd %2, %1, %0" : "+v"(whole[m][n]) : "v"(beside[n]), "v"(word));
         }
     }
-    EACH(m, rows) EACH(n, columns)
-        sums[m][n] = _mm512_mul_ps(_mm512_cvtepi32_ps(whole[m][n]), _mm512_mul_ps(one(x.scales[m]), _mm512_loadu_ps(scales + n * LANES)));
+    EACH(n, columns) {
+        const __m512 scales = _mm512_loadu_ps(w.scales + n * LANES), bias = w.bias ? read(w.bias + n * LANES) : one(0);
+        EACH(m, rows) sums[m][n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole[m][n]), _mm512_mul_ps(one(x.scales[m]), scales), bias);
+    }
     multiply(sums, low, right, words, rows, columns);
     EACH(m, rows) EACH(n, columns) {
         long at = m * far + n * LANES;
@@ -60,19 +59,24 @@ ALWAYS void tile_in_8_bits(bfloat16 *to, long far, Rounded x, long depth, const 
     }
 }
 
+ALWAYS Frozen columns_from(Frozen w, long n, long depth)
+{
+    return (Frozen){w.words + n * span(depth / 4), w.scales + n, w.factors, w.bias ? w.bias + n : NULL};
+}
+
 /* The same for `many` rows and any columns; where rows are no multiple of ROWS, the last ROWS once more. */
-static void rows_in_8_bits(bfloat16 *to, long far, Rounded x, long depth, const uint32_t *w, const float *scales, Left low,
-                           const uint32_t *right, long words, const bfloat16 *rest, long many, long columns)
+static void rows_in_8_bits(bfloat16 *to, long far, Rounded x, long depth, Frozen w, Left low, const uint32_t *right, long words,
+                           const bfloat16 *rest, long many, long columns)
 {
     for (long n = 0, taken; n < columns; n += taken * LANES) {
         taken = many < ROWS ? 1 : least(MOST, (columns - n) / LANES);
+        const Frozen of_columns = columns_from(w, n, depth);
         for (long row = 0; row < many; row += many < ROWS ? 1 : ROWS) {
             long begin = begin_of(row, many), at = begin * far + n;
             const Rounded from = {x.numbers + begin * depth, x.scales + begin, x.starts + begin};
             const Left of_low = {low.words + begin * low.row, low.row, low.word};
 #define TILE(rows, columns) \
-    tile_in_8_bits(to + at, far, from, depth, w + n * span(depth / 4), scales + n, of_low, right + n * span(words), words, \
-                   rest ? rest + at : NULL, rows, columns)
+    tile_in_8_bits(to + at, far, from, depth, of_columns, of_low, right + n * span(words), words, rest ? rest + at : NULL, rows, columns)
             if (many < ROWS) TILE(1, 1);
             else if (taken == 3) TILE(ROWS, 3);
             else if (taken == 2) TILE(ROWS, 2);
@@ -98,7 +102,7 @@ ALWAYS Rounded rounded_in(char *memory, long depth)
     return (Rounded){(int8_t *)memory + MANY * 2 * sizeof(float), (float *)memory, (int32_t *)memory + MANY};
 }
 
-/* h [rows, ranks] = x a' * scale and y [rows, outputs] = x w' + h b', layer by layer, + residual [rows, outputs], where there is one. 1
+/* h [rows, ranks] = x a' * scale and y [rows, outputs] = x w' + bias + h b', layer by layer, + residual [rows, outputs], where there is one. 1
    without memory, else 0, like the next. */
 int frozen_forward(const bfloat16 *x, const Group *g, const Frozen *w, bfloat16 *h, bfloat16 *y, const bfloat16 *residual, long rows,
                    int threads)
@@ -122,8 +126,8 @@ int frozen_forward(const bfloat16 *x, const Group *g, const Frozen *w, bfloat16 
             for (LAYERS) {
                 const Left of_h = {(const uint32_t *)(h + start * g->ranks + l->ranks_before), g->ranks / 2, 1};
                 long before = l->outputs_before, at = start * g->outputs + before;
-                rows_in_8_bits(y + at, g->outputs, eight, depth, w->words + before * span(depth / 4), w->scales + before, of_h,
-                               b + before * far_b, l->rank / 2, residual ? residual + at : NULL, many, l->outputs);
+                rows_in_8_bits(y + at, g->outputs, eight, depth, columns_from(*w, before, depth), of_h, b + before * far_b, l->rank / 2,
+                               residual ? residual + at : NULL, many, l->outputs);
             }
         }
     }
@@ -151,8 +155,7 @@ int frozen_to_input(const bfloat16 *grad, const Group *g, const Frozen *w, bfloa
                 low_to_input(to_h + at * g->ranks, grad + at * depth, g, b, far_b, least(ROWS, many));
             }
             const Left of_h = {(const uint32_t *)(to_h + start * g->ranks), g->ranks / 2, 1};
-            rows_in_8_bits(to_x + start * g->inputs, g->inputs, eight, depth, w->words, w->scales, of_h, a, g->ranks / 2, NULL, many,
-                           g->inputs);
+            rows_in_8_bits(to_x + start * g->inputs, g->inputs, eight, depth, *w, of_h, a, g->ranks / 2, NULL, many, g->inputs);
         }
     }
     free(a), free(b), free(memory);

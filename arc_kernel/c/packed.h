@@ -6,18 +6,12 @@
    columns away does not fall on the same lines of the cache. */
 
 #include "bfloat16.h"
+#include "kernels.h"
 
 #include <omp.h>
 
 enum { ROWS = 8, MOST = 3 }; /* of a tile that is made at a time, MOST in 16 columns */
 
-typedef struct { /* a [rank, inputs], b [outputs, rank], and the sums of their gradients; ranks and outputs of the layers before it */
-    const bfloat16 *a, *b;
-    float *of_a, *of_b;
-    long rank, outputs, ranks_before, outputs_before;
-    float scale;
-} Layer;
-typedef struct { const Layer *layers; long many, inputs, outputs, ranks; } Group; /* sums of the layers' outputs and ranks */
 typedef struct { const uint32_t *words; long row, word; } Left; /* words of it: from a row to the next, from a pair to the next */
 typedef struct { bfloat16 *made; float *sums; long far; } To;   /* rows that are made, or sums that are added to; from one to the next */
 typedef struct { const bfloat16 *columns, *rest; } More;        /* times [columns], plus [.., columns]; either may be missing */

@@ -68,7 +68,7 @@ def answer_losses(model, ids: torch.Tensor, labels: torch.Tensor,
 
     `ids` and `labels` (negative: no loss) are int64 [B, T], padded on the right without a mask: in a causal model no token sees
     what follows. `model` is a causal language model of transformers; where its logits are not its head's (`plain_head`), they are
-    taken from the model whole. `decoder` gives hidden states [B, T or more, d] of ids in the model's place.
+    taken from the model whole. `decoder` gives hidden states [n, d] of ids, rows and positions in the model's place.
     """
     rows, at = (labels[:, 1:] >= 0).nonzero(as_tuple=True)  # position t predicts token t + 1
     wanted = labels[rows, at + 1]
@@ -77,7 +77,7 @@ def answer_losses(model, ids: torch.Tensor, labels: torch.Tensor,
         logits = model(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
         logits = logits[rows, torch.searchsorted(kept, at) if logits.shape[1] == len(kept) else at]  # some models give all of them
     else:
-        hidden = (decoder(ids) if decoder else _decoder(model)(input_ids=ids, use_cache=False)[0])[rows, at]
+        hidden = decoder(ids, rows, at) if decoder else _decoder(model)(input_ids=ids, use_cache=False)[0][rows, at]
         head = model.get_output_embeddings()
         if type(head) is torch.nn.Linear and not head.weight.requires_grad:  # a head with a LoRA shows its base's weight
             return *_HeadLoss.apply(hidden.to(head.weight.dtype), head.weight, head.bias, wanted), rows

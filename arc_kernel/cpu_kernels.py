@@ -1,7 +1,7 @@
 """C functions for training on a CPU with avx512_bf16 (`c/`): attention, products with frozen weights in 8 bits, a LoRA's, norm, rotary and
-SwiGLU. The machine's own compiler compiles them, in a second, once; they are kept beside converted models. Where there is no compiler, or another
-CPU, training does without. They fill the processor where torch's operators wait for memory, for their weights to be put in order and for
-Python: a step takes two thirds of the seconds (benchmarks/LOG.md).
+SwiGLU, and of these a decoder layer from end to end. The machine's own compiler compiles them, in two seconds, once; they are kept beside
+converted models. Where there is no compiler, or another CPU, training does without. They fill the processor where torch's operators wait
+for memory, for their weights to be put in order and for Python: a step takes half of the seconds (benchmarks/LOG.md).
 
 Their threads are those of torch: its library of OpenMP, which it loads for all, is what they are linked to at load. A second one would have
 threads of its own, which wait spinning on the cores of the first.
@@ -35,8 +35,8 @@ KINDS = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float, "i": cty
 ELEMENTWISE = {"norm": "ppfpppll", "norm_back": "ppppppll", "rotate": "pllppipllll", "rotate_back": "pppppiplllll", "swiglu": "ppll",
                "swiglu_back": "ppppll"}  # what each function takes, before the number of threads
 WITH_ROOM = {"attention_forward": "ppppppf", "attention_backward": "ppppppppppf", "lora_forward": "pppppl", "lora_to_input": "ppppl",
-             "lora_to_masters": "ppppppl", "frozen_forward": "ppppppl", "frozen_to_input": "pppppl", "layer_forward": "pppppppill",
-             "layer_backward": "ppppippill"}  # those that give back whether they found no memory
+             "lora_to_masters": "ppppppl", "frozen_forward": "ppppppl", "frozen_to_input": "pppppl", "layer_forward": "pppppppillpl",
+             "layer_backward": "ppppippillpl"}  # those that give back whether they found no memory
 
 
 class _Heads(ctypes.Structure):
@@ -168,15 +168,15 @@ def attention_back(q, k, v, out, levels, grad, scaling: float):
 
 
 def multiplies(weight) -> bool:
-    """Whether there are products in 8 bits with this weight [out, in], and a LoRA's beside it. Not with AMX, which torch's library multiplies
-    with and these do not: there they were not tried."""
+    """Whether there are products in 8 bits with this weight [out, in], and a LoRA's beside it. Not with AMX, which torch's library
+    multiplies with and these do not: there they were not tried."""
     return (weight.dtype == torch.bfloat16 and weight.is_cpu and not refused() and not torch.cpu._is_amx_tile_supported()
             and all(side % LANES == 0 for side in weight.shape))
 
 
 class Frozen:
-    """Products with a weight that stays as it is, in 8 bits: int8 [out, in], its outputs' scales float32 [out], and a `factor` bfloat16 [in],
-    where there is one, with which inputs are multiplied before they are rounded, row by row."""
+    """Products with a weight that stays as it is, in 8 bits: int8 [out, in], its outputs' scales float32 [out], and a `factor` bfloat16
+    [in], where there is one, with which inputs are multiplied before they are rounded, row by row."""
 
     def __init__(self, weight, scales, factor=None):
         outputs, inputs = self.sides = weight.shape
@@ -217,8 +217,8 @@ class Lora:
         return self._group
 
     def forward(self, x, y, masters, scales, residual=None, frozen: Frozen | None = None):
-        """Adds to y [T, out] what the layers add to it for x [T, in], and the `residual` [T, out]; with `frozen` y is made, its product with
-        them. Gives back h [T, ranks], x A' of all, scaled."""
+        """Adds to y [T, out] what the layers add to it for x [T, in], and the `residual` [T, out]; with `frozen` y is made, its product
+        with them. Gives back h [T, ranks], x A' of all, scaled."""
         if x.dtype != y.dtype:
             raise TypeError(f"{x.dtype} is multiplied with weights in {y.dtype}")
         x, h, beside = x.contiguous(), x.new_empty(x.shape[0], self.ranks), None if residual is None else residual.contiguous()
@@ -256,8 +256,8 @@ class Lora:
 
 
 class DecoderLayer:
-    """A layer of the Llama family, all of it: of q, k and v, of attention's output, of gate and up, and of down the LoRA, `bind`ed, its weight
-    and the transpose, and a bias or None; of both norms weight and eps."""
+    """A layer of the Llama family, all of it: of q, k and v, of attention's output, of gate and up, and of down the LoRA, `bind`ed, its
+    weight and the transpose, and a bias or None; of both norms weight and eps."""
 
     def __init__(self, groups: list[tuple[_Group, Frozen, Frozen, torch.Tensor | None]], norms: list, scaling: float, heads: int, keys: int,
                  width: int):
@@ -279,18 +279,22 @@ class DecoderLayer:
         """The bytes that a pass of this size needs beside what layers keep; for one layer after the other."""
         return _library().scratch_bytes(ctypes.byref(self._struct), batch, tokens)
 
-    def forward(self, hidden, out, cos, sin, scratch):
-        """Makes `out` from hidden states, [B, T, d] both; cos and sin [B or 1, T, width]. Gives back what `backward` needs."""
-        batch, tokens, _ = hidden.shape
+    def forward(self, hidden, cos, sin, scratch, wanted=None):
+        """The output [rows, d] for hidden states [B, T, d], of all B T rows or of those in `wanted`, int64 in ascending order; and what
+        `backward` needs. cos and sin [B or 1, T, width]."""
+        batch, tokens, size = hidden.shape
         kept = torch.empty(_library().kept_bytes(ctypes.byref(self._struct), batch, tokens), dtype=torch.uint8)
-        _run("layer_forward", ctypes.byref(self._struct), *map(_at, (kept, scratch, hidden, out, cos, sin)), len(cos) == 1, batch, tokens)
-        return kept
+        out = hidden.new_empty(batch * tokens if wanted is None else len(wanted), size)
+        _run("layer_forward", ctypes.byref(self._struct), *map(_at, (kept, scratch, hidden, out, cos, sin)), len(cos) == 1, batch, tokens,
+             *_wanted(wanted))
+        return out, kept
 
-    def backward(self, kept, grad, cos, sin, scratch, first: bool) -> None:
-        """`grad` [B, T, d], that to the output, becomes that to the hidden states; not of the first layer, where nobody needs it."""
+    def backward(self, kept, grad, cos, sin, scratch, first: bool, wanted=None) -> None:
+        """`grad` [B, T, d], that to the output (where rows are `wanted`, in its first rows), becomes that to the hidden states; not of the
+        first layer, where nobody needs it."""
         batch, tokens, _ = grad.shape
         _run("layer_backward", ctypes.byref(self._struct), *map(_at, (kept, scratch, grad)), first, *map(_at, (cos, sin)), len(cos) == 1,
-             batch, tokens)
+             batch, tokens, *_wanted(wanted))
 
 
 def norm(x, weight, eps):
@@ -375,6 +379,10 @@ def _lined_up(x):
 def _empty_heads(x):
     """Heads [B, n, T, width] that are [B, T, n, width] in memory."""
     return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
+
+
+def _wanted(rows) -> tuple[int | None, int]:
+    return (None, -1) if rows is None else (rows.data_ptr(), len(rows))
 
 
 def _heads(x):

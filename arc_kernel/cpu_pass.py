@@ -35,25 +35,27 @@ def _in_c(layer) -> bool:
 
 class _Pass(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, anchor, hidden, cos, sin, layers):
-        ctx.layers, ctx.angles, ctx.kept, scratch = layers, (cos, sin), [], _scratch(layers, hidden)
-        rooms = torch.empty_like(hidden), torch.empty_like(hidden)
-        for number, layer in enumerate(layers):
-            ctx.kept.append(layer.forward(hidden, rooms[number % 2], cos, sin, scratch))
-            hidden = rooms[number % 2]
+    def forward(ctx, anchor, hidden, wanted, cos, sin, layers):
+        ctx.layers, ctx.given, ctx.kept, scratch = layers, (hidden.shape, wanted, cos, sin), [], _scratch(layers, hidden.shape)
+        for layer in layers:
+            last = {"wanted": wanted} if layer is layers[-1] else {}
+            hidden, kept = layer.forward(hidden.view(ctx.given[0]), cos, sin, scratch, **last)
+            ctx.kept.append(kept)
         return hidden
 
     @staticmethod
-    def backward(ctx, grad):
-        grad, scratch = grad.clone(memory_format=torch.contiguous_format), _scratch(ctx.layers, grad)
-        while ctx.kept:
-            kept = ctx.kept.pop()
-            ctx.layers[len(ctx.kept)].backward(kept, grad, *ctx.angles, scratch, first=not ctx.kept)
-        return None, None, None, None, None
+    def backward(ctx, of_wanted):
+        shape, wanted, cos, sin = ctx.given
+        grad, scratch = of_wanted.new_empty(shape), _scratch(ctx.layers, shape)
+        grad.flatten(0, 1)[:len(wanted)] = of_wanted
+        for layer in reversed(ctx.layers):
+            last = {"wanted": wanted} if layer is ctx.layers[-1] else {}
+            layer.backward(ctx.kept.pop(), grad, cos, sin, scratch, layer is ctx.layers[0], **last)
+        return None, None, None, None, None, None
 
 
-def _scratch(layers, hidden):
-    return torch.empty(max(layer.scratch(*hidden.shape[:2]) for layer in layers), dtype=torch.uint8)
+def _scratch(layers, shape):
+    return torch.empty(max(layer.scratch(*shape[:2]) for layer in layers), dtype=torch.uint8)
 
 
 class Decoder:
@@ -66,12 +68,13 @@ class Decoder:
         self._layers = [cpu_kernels.DecoderLayer([group.in_c(read[group], sums[group]) for group in _groups(layer)], layer.norms,
                                                  layer.scaling, *layer.heads[:2], layer.width) for layer in fused.layers]
 
-    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        """Hidden states [B, T, d] of ids int64 [B, T]."""
+    def __call__(self, ids: torch.Tensor, rows: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        """Hidden states [n, d] of ids int64 [B, T] at these rows and positions, int64 [n] both, in ascending order: the last layer computes
+        no others after its attention."""
         self._copy.copy_(self._flat.tensor.detach())
         hidden = self._inner.embed_tokens(ids)
         cos, sin = self._inner.rotary_emb(hidden, torch.arange(ids.shape[1])[None])
-        return self._inner.norm(_Pass.apply(self._flat.tensor, hidden, cos, sin, self._layers))
+        return self._inner.norm(_Pass.apply(self._flat.tensor, hidden, rows * ids.shape[1] + at, cos, sin, self._layers))
 
     def told(self) -> str:
         """Nothing makes these passes slower."""

@@ -104,9 +104,9 @@ class Decoder:
             self._not_compiled(elementwise.compile_on_gpu(self._dtype, str(flat.tensor.device), first.norms[0][0].numel(), first.inner,
                                                           first.heads[0], first.heads[1], first.width, bool(first.head_norm)))
 
-    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        """Hidden states [B, T', d] of ids int64 [B, T], T' not less than T; what is above T is padding. One pass is under way
-        at a time: its backward comes before the next forward."""
+    def __call__(self, ids: torch.Tensor, rows: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        """Hidden states [n, d] of ids int64 [B, T] at these rows and positions, int64 [n] both. One pass is under way at a time: its
+        backward comes before the next forward."""
         size = (ids.shape[0], size_of(ids.shape[1]))
         padded = torch.nn.functional.pad(ids, (0, size[1] - ids.shape[1]))
         self._seen[size] += 1
@@ -116,11 +116,11 @@ class Decoder:
             self._not_compiled(elementwise.trouble)
             elementwise.trouble = ""
         if size not in self._captured:
-            return self._plain(padded)
+            return self._plain(padded)[rows, at]
         self._captured.move_to_end(size)
         captured = self._captured[size]
         captured.ends.ids.copy_(padded)
-        return _Replay.apply(self._anchor, captured)
+        return _Replay.apply(self._anchor, captured)[rows, at]
 
     def _not_compiled(self, reason: str) -> None:
         if reason:

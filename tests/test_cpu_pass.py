@@ -72,6 +72,25 @@ def test_a_pass_gives_the_loss_and_gradients_of_autograd_s(name, rows, tokens):
 
 
 @made_here
+@pytest.mark.parametrize("labelled", [(), (0,), (32,), (5, 6, 31), range(33)])
+def test_only_what_is_labelled_is_computed_after_the_last_attention(labelled):
+    base, fused, flat = rounded("llama")
+    ids = batch(2, 34)[0]
+    labels = torch.full_like(ids, -100)
+    for row in range(2 if labelled else 0):
+        labels[row, [at + 1 for at in labelled[:len(labelled) - row]]] = 7
+    found = []
+    for decoder in (None, cpu_pass.Decoder(base, fused, flat)):
+        loss = losses(base, flat, ids, labels, decoder)
+        if loss.requires_grad:
+            loss.backward()
+        found.append((loss.item(), flat.tensor.grad.clone()))
+        flat.tensor.grad.zero_()
+    (wanted, grad), (mine, made) = found
+    assert mine == pytest.approx(wanted, rel=2e-3) and (made - grad).norm() <= 0.02 * grad.norm()
+
+
+@made_here
 def test_gradients_of_passes_are_added_up():
     base, fused, flat = rounded("llama")
     decoder, given = cpu_pass.Decoder(base, fused, flat), batch(2, 33)

@@ -1,5 +1,5 @@
-/* Norm, rotary and SwiGLU of a training pass as one reading and one writing each; `elementwise.py` says what each computes. bfloat16 in memory, rounded once. Widths are multiples of 16, rows lie one after the other where nothing else is
-   said. */
+/* Norm, rotary and SwiGLU of a training pass as one reading and one writing each; `elementwise.py` says what each computes. bfloat16 in
+   memory, rounded once. Widths are multiples of 16, rows lie one after the other where nothing else is said. */
 
 #include "bfloat16.h"
 #include "kernels.h"

@@ -1,6 +1,6 @@
-/* Linear layers that read the same input, with frozen weights in 8 bits and their LoRA, forward and the gradient to the input, as one product:
-   what the LoRA adds is added where the other is in registers. What is multiplied with the weights is rounded row by row to 8 bits on the
-   way (`int8.py`). Rows are taken CHUNK at a time, so that they stay in the core's cache while the weights pass by. */
+/* Linear layers that read the same input, with frozen weights in 8 bits and their LoRA, forward and the gradient to the input, as one
+   product: what the LoRA adds is added where the other is in registers. What is multiplied with the weights is rounded row by row to 8 bits
+   on the way (`int8.py`). Rows are taken CHUNK at a time, so that they stay in the core's cache while the weights pass by. */
 
 #include "packed.h"
 
@@ -32,8 +32,8 @@ static void round_row(Rounded to, long row, const bfloat16 *from, const bfloat16
     to.scales[row] = largest / 127, to.starts[row] = -128 * _mm512_reduce_add_epi32(sum);
 }
 
-/* to [rows, columns] = x w' + bias + low right + rest. The processor multiplies numbers without a sign with such that have one: hence the 128. Its
-   instruction by itself, since gcc 12 moves the sums of its own function for it from register to register, at half the speed. */
+/* to [rows, columns] = x w' + bias + low right + rest. The processor multiplies numbers without a sign with such that have one: hence the
+   128. Its instruction by itself, since gcc 12 moves the sums of its own function for it from register to register, at half the speed. */
 ALWAYS void tile_in_8_bits(bfloat16 *to, long far, Rounded x, long depth, Frozen w, Left low, const uint32_t *right, long words,
                            const bfloat16 *rest, int rows, int columns)
 {
@@ -102,8 +102,8 @@ ALWAYS Rounded rounded_in(char *memory, long depth)
     return (Rounded){(int8_t *)memory + MANY * 2 * sizeof(float), (float *)memory, (int32_t *)memory + MANY};
 }
 
-/* h [rows, ranks] = x a' * scale and y [rows, outputs] = x w' + bias + h b', layer by layer, + residual [rows, outputs], where there is one. 1
-   without memory, else 0, like the next. */
+/* h [rows, ranks] = x a' * scale and y [rows, outputs] = x w' + bias + h b', layer by layer, + residual [rows, outputs], where there is
+   one. 1 without memory, else 0, like the next. */
 int frozen_forward(const bfloat16 *x, const Group *g, const Frozen *w, bfloat16 *h, bfloat16 *y, const bfloat16 *residual, long rows,
                    int threads)
 {

@@ -49,8 +49,8 @@ int lora_to_masters(const bfloat16 *grad, const bfloat16 *to_h, const bfloat16 *
 long kept_bytes(const DecoderLayer *l, long batch, long tokens);
 long scratch_bytes(const DecoderLayer *l, long batch, long tokens);
 int layer_forward(const DecoderLayer *l, char *kept, char *scratch, const bfloat16 *hidden, bfloat16 *out, const bfloat16 *cos,
-                  const bfloat16 *sin, int shared, long batch, long tokens, int threads);
+                  const bfloat16 *sin, int shared, long batch, long tokens, const int64_t *wanted, long many, int threads);
 int layer_backward(const DecoderLayer *l, char *kept, char *scratch, bfloat16 *grad, int first, const bfloat16 *cos, const bfloat16 *sin,
-                   int shared, long batch, long tokens, int threads);
+                   int shared, long batch, long tokens, const int64_t *wanted, long many, int threads);
 
 #endif

@@ -102,8 +102,8 @@ static long least(long a, long b) { return a < b ? a : b; }
 /* Rows from `row` on are multiplied ROWS at a time: where those are too few, from which of `many`. */
 ALWAYS long begin_of(long row, long many) { return many >= ROWS && row + ROWS > many ? many - ROWS : row; }
 
-/* What of the layers is on the right forward: a [ranks] columns, `far_a` words from one to the next, and b, layer by layer, `far_b`. For all
-   threads together. */
+/* What of the layers is on the right forward: a [ranks] columns, `far_a` words from one to the next, and b, layer by layer, `far_b`. For
+   all threads together. */
 ALWAYS void pack_forward(const Group *g, uint32_t *a, uint32_t *b, long far_a, long far_b)
 {
     for (LAYERS) {

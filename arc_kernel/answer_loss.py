@@ -81,6 +81,7 @@ def answer_losses(model, ids: torch.Tensor, labels: torch.Tensor,
         head = model.get_output_embeddings()
         if type(head) is torch.nn.Linear and not head.weight.requires_grad:  # a head with a LoRA shows its base's weight
             return *_HeadLoss.apply(hidden.to(head.weight.dtype), head.weight, head.bias, wanted), rows
-        logits = head(hidden)
+        with torch.autocast(hidden.device.type, hidden.dtype, enabled=hidden.dtype != torch.float32):  # what is trained of it is float32
+            logits = head(hidden)
     each = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
     return each.sum(), each.detach(), rows

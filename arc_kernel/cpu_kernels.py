@@ -151,11 +151,11 @@ def takes(width: int) -> bool:
     return width % LANES == 0 and width <= WIDEST
 
 
-def attention(q, k, v, scaling: float):
-    """Causal attention of q [B, n, T, width] over k and v [B, m, T, width], n a multiple of m, bfloat16 of a width that it `takes`: the
-    same shape as q, in memory [B, T, n, width]; and what the gradient needs, float32 [B, n, T rounded up to 64]."""
+def attention(q, k, v, scaling: float, out=None):
+    """Causal attention of q [B, n, T, width] over k and v [B, m, T, width], n a multiple of m, bfloat16 of a width that it `takes`: in
+    `out`, or the same shape as q, in memory [B, T, n, width]; and what the gradient needs, float32 [B, n, T rounded up to 64]."""
     q, k, v = map(_lined_up, (q, k, v))
-    out, levels = _empty_heads(q), _float32(*q.shape[:2], -(-q.shape[2] // BLOCK) * BLOCK)
+    out, levels = _empty_heads(q) if out is None else out, _float32(*q.shape[:2], -(-q.shape[2] // BLOCK) * BLOCK)
     _run("attention_forward", *map(_heads, (q, k, v, out)), levels.data_ptr(), _shape(q, k), scaling)
     return out, levels
 

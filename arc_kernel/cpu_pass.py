@@ -35,22 +35,25 @@ def _in_c(layer) -> bool:
 
 class _Pass(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, anchor, hidden, wanted, cos, sin, layers):
-        ctx.layers, ctx.given, ctx.kept, scratch = layers, (hidden.shape, wanted, cos, sin), [], _scratch(layers, hidden.shape)
-        for layer in layers:
-            last = {"wanted": wanted} if layer is layers[-1] else {}
+    def forward(ctx, anchor, hidden, wanted, cos, sin, decoder):
+        ctx.decoder, ctx.given, ctx.kept = decoder, (hidden.shape, wanted, cos, sin), []  # the first holds what its layers point to
+        scratch = _scratch(decoder.layers, hidden.shape)
+        for layer in decoder.layers:
+            last = {"wanted": wanted} if layer is decoder.layers[-1] else {}
             hidden, kept = layer.forward(hidden.view(ctx.given[0]), cos, sin, scratch, **last)
             ctx.kept.append(kept)
         return hidden
 
     @staticmethod
     def backward(ctx, of_wanted):
-        shape, wanted, cos, sin = ctx.given
-        grad, scratch = of_wanted.new_empty(shape), _scratch(ctx.layers, shape)
+        (shape, wanted, cos, sin), layers = ctx.given, ctx.decoder.layers
+        if not ctx.kept:
+            raise RuntimeError("what this pass kept for its backward is used up")
+        grad, scratch = of_wanted.new_empty(shape), _scratch(layers, shape)
         grad.flatten(0, 1)[:len(wanted)] = of_wanted
-        for layer in reversed(ctx.layers):
-            last = {"wanted": wanted} if layer is ctx.layers[-1] else {}
-            layer.backward(ctx.kept.pop(), grad, cos, sin, scratch, layer is ctx.layers[0], **last)
+        for layer in reversed(layers):
+            last = {"wanted": wanted} if layer is layers[-1] else {}
+            layer.backward(ctx.kept.pop(), grad, cos, sin, scratch, layer is layers[0], **last)
         return None, None, None, None, None, None
 
 
@@ -65,16 +68,16 @@ class Decoder:
         self._inner, self._flat = model.base_model, flat
         self._copy = torch.empty(flat.tensor.shape, dtype=fused.layers[0].qkv.weight.dtype)  # what layers read
         read, sums = flat.views(self._copy), flat.views(flat.tensor.grad)
-        self._layers = [cpu_kernels.DecoderLayer([group.in_c(read[group], sums[group]) for group in _groups(layer)], layer.norms,
+        self.layers = [cpu_kernels.DecoderLayer([group.in_c(read[group], sums[group]) for group in _groups(layer)], layer.norms,
                                                  layer.scaling, *layer.heads[:2], layer.width) for layer in fused.layers]
 
     def __call__(self, ids: torch.Tensor, rows: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         """Hidden states [n, d] of ids int64 [B, T] at these rows and positions, int64 [n] both, in ascending order: the last layer computes
-        no others after its attention."""
+        no others after its attention. One pass is under way at a time: its backward comes before the next forward."""
         self._copy.copy_(self._flat.tensor.detach())
         hidden = self._inner.embed_tokens(ids)
         cos, sin = self._inner.rotary_emb(hidden, torch.arange(ids.shape[1])[None])
-        return self._inner.norm(_Pass.apply(self._flat.tensor, hidden, rows * ids.shape[1] + at, cos, sin, self._layers))
+        return self._inner.norm(_Pass.apply(self._flat.tensor, hidden, rows * ids.shape[1] + at, cos, sin, self))
 
     def told(self) -> str:
         """Nothing makes these passes slower."""

@@ -53,7 +53,7 @@ class Group:
         return bool(self._compiled and self._rounded)
 
     def in_c(self, masters, sums):
-        """Itself for a `cpu_kernels.DecoderLayer`, with these masters and sums of their gradients."""
+        """Itself for a `cpu_kernels.DecoderLayer`, with these masters and sums of their gradients, scaled as it is now."""
         lora = cpu_kernels.Lora(self.weight.shape[1], self.sizes, [len(a) for a in masters[0::2]])
         there, back = (product.frozen for product in self._rounded)
         return lora.bind(masters, [scaling[name] for scaling, name in self.scaling], sums), there, back, self.bias

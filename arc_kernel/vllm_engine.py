@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
-from . import cpu_drafts, cpu_lora, cpu_norm, loopback
+from . import cpu_drafts, cpu_lora, cpu_norm, cpu_prefill, loopback
 from .checkpoint import read_config
 from .device import cores, wide_sums
 from .engine import Answer, EngineSettings, Prompt, ServedAdapters, Viable, Wanted, due, failed
@@ -67,6 +67,7 @@ class VllmEngine:
                 print("this vLLM's LoRA on a CPU is another than arc_kernel.cpu_lora knows: its own is used, up to 8 times slower",
                       file=sys.stderr, flush=True)
             cpu_norm.install()
+            cpu_prefill.install()
             keep_memory()
             args.update(kv_cache_memory_bytes=CPU_KV_BYTES, block_size=CPU_BLOCK)
             if settings.drafts:

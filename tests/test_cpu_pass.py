@@ -1,11 +1,18 @@
 """A whole pass in C against the same from autograd's nodes: `python -m pytest tests/test_cpu_pass.py`."""
 
+import gc
+import weakref
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from arc_kernel import adapt, cpu_attention, cpu_pass, fused_layer, lora_linear
 from arc_kernel.answer_loss import answer_losses
+from arc_kernel.checkpoint import load_model
 from arc_kernel.flat_weights import FlatWeights
+from arc_kernel.grids import GridEncoder
+from arc_kernel.prompts import PromptBuilder
 from test_cpu_kernels import apart, made_here, network
 
 FITS = {"llama": True, "llama, biases": True, "qwen2": True, "qwen3": False}
@@ -91,22 +98,48 @@ def test_only_what_is_labelled_is_computed_after_the_last_attention(labelled):
 
 
 @made_here
-def test_gradients_of_passes_are_added_up():
+def test_gradients_of_passes_are_added_up_and_each_is_gone_back_through_once():
     base, fused, flat = rounded("llama")
     decoder, given = cpu_pass.Decoder(base, fused, flat), batch(2, 33)
     losses(base, flat, *given, decoder).backward()
     once = flat.tensor.grad.clone()
-    first, second = (losses(base, flat, *given, decoder) for _ in range(2))  # both are under way at once
-    second.backward(), first.backward()
-    assert torch.allclose(flat.tensor.grad, 3 * once, rtol=1e-5, atol=1e-6)
+    again = losses(base, flat, *given, decoder)
+    again.backward(retain_graph=True)
+    assert torch.allclose(flat.tensor.grad, 2 * once, rtol=1e-5, atol=1e-6)
+    with pytest.raises(RuntimeError, match="used up"):
+        again.backward()
+
+
+@made_here
+def test_a_pass_under_way_keeps_what_it_reads():
+    base, fused, flat = rounded("llama")
+    decoder = cpu_pass.Decoder(base, fused, flat)
+    losses(base, flat, *batch(1, 40), decoder).backward()
+    wanted, loss = flat.tensor.grad.clone(), losses(base, flat, *batch(1, 40), decoder)
+    flat.tensor.grad.zero_()
+    copy, sides = weakref.ref(decoder._copy), decoder._copy.shape
+    del decoder
+    gc.collect()
+    others = [torch.full(sides, torch.nan, dtype=torch.bfloat16) for _ in range(20)]
+    loss.backward()
+    assert torch.equal(flat.tensor.grad, wanted) and copy() is not None and others
 
 
 @made_here
 def test_a_trainer_takes_it(model_folder, tokenizer, tmp_path):
-    from arc_kernel.grids import GridEncoder
-    from arc_kernel.prompts import PromptBuilder
-
     builder = PromptBuilder(tokenizer, GridEncoder.from_name("digits"), "compact")
     made = lambda rank, dtype: adapt.TaskTrainer(model_folder, builder, adapt.Recipe(1, 1, 1e-3, rank, 512, False, 0), None, "cpu", dtype)
     assert isinstance(made(16, "int8")._decoder, cpu_pass.Decoder)
     assert made(8, "int8")._decoder is None and made(16, "bfloat16")._decoder is None
+
+
+@made_here
+def test_a_head_that_is_trained_itself_is_trained_behind_it(model_folder, tokenizer, arc_training, tmp_path):
+    whole = LoraConfig(r=16, target_modules=list(adapt.TARGET_MODULES), modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    adapt.save_adapter(get_peft_model(load_model(model_folder, "float32", "cpu"), whole), tmp_path / "start")
+    builder = PromptBuilder(tokenizer, GridEncoder.from_name("digits"), "compact")
+    trainer = adapt.TaskTrainer(model_folder, builder, adapt.Recipe(2, 1, 1e-3, 16, 1024, False, 0), tmp_path / "start", "cpu", "int8")
+    losses, head = [], trainer.weights[-1].clone()
+    assert isinstance(trainer._decoder, cpu_pass.Decoder) and head.shape[0] > 1000
+    trainer.train(arc_training.tasks["d037b0a7"], tmp_path / "adapter", lambda step, loss, tokens: losses.append(loss))
+    assert 0 < losses[1] < losses[0] and not torch.equal(trainer.weights[-1], head)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
-from arc_kernel import adapt, cpu_drafts, generate, vllm_engine
+from arc_kernel import adapt, cpu_drafts, cpu_kernels, cpu_prefill, generate, vllm_engine
 from arc_kernel.engine import CHECK_EVERY, EngineSettings, Prompt, ServedAdapters
 from arc_kernel.errors import ArcKernelError
 from arc_kernel.grids import GridEncoder
@@ -267,3 +267,25 @@ def test_transformers_answers_after_vllm_had_opened_the_architecture_through_it(
         given[backend, len(given)] = [a.token_ids for a in engine.answer([Prompt((0,), list(range(100, 140)))], NEW_TOKENS)]
         engine.close()
     assert len({str(found) for found in given.values()}) == 1
+
+
+@needs_vllm
+@pytest.mark.skipif(bool(cpu_kernels.refused()), reason=cpu_kernels.refused() or "used here")
+def test_prompts_that_begin_in_a_step_are_attended_to_in_c_no_less_exactly(engines, model_folder, builder, prompts, adapters, monkeypatch):
+    """Beside them in the same steps: prompts too short for it, others behind a cached prefix, answers that are decoded, and one that takes
+    several steps."""
+    engine = VllmEngine(EngineSettings(model_folder, "bfloat16", 8192, builder.end_token, 8, in_flight=4), "cpu")
+    ids, calls, attention, split = prompts[0].token_ids * 30, [], cpu_kernels.attention, cpu_prefill._split
+    monkeypatch.setattr(cpu_kernels, "attention", lambda q, *given: calls.append(q.shape[2]) or attention(q, *given))
+    sizes, found = (700, 40, 300, 700, 6000, 30, 300, 260), []
+    for turn in (0, 1):
+        monkeypatch.setattr(cpu_prefill, "_split", split if turn else lambda *given: None)
+        engine._llm.reset_prefix_cache()
+        asked = [Prompt((i,), [100, 200 + size % 37, *ids[:size]], adapters / TASKS[i % 2]) for i, size in enumerate(sizes)]
+        found.append(answers(engine, asked, max_new_tokens=6))
+        assert bool(calls) == bool(turn)
+    engine.close()
+    assert len(calls) % 30 == 0 and min(calls) >= cpu_prefill.LEAST and {302, 702} <= set(calls) and 6002 not in calls
+    exact = answers(engines["transformers"], [prompt for prompt in asked if len(prompt.token_ids) < 1000], max_new_tokens=1)
+    off, on = ([abs(mine[key].logprobs[0] - answer.logprobs[0]) for key, answer in exact.items()] for mine in found)
+    assert len(on) == 7 and sum(on) < 3 * sum(off)  # other keys, or another adapter's, are nats away

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import vllm_signatures
-from arc_kernel import cpu_drafts, cpu_lora, cpu_norm, cpu_operators, loopback, vllm_engine
+from arc_kernel import cpu_drafts, cpu_kernels, cpu_lora, cpu_norm, cpu_operators, cpu_prefill, loopback, vllm_engine
 from arc_kernel.engine import EngineSettings
 from vllm_calls import ENGINE_ARGS, imports_vllm, missing
 
@@ -78,7 +78,7 @@ def test_what_only_some_releases_take_is_asked_of_those_alone(ours, instead, in_
 
 def test_only_these_modules_know_vllm():
     modules = {path.name for path in Path(vllm_engine.__file__).parent.rglob("*.py") if imports_vllm(path.read_text())}
-    assert modules == {"vllm_engine.py", "cpu_lora.py", "cpu_norm.py", "cpu_drafts.py"}
+    assert modules == {"vllm_engine.py", "cpu_lora.py", "cpu_norm.py", "cpu_prefill.py", "cpu_drafts.py"}
 
 
 @pytest.fixture
@@ -337,6 +337,32 @@ def test_norms_on_cpu_are_one_operator_where_it_computes_the_same(asked, dtype, 
     wanted, found = norm.exact(*given), norm.forward_cpu(*given)
     torch.testing.assert_close(found, wanted, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
     assert bool(native) == (asked not in ("alone", "residual"))
+
+
+@pytest.mark.skipif(bool(cpu_kernels.refused()), reason=cpu_kernels.refused() or "used here")
+@pytest.mark.parametrize("another", ["build", "forward", "cache"])
+def test_attention_of_prompts_is_left_alone_where_vllm_s_is_another(stand_in, another):
+    class Builder:
+        build = lambda self, common_prefix_len, common_attn_metadata, fast_build=False: None
+
+    class Attention:
+        forward = lambda self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None: None
+
+    if another == "build":
+        Builder.build = lambda self, common_attn_metadata: None
+    if another == "forward":
+        Attention.forward = lambda self, query, key, value: None
+    swiglu = type("SiluAndMul", (), {"forward_cpu": None, "forward_native": lambda self, x: "plain"})
+    before = Builder.build, Attention.forward
+    backend = types.SimpleNamespace(forward_includes_kv_cache_update=another == "cache")
+    stand_in(**{f"vllm.v1.attention.backends.cpu_attn.CPUAttention{name}": value for name, value in
+                (("Backend", backend), ("BackendImpl", Attention), ("MetadataBuilder", Builder))},
+             **{"vllm.model_executor.layers.activation.SiluAndMul": swiglu})
+    cpu_prefill.install()
+    assert (Builder.build, Attention.forward) == before
+    x = torch.randn(2, 3, 64, dtype=torch.bfloat16)
+    torch.testing.assert_close(swiglu().forward_cpu(x), torch.nn.functional.silu(x[..., :32]) * x[..., 32:], rtol=0.02, atol=0.01)
+    assert swiglu().forward_cpu(x.float()) == swiglu().forward_cpu(x[..., :20]) == "plain"
 
 
 @pytest.mark.parametrize("theirs", [None, types.SimpleNamespace(py_func=lambda requests, tokens, k: None), lambda requests: None])

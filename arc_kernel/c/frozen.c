@@ -29,7 +29,7 @@ static void round_row(Rounded to, long row, const bfloat16 *from, const bfloat16
         sum = _mm512_add_epi32(sum, whole);
         _mm_storeu_si128((void *)(to.numbers + row * depth + n), _mm512_cvtsepi32_epi8(whole));
     }
-    to.scales[row] = largest / 127, to.starts[row] = -128 * _mm512_reduce_add_epi32(sum);
+    to.scales[row] = largest / 127, to.starts[row] = -128u * (uint32_t)_mm512_reduce_add_epi32(sum);
 }
 
 /* to [rows, columns] = x w' + bias + low right + rest. The processor multiplies numbers without a sign with such that have one: hence the

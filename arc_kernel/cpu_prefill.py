@@ -11,8 +11,6 @@ import dataclasses
 import inspect
 from typing import TYPE_CHECKING
 
-from . import cpu_kernels
-
 if TYPE_CHECKING:
     import torch
 
@@ -24,6 +22,8 @@ FORWARD = ["self", "layer", "query", "key", "value", "kv_cache", "attn_metadata"
 def install() -> None:
     """Exchange both; nothing changes where this CPU has no such functions, or vLLM's are others."""
     import torch
+
+    from . import cpu_kernels  # imports torch, which `run` can do without
 
     if cpu_kernels.refused():
         return
@@ -43,6 +43,8 @@ def install() -> None:
 
 def _swiglu(self, x):
     """silu(gate) * up of [..., 2 n], gate before up."""
+    from . import cpu_kernels
+
     made = cpu_kernels.swiglu(x.flatten(0, -2))
     return self.forward_native(x) if made is NotImplemented else made.view(*x.shape[:-1], -1)
 
@@ -85,6 +87,8 @@ def _split(common, build) -> _Split | None:
 
 
 def _forward(own):
+    from . import cpu_kernels
+
     def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None):
         split = getattr(attn_metadata, "arc_kernel_split", None)
         if split is None or not _plain(self, query, attn_metadata):
@@ -105,6 +109,8 @@ def _forward(own):
 def _plain(attention, query, metadata) -> bool:
     """Is this causal attention over all that was, by the scores as they are?"""
     import torch
+
+    from . import cpu_kernels
 
     return (query.dtype == torch.bfloat16 and cpu_kernels.takes(attention.head_size) and attention.attn_type == "decoder"
             and metadata.causal is True and getattr(metadata, "dynamic_causal", None) is None and attention.sliding_window == -1

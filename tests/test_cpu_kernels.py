@@ -261,7 +261,7 @@ def test_a_library_that_was_cut_off_is_made_again(anew):
     assert not cpu_kernels.refused()
     made, = anew.iterdir()
     whole = made.read_bytes()
-    for kept in (0, 50, 5000, len(whole) - 1):
+    for kept in (50, len(whole) - 1):
         made.unlink()  # not written over: it is in use
         made.write_bytes(whole[:kept])
         cpu_kernels._library.cache_clear()

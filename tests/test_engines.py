@@ -277,7 +277,7 @@ def test_prompts_that_begin_in_a_step_are_attended_to_in_c_no_less_exactly(engin
     engine = VllmEngine(EngineSettings(model_folder, "bfloat16", 8192, builder.end_token, 8, in_flight=4), "cpu")
     ids, calls, attention, split = prompts[0].token_ids * 30, [], cpu_kernels.attention, cpu_prefill._split
     monkeypatch.setattr(cpu_kernels, "attention", lambda q, *given: calls.append(q.shape[2]) or attention(q, *given))
-    sizes, found = (700, 40, 300, 700, 6000, 30, 300, 260), []
+    sizes, found = (700, 40, 300, 700, 4300, 30, 260), []
     for turn in (0, 1):
         monkeypatch.setattr(cpu_prefill, "_split", split if turn else lambda *given: None)
         engine._llm.reset_prefix_cache()
@@ -285,7 +285,7 @@ def test_prompts_that_begin_in_a_step_are_attended_to_in_c_no_less_exactly(engin
         found.append(answers(engine, asked, max_new_tokens=6))
         assert bool(calls) == bool(turn)
     engine.close()
-    assert len(calls) % 30 == 0 and min(calls) >= cpu_prefill.LEAST and {302, 702} <= set(calls) and 6002 not in calls
+    assert len(calls) % 30 == 0 and min(calls) >= cpu_prefill.LEAST and {302, 702} <= set(calls) and 4302 not in calls
     exact = answers(engines["transformers"], [prompt for prompt in asked if len(prompt.token_ids) < 1000], max_new_tokens=1)
     off, on = ([abs(mine[key].logprobs[0] - answer.logprobs[0]) for key, answer in exact.items()] for mine in found)
-    assert len(on) == 7 and sum(on) < 3 * sum(off)  # other keys, or another adapter's, are nats away
+    assert len(on) == 6 and sum(on) < 3 * sum(off)  # other keys, or another adapter's, are nats away

@@ -34,7 +34,7 @@ PATIENCE = 60  # seconds for a compiler that takes one
 KINDS = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float, "i": ctypes.c_int}
 ELEMENTWISE = {"norm": "ppfpppll", "norm_back": "ppppppll", "rotate": "pllppipllll", "rotate_back": "pppppiplllll", "swiglu": "ppll",
                "swiglu_back": "ppppll"}  # what each function takes, before the number of threads
-WITH_ROOM = {"attention_forward": "ppppppf", "attention_backward": "ppppppppppf", "lora_forward": "pppppl", "lora_to_input": "ppppl",
+WITH_ROOM = {"attention_forward": "ppppppfl", "attention_backward": "ppppppppppf", "lora_forward": "pppppl", "lora_to_input": "ppppl",
              "lora_to_masters": "ppppppl", "frozen_forward": "ppppppl", "frozen_to_input": "pppppl", "layer_forward": "pppppppillpl",
              "layer_backward": "ppppippillpl"}  # those that give back whether they found no memory
 
@@ -152,11 +152,13 @@ def takes(width: int) -> bool:
 
 
 def attention(q, k, v, scaling: float, out=None):
-    """Causal attention of q [B, n, T, width] over k and v [B, m, T, width], n a multiple of m, bfloat16 of a width that it `takes`: in
-    `out`, or the same shape as q, in memory [B, T, n, width]; and what the gradient needs, float32 [B, n, T rounded up to 64]."""
+    """Causal attention of q [B, n, T, width] over k and v [B, m, T, width], or more of them, that begin before the first query; n a multiple
+    of m, bfloat16 of a width that it `takes`: in `out`, or the same shape as q, in memory [B, T, n, width]; and what the gradient needs,
+    float32 [B, n, T rounded up to 64]."""
     q, k, v = map(_lined_up, (q, k, v))
     out, levels = _empty_heads(q) if out is None else out, _float32(*q.shape[:2], -(-q.shape[2] // BLOCK) * BLOCK)
-    _run("attention_forward", *map(_heads, (q, k, v, out)), levels.data_ptr(), _shape(q, k), scaling)
+    _run("attention_forward", *map(_heads, (q, k, v, out)), levels.data_ptr(), _shape(q, k), scaling,
+         k.shape[2] - q.shape[2])
     return out, levels
 
 

@@ -1,13 +1,15 @@
-"""Prompts on vLLM's CPU build: attention of those that are read from their first token on, and SwiGLU, by `cpu_kernels`.
+"""Prompts on vLLM's CPU build: their attention, and SwiGLU, by `cpu_kernels`.
 
-vLLM 0.32's own attention makes a third of a large product's speed where the CPU has no AMX, and was 29% of reading prompts of 1,150
-tokens (benchmarks/LOG.md). What goes on with a prompt, or begins behind a cached prefix, reads keys and values from the cache, whose order
-is vLLM's own: such sequences, and answers that are decoded, stay with it, put together for a call of their own. Only in bfloat16, and not with AMX, which vLLM's has a way of its own for.
+vLLM 0.32's own attention makes a third of a large product's speed where the CPU has no AMX, and was 29 to 40% of reading prompts of 1,150
+tokens (benchmarks/LOG.md). Answers that are decoded stay with it, put together for a call of their own. Keys and values of what was read
+before, a cached prefix or the part of a long prompt that earlier steps read, lie in vLLM's cache in an order of its own, which differs from
+CPU to CPU: it is seen by writing numbers into a block that say where they are from. Only in bfloat16, and not with AMX.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from typing import TYPE_CHECKING
 
@@ -50,10 +52,20 @@ def _swiglu(self, x):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Split:
-    """Of a step's rows those of each sequence that begins in it, and those of the others, with what vLLM knows of them alone."""
+class _Prompt:
+    """A step's `rows` of a sequence, how many tokens of it were there `before`, and in which `blocks` of the cache, int64."""
 
-    begun: list[slice]
+    rows: slice
+    before: int
+    blocks: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """Of a step its prompts, with the `order` of a block of the cache; and the other rows, with what vLLM knows of them alone."""
+
+    prompts: list[_Prompt]
+    order: tuple[torch.Tensor, torch.Tensor]
     others: torch.Tensor
     known: object | None
 
@@ -61,21 +73,48 @@ class _Split:
 def _build(own):
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
         made = own(self, common_prefix_len, common_attn_metadata, fast_build)
-        made.arc_kernel_split = _split(common_attn_metadata, lambda few: own(self, common_prefix_len, few, fast_build))
+        order = _order(self.isa, self.num_kv_heads, self.block_size, self.head_dim, self.dtype)
+        made.arc_kernel_split = order and _split(common_attn_metadata, self.block_size, order,
+                                                 lambda few: own(self, common_prefix_len, few, fast_build))
         return made
 
     return build
 
 
-def _split(common, build) -> _Split | None:
+@functools.cache
+def _order(isa: str, heads: int, size: int, width: int, dtype: torch.dtype):
+    """Where in a block of the cache, [heads, size, 2 width] in one row, keys and values [size, heads, width] lie: int64 each. None where
+    that is no order."""
+    import torch
+    from vllm import _custom_ops
+
+    numbers, found = torch.arange(size * heads * width).view(size, heads, width), [0, 0]
+    try:
+        for power in (1, 256, 65536):  # bfloat16 holds whole numbers up to 256
+            part, block = (numbers // power % 256).to(dtype), torch.zeros(1, heads, 2 * size, width, dtype=dtype)
+            _custom_ops.cpu_attn_reshape_and_cache(part, part.clone(), *block.chunk(2, 2), torch.arange(size), isa)
+            found = [old + power * half.long() for old, half in zip(found, block.chunk(2, 2))]
+    except Exception:  # a release whose operator takes something else
+        return None
+    places, made = torch.arange(2 * numbers.numel()).view(heads, 2 * size, width).chunk(2, 1), []
+    for at, half in zip(found, places):
+        at, place = at.flatten(), torch.full((numbers.numel(),), -1)
+        place[at.clamp_max(len(place) - 1)] = half.flatten()
+        if (place < 0).any():
+            return None
+        made.append(place)
+    return tuple(made)
+
+
+def _split(common, size: int, order, build) -> _Split | None:
     import torch
 
     starts, lengths = common.query_start_loc[:common.num_reqs + 1], common.seq_lens[:common.num_reqs]
     rows = starts.diff()
-    begun = (rows == lengths) & (rows >= LEAST)
-    if not begun.any():
+    long = rows >= LEAST
+    if not long.any():
         return None
-    bounds, known, number = starts.tolist(), None, (~begun).nonzero()[:, 0]
+    bounds, before, known, number = starts.tolist(), (lengths - rows).tolist(), None, (~long).nonzero()[:, 0]
     others = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in number.tolist()] or [torch.arange(0)])
     if len(number):
         begin = torch.cat([starts[:1], rows[number].cumsum(0, dtype=starts.dtype)])
@@ -83,19 +122,28 @@ def _split(common, build) -> _Split | None:
             common, num_reqs=len(number), num_actual_tokens=len(others), max_query_len=int(rows[number].max()), query_start_loc=begin,
             query_start_loc_cpu=begin, seq_lens=lengths[number], block_table_tensor=common.block_table_tensor[number],
             slot_mapping=common.slot_mapping[others]))
-    return _Split([slice(bounds[i], bounds[i + 1]) for i in begun.nonzero()[:, 0].tolist()], others, known)
+    prompts = [_Prompt(slice(bounds[i], bounds[i + 1]), before[i], common.block_table_tensor[i, :-(-before[i] // size)].long())
+               for i in long.nonzero()[:, 0].tolist()]
+    return _Split(prompts, order, others, known)
 
 
 def _forward(own):
+    import torch
+
     from . import cpu_kernels
 
     def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None):
         split = getattr(attn_metadata, "arc_kernel_split", None)
         if split is None or not _plain(self, query, attn_metadata):
             return own(self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
-        for rows in split.begun:
-            heads = (x[rows].view(rows.stop - rows.start, -1, self.head_size) for x in (query, key, value, output))
-            q, k, v, out = (x.transpose(0, 1)[None] for x in heads)
+        for prompt in split.prompts:
+            heads = lambda x: x[prompt.rows].view(prompt.rows.stop - prompt.rows.start, -1, self.head_size)
+            q, k, v, out = map(heads, (query, key, value, output))
+            if prompt.before:
+                there = kv_cache[prompt.blocks].flatten(1)
+                old = (there[:, place].view(-1, *k.shape[1:])[:prompt.before] for place in split.order)
+                k, v = (torch.cat(pair) for pair in zip(old, (k, v)))
+            q, k, v, out = (x.transpose(0, 1)[None] for x in (q, k, v, out))
             cpu_kernels.attention(q, k, v, self.scale, out)
         if split.known is not None:
             part = output[split.others]

@@ -103,17 +103,19 @@ ALWAYS void scores_of(__m512 made[ROWS][COLUMNS], const bfloat16 *keys, const ui
     multiply(made, COLUMNS, (const uint32_t *)keys, width / 2, 1, queries, SIDE, width / 2);
 }
 
-/* One block of queries by words of two columns, over the keys and values of its head up to its own block: sums [64, width] of the softmax
+/* One block of queries by words of two columns, the first of them query `first` of all tokens, over the keys and values of its head up to
+   that of block `last`: sums [64, width] of the softmax
    times values, not yet over `total`, its sum of powers of two below the `largest` score; [64] both. */
-static void attend(const uint32_t *queries, const bfloat16 *keys, const uint32_t *values, long block, long width, float scaling,
-                   float *sums, float *largest, float *total)
+static void attend(const uint32_t *queries, const bfloat16 *keys, const uint32_t *values, long first, long last, long width,
+                   float scaling, float *sums, float *largest, float *total)
 {
     float scores[SIDE * SIDE] OWN, shrunk[SIDE] OWN;
     uint32_t chances[PAIRS * SIDE] OWN;
     const __m512 unit = one(scaling * LOG2_E);
     memset(sums, 0, SIDE * width * sizeof *sums);
     for (long n = 0; n < SIDE; n++) largest[n] = FAR, total[n] = 0;
-    for (long j = 0; j <= block; j++, keys += SIDE * width, values += PAIRS * width) {
+    for (long j = 0; j <= last; j++, keys += SIDE * width, values += PAIRS * width) {
+        const int open = (j + 1) * SIDE - 1 <= first; /* all see all of it */
         __m512 most[COLUMNS];
         EACH(n, COLUMNS) most[n] = _mm512_load_ps(largest + n * LANES);
         for (long row = 0; row < SIDE; row += ROWS) {
@@ -121,7 +123,7 @@ static void attend(const uint32_t *queries, const bfloat16 *keys, const uint32_t
             scores_of(made, keys + row * width, queries, width);
             EACH(m, ROWS) EACH(n, COLUMNS) {
                 __m512 score = _mm512_mul_round_ps(made[m][n], unit, ROUNDED);
-                if (j == block) score = _mm512_mask_mov_ps(score, blind(row + m, n * LANES), one(FAR));
+                if (!open) score = _mm512_mask_mov_ps(score, blind(j * SIDE + row + m, first + n * LANES), one(FAR));
                 most[n] = _mm512_max_ps(most[n], score);
                 _mm512_store_ps(scores + (row + m) * SIDE + n * LANES, score);
             }
@@ -144,14 +146,15 @@ static void attend(const uint32_t *queries, const bfloat16 *keys, const uint32_t
     }
 }
 
-/* out = softmax(q k' scaling) v. `levels` [batch, heads, 64 * blocks]: the logarithm to base 2 of each softmax's sum. 1 without memory,
+/* out = softmax(q k' scaling) v, with `before` keys and values before those of the first query. `levels` [batch, heads, 64 * blocks]: the logarithm to base 2 of each softmax's sum. 1 without memory,
    else 0. */
 int attention_forward(const Heads *q, const Heads *k, const Heads *v, const Heads *out, float *levels, const Shape *s, float scaling,
-                      int threads)
+                      long before, int threads)
 {
-    long blocks = blocks_of(s), side = SIDE * s->width, shared = s->heads / s->keys, heads = s->batch * s->heads;
-    bfloat16 *keys = room(s->batch * s->keys * blocks * side * sizeof *keys);
-    uint32_t *values = room(s->batch * s->keys * blocks * side / 2 * sizeof *values);
+    const Shape all = {s->batch, s->heads, s->keys, before + s->tokens, s->width};
+    long blocks = blocks_of(s), seen = blocks_of(&all), side = SIDE * s->width, shared = s->heads / s->keys, heads = s->batch * s->heads;
+    bfloat16 *keys = room(s->batch * s->keys * seen * side * sizeof *keys);
+    uint32_t *values = room(s->batch * s->keys * seen * side / 2 * sizeof *values);
     if (!keys || !values) return free(keys), free(values), 1;
 #pragma omp parallel num_threads(threads)
     {
@@ -159,10 +162,10 @@ int attention_forward(const Heads *q, const Heads *k, const Heads *v, const Head
         uint32_t queries[PAIRS * WIDEST] OWN;
         float sums[SIDE * WIDEST] OWN, largest[SIDE] OWN, total[SIDE] OWN;
 #pragma omp for schedule(static)
-        for (long i = 0; i < s->batch * s->keys * blocks; i++) {
-            long group = i / blocks, block = i % blocks;
-            copy(keys + i * side, k, s, group / s->keys, group % s->keys, block);
-            copy(rows, v, s, group / s->keys, group % s->keys, block);
+        for (long i = 0; i < s->batch * s->keys * seen; i++) {
+            long group = i / seen, block = i % seen;
+            copy(keys + i * side, k, &all, group / s->keys, group % s->keys, block);
+            copy(rows, v, &all, group / s->keys, group % s->keys, block);
             pair_rows(values + i * side / 2, rows, s->width);
         }
 #pragma omp for schedule(dynamic)
@@ -170,7 +173,8 @@ int attention_forward(const Heads *q, const Heads *k, const Heads *v, const Head
             long block = blocks - 1 - i / heads, b = i % heads / s->heads, h = i % s->heads, group = b * s->keys + h / shared;
             copy(rows, q, s, b, h, block);
             pair_columns(queries, rows, s->width);
-            attend(queries, keys + group * blocks * side, values + group * blocks * side / 2, block, s->width, scaling, sums, largest,
+            long first = before + block * SIDE, last = (first + rows_of(s, block) - 1) / SIDE;
+            attend(queries, keys + group * seen * side, values + group * seen * side / 2, first, last, s->width, scaling, sums, largest,
                    total);
             for (long row = 0; row < SIDE; row++) levels[(i % heads * blocks + block) * SIDE + row] = largest[row] + log2f(total[row]);
             for (long row = 0; row < rows_of(s, block); row++)

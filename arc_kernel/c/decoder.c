@@ -103,7 +103,7 @@ int layer_forward(const DecoderLayer *l, char *kept, char *scratch, const bfloat
     norm(hidden, l->norms[0], l->eps[0], k.normed[0], k.inverse[0], s.read, rows, size, threads);
     if (FORWARD(QKV, s.read, k.qkv, NULL)) return 1;
     rotate(k.qkv, tokens * far, far, cos, sin, shared, k.turned, batch, tokens, l->heads + l->keys, width, threads);
-    if (attention_forward(&q, &keys, &v, &made, k.levels, &shape, l->scaling, threads)) return 1;
+    if (attention_forward(&q, &keys, &v, &made, k.levels, &shape, l->scaling, 0, threads)) return 1;
     if (many >= 0) {
         pick(k.attended, k.attended, wanted, many, l->heads * width);
         pick(s.to_rows, hidden, wanted, many, size);

@@ -25,8 +25,8 @@ typedef struct { /* groups and weights of q, k and v; attention's output; gate a
     long heads, keys, width;
 } DecoderLayer;
 
-int attention_forward(const Heads *q, const Heads *k, const Heads *v, const Heads *out, float *levels, const Shape *s, float scaling, int
-                      threads);
+int attention_forward(const Heads *q, const Heads *k, const Heads *v, const Heads *out, float *levels, const Shape *s, float scaling,
+                      long before, int threads);
 int attention_backward(const Heads *q, const Heads *k, const Heads *v, const Heads *out, const Heads *grad, const float *levels, const Heads
                        *to_q, const Heads *to_k, const Heads *to_v, const Shape *s, float scaling, int threads);
 void norm(const bfloat16 *x, const bfloat16 *weight, float eps, bfloat16 *normed, float *inverse, bfloat16 *scaled, long rows, long width,

@@ -86,8 +86,8 @@ class TaskTrainer:
     Where `model` holds weights rescaled by `rescale`, each layer's LoRA is scaled like its weight, so that A and B, their
     gradients, and what is saved are those of the original weights. `left_out` says what gets no LoRA (see the function). On a
     GPU passes are CUDA graphs where they can be (`decoder_pass`), unless `graphs` is False; `slow` says what a CPU lacks. In `int8` the
-    frozen weights are multiplied with in 8 bits, and all else is in `int8.rest`. `peaks`: how large activations get with an adapter is
-    looked at and saved, for an engine in float16; it takes as long as a step.
+    frozen weights are multiplied with in 8 bits, all else is in `int8.rest`, and passes are in C where they can be (`cpu_pass`). `peaks`:
+    how large activations get with an adapter is looked at and saved, for an engine in float16; it takes as long as a step.
     """
 
     def __init__(self, model: Path, builder: PromptBuilder, recipe: Recipe, start: Path | None, device: str, dtype: str,

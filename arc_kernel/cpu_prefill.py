@@ -8,6 +8,7 @@ CPU to CPU: it is seen by writing numbers into a block that say where they are f
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -71,11 +72,16 @@ class _Split:
 
 
 def _build(own):
+    import torch
+
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
         made = own(self, common_prefix_len, common_attn_metadata, fast_build)
-        order = _order(self.isa, self.num_kv_heads, self.block_size, self.head_dim, self.dtype)
-        made.arc_kernel_split = order and _split(common_attn_metadata, self.block_size, order,
-                                                 lambda few: own(self, common_prefix_len, few, fast_build))
+        made.arc_kernel_split = None
+        with contextlib.suppress(AttributeError, TypeError):  # a release whose metadata has other fields: its own attention is used
+            if self.dtype == torch.bfloat16 and not (self.is_cross_attention or self.is_encoder_only_attention):
+                order = _order(self.isa, self.num_kv_heads, self.block_size, self.head_dim, self.dtype)
+                made.arc_kernel_split = order and _split(common_attn_metadata, self.block_size, order,
+                                                         lambda few: own(self, common_prefix_len, few, fast_build))
         return made
 
     return build

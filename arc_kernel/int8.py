@@ -111,7 +111,8 @@ class Product:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.frozen:
             return self.frozen(x)
-        out, x = x.new_empty(len(x), self._outputs), x.contiguous() if self._factor is None else x * self._factor
+        out, x = x.new_empty(len(x), self._outputs), x.contiguous()
+        x = x if self._factor is None else x * self._factor
         if len(x):
             rounded, scales = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), 1)
             torch.ops._C.dynamic_scaled_int8_quant(rounded, x, scales, None)

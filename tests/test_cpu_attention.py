@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from arc_kernel import cpu_attention, fused_layer
+from arc_kernel import cpu_attention, cpu_kernels, fused_layer
 from arc_kernel.cpu_attention import compiled, half, kernel, products
 from arc_kernel.cpu_kernels import refused
 
@@ -77,6 +77,16 @@ def test_a_value_that_is_not_finite_reaches_all_that_see_it():
             inputs[which][0, 0, 100, 5] = torch.nan
             out = compiled(*inputs, 0.3)[0]
         assert out.isnan().any(-1)[0, 100:101 if which == 0 else 150].all()  # a query's own; a key's and a value's all after it
+
+
+@made_here
+@pytest.mark.parametrize("before", [1, 32, 64, 100, 149])
+def test_queries_that_come_later_see_all_that_was_before_them(before):
+    (q, k, v), _ = heads((2, 4, 2, 150, 64), torch.bfloat16)
+    with torch.no_grad():
+        wanted = cpu_kernels.attention(q, k, v, 0.3)[0][:, :, before:].float()
+        found = cpu_kernels.attention(q[:, :, before:], k, v, 0.3)[0].float()
+    assert (found - wanted).norm() < 0.003 * wanted.norm()  # of blocks that lie elsewhere sums are rounded elsewhere
 
 
 @pytest.mark.parametrize("way", [products, pytest.param(compiled, marks=made_here)])

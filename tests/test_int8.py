@@ -45,6 +45,8 @@ def test_product_is_the_exact_one_up_to_rounding_and_no_token_disturbs_another(d
     assert all((y[i] - exact[i]).norm() < 0.03 * exact[i].norm() for i in range(70) if i != 4)
     assert torch.equal(product(x.T.contiguous().T), y) and product(x[:0]).shape == (0, outputs)
     assert torch.equal(int8.Product(weight.T.contiguous().T)(x), y)
+    evened = int8.Product(weight, x.float().square().mean(0).sqrt())
+    assert torch.equal(evened(x.T.contiguous().T), evened(x))
 
 
 @made_here

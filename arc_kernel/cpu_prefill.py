@@ -140,7 +140,7 @@ def _forward(own):
 
     def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None):
         split = getattr(attn_metadata, "arc_kernel_split", None)
-        if split is None or not _plain(self, query, attn_metadata):
+        if split is None or not _plain(self, query, kv_cache, attn_metadata):
             return own(self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
         for prompt in split.prompts:
             heads = lambda x: x[prompt.rows].view(prompt.rows.stop - prompt.rows.start, -1, self.head_size)
@@ -160,13 +160,14 @@ def _forward(own):
     return forward
 
 
-def _plain(attention, query, metadata) -> bool:
-    """Is this causal attention over all that was, by the scores as they are?"""
+def _plain(attention, query, cache, metadata) -> bool:
+    """Is this causal attention over all that was, by the scores as they are, with a cache [blocks, heads, size, 2 width]?"""
     import torch
 
     from . import cpu_kernels
 
-    return (query.dtype == torch.bfloat16 and cpu_kernels.takes(attention.head_size) and attention.attn_type == "decoder"
+    return (query.dtype == cache.dtype == torch.bfloat16 and cpu_kernels.takes(attention.head_size) and attention.attn_type == "decoder"
+            and cache.dim() == 4 and (cache.shape[1], cache.shape[3]) == (attention.num_kv_heads, 2 * attention.head_size)
             and metadata.causal is True and getattr(metadata, "dynamic_causal", None) is None and attention.sliding_window == -1
             and attention.alibi_slopes is None and not attention.logits_soft_cap and attention.sinks is None
             and attention.kv_sharing_target_layer_name is None and attention.kv_cache_dtype == "auto")

@@ -64,8 +64,7 @@ long scratch_bytes(const DecoderLayer *l, long batch, long tokens)
     return scratch_in(NULL, &at, l, batch, tokens), at;
 }
 
-/* Where only some rows are wanted after attention (`many` in ascending order; all where that is negative) they are put one after the other
-   ... */
+/* Where only `many` rows are wanted after attention (in ascending order; all, where that is negative), they are put together ... */
 static void pick(bfloat16 *to, const bfloat16 *from, const int64_t *wanted, long many, long width)
 {
     for (long i = 0; i < many; i++) memmove(to + i * width, from + wanted[i] * width, width * sizeof *to);

@@ -12,7 +12,7 @@
 #include <omp.h>
 #include <string.h>
 
-enum { SIDE = 64, PAIRS = SIDE / 2, ROWS = 4, COLUMNS = SIDE / LANES, WIDEST = 256 }; /* ROWS x SIDE numbers are made at a time */
+enum { PAIRS = SIDE / 2, ROWS = 4, COLUMNS = SIDE / LANES, WIDEST = 256 }; /* ROWS x SIDE numbers are made at a time */
 #define FAR -1e30f         /* a score of what is not seen */
 #define LOG2_E 1.44269504f /* powers of two are faster than those of e */
 #define ROUNDED (_MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC) /* by itself: not made one with the sum that follows */

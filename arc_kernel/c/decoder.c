@@ -6,7 +6,6 @@
 #include <string.h>
 
 enum { QKV, O, GATE_UP, DOWN };
-enum { SIDE = 64 }; /* tokens in a block of attention */
 
 /* What is kept of a layer from forward to backward; `low` what each group's LoRA made of its input. */
 typedef struct {

@@ -5,6 +5,8 @@
 
 #include "bfloat16.h"
 
+enum { SIDE = 64 }; /* tokens in a block of attention */
+
 typedef struct { bfloat16 *data; long batch, head, token; } Heads; /* how far the next is, in numbers; those of a head lie side by side */
 typedef struct { long batch, heads, keys, tokens, width; } Shape;  /* heads is a multiple of keys, width of 16 and at most WIDEST */
 typedef struct { /* a [rank, inputs], b [outputs, rank], and the sums of their gradients; ranks and outputs of the layers before it */

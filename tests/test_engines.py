@@ -295,6 +295,5 @@ def test_prompts_are_attended_to_in_c_no_less_exactly(engines, model_folder, bui
     assert 320 in befores and any(before % 32 for before in befores)  # a prefix has whole blocks
     exact = answers(engines["transformers"], [prompt for prompt in asked if len(prompt.token_ids) < 1000], max_new_tokens=1)
     off, on = ([abs(mine[key].logprobs[0] - answer.logprobs[0]) for key, answer in exact.items()] for mine in found)
-    print(off, on)
     assert len(on) == 5 and sum(on) < 3 * sum(off)  # other keys, or another adapter's, are nats away
     assert found[1][2,].logprobs[0] == pytest.approx(found[0][2,].logprobs[0], abs=0.3)

@@ -152,9 +152,9 @@ def takes(width: int) -> bool:
 
 
 def attention(q, k, v, scaling: float, out=None):
-    """Causal attention of q [B, n, T, width] over k and v [B, m, T, width], or more of them, that begin before the first query; n a multiple
-    of m, bfloat16 of a width that it `takes`: in `out`, or the same shape as q, in memory [B, T, n, width]; and what the gradient needs,
-    float32 [B, n, T rounded up to 64]."""
+    """Causal attention of q [B, n, T, width] over k and v [B, m, T, width], or more of them, that begin before the first query; n a
+    multiple of m, bfloat16 of a width that it `takes`: in `out`, or the same shape as q, in memory [B, T, n, width]; and what the gradient
+    needs, float32 [B, n, T rounded up to 64]."""
     q, k, v = map(_lined_up, (q, k, v))
     out, levels = _empty_heads(q) if out is None else out, _float32(*q.shape[:2], -(-q.shape[2] // BLOCK) * BLOCK)
     _run("attention_forward", *map(_heads, (q, k, v, out)), levels.data_ptr(), _shape(q, k), scaling, k.shape[2] - q.shape[2])
@@ -181,7 +181,7 @@ class Frozen:
 
     def __init__(self, weight, scales, factor=None):
         outputs, inputs = self.sides = weight.shape
-        words = weight.new_zeros(outputs // LANES, inputs // 4 | 1, LANES, 4, dtype=torch.uint8)  # as in `c/frozen.c`; sums below are modulo 256
+        words = weight.new_zeros(outputs // LANES, inputs // 4 | 1, LANES, 4, dtype=torch.uint8)  # as in `c/frozen.c`; sums modulo 256
         words[:, :inputs // 4] = (weight.view(outputs // LANES, LANES, inputs // 4, 4).transpose(1, 2) + 128).to(torch.uint8)
         self._kept = words, scales, factor
         self.struct = _Frozen(*map(_at, self._kept))

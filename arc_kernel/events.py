@@ -17,6 +17,13 @@ from .files import parse_json
 STAGE_COUNTS = ("seconds", "tokens", "prompt_tokens", "cached_tokens", "predictions", "repeated", "decided")
 COLUMNS = {"cached": "share of the prompts' tokens known from an earlier prompt", "repeated": "had the answer of an equal prompt",
            "decided": "not made, as they could change no vote"}
+NUMBER, NOTHING = (int, float), type(None)
+FIELDS = {"stage": dict.fromkeys(STAGE_COUNTS, NUMBER) | {"stage": str}, "loss": {"task": str, "step": int, "losses": list},
+          "answered": {"task": str, "statuses": dict},
+          "step": dict.fromkeys(("loss", "lr", "tokens", "seconds", "peak_share"), NUMBER)
+          | {"step": int, "kinds": dict, "skipped": bool, "gradient": (*NUMBER, NOTHING)}}  # read back of events of these kinds
+MISSING = dict.fromkeys(STAGE_COUNTS, 0) | {"statuses": {}}  # of them what need not be there
+TEXTS = "task", "text", "error", "dtype"  # of all, where they are there
 
 
 @dataclass(frozen=True)
@@ -51,16 +58,24 @@ class EventLog:
 
 
 def read_events(out: Path) -> list[dict]:
-    """The events of a run folder; a line that a kill cut short, or that is damaged, is left out."""
+    """The events of a run folder; a line that a kill cut short, or that is damaged or lacks what is read of it, is left out."""
     path, events = out / "events.jsonl", []
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             event = parse_json(line)
         except ValueError:
             continue
-        if isinstance(event, dict) and "event" in event:
+        if isinstance(event, dict) and isinstance(event.get("event"), str) and _whole(event):
             events.append(event)
     return events
+
+
+def _whole(event: dict) -> bool:
+    """Whether it has what is read of an event of its kind, as it should be."""
+    kind, known = event["event"], MISSING | event
+    return (all(name in known and isinstance(known[name], of) for name, of in FIELDS.get(kind, {}).items())
+            and all(isinstance(event.get(name), (str, NOTHING)) for name in TEXTS)
+            and (kind != "loss" or all(isinstance(loss, NUMBER) for loss in event["losses"])))
 
 
 def stage_rows(events: list[dict]) -> list[dict]:

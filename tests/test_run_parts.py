@@ -19,6 +19,7 @@ from arc_kernel.errors import ArcKernelError
 from arc_kernel.events import read_events
 from arc_kernel.job import Job
 from arc_kernel.run import Run
+from arc_kernel.run_folder import facts, read_run
 from arc_kernel.settings import Settings
 from arc_kernel.tasks import read_submission
 
@@ -212,6 +213,20 @@ def test_a_folder_with_damaged_events_and_verdict_has_a_report(made, tmp_path):
     assert run.events()[-1]["event"] == "stage" and "afterwards" in [e.get("text") for e in run.events()]
 
 
+@pytest.mark.parametrize("lacking", [
+    {"event": "stage"}, {"event": "stage", "stage": "adapt", "seconds": "9"}, {"event": "loss", "task": "B", "step": 1},
+    {"event": "loss", "task": "B", "step": 1, "losses": [None]}, {"event": "answered"}, {"event": "answered", "task": ["B"]},
+    {"event": "answered", "task": "B", "statuses": 3}, {"event": "note", "text": {}}, {"event": 3}, {"event": ["stage"]},
+])
+def test_an_event_that_lacks_what_is_read_of_it_is_left_out(made, tmp_path, lacking):
+    run = made(views=2)
+    answered(tmp_path, "B.jsonl")
+    with open(tmp_path / "run" / "events.jsonl", "a") as file:
+        file.write(json.dumps(lacking) + "\n")
+    assert run.finish()["report"].is_file() and lacking not in run.events()
+    assert facts(read_run(tmp_path / "run"))["seconds"].keys() == {"read tasks", "vote, score"}
+
+
 def test_what_a_lost_worker_left_of_a_task_votes(made, tmp_path):
     run = made(views=2)
     run.job, run._pool = JOB, pool()
@@ -283,10 +298,10 @@ def test_of_two_adapters_the_one_of_more_steps_is_kept_also_after_a_kill(tmp_pat
 
 
 def test_first_event_after_a_line_cut_short_is_not_lost_with_it(made, tmp_path):
-    made().log.add("loss", step=1)
+    made().log.add("loss", task="A", step=1, losses=[2.0])
     with open(tmp_path / "run" / "events.jsonl", "a") as file:
         file.write('[]\n{"event": "lo')
-    made().log.add("loss", step=2)
+    made().log.add("loss", task="A", step=2, losses=[1.0])
     assert [e["step"] for e in read_events(tmp_path / "run") if e["event"] == "loss"] == [1, 2]
 
 

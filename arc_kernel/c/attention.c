@@ -146,8 +146,8 @@ static void attend(const uint32_t *queries, const bfloat16 *keys, const uint32_t
     }
 }
 
-/* out = softmax(q k' scaling) v, with `before` keys and values before those of the first query. `levels` [batch, heads, 64 * blocks]: the logarithm to base 2 of each softmax's sum. 1 without memory,
-   else 0. */
+/* out = softmax(q k' scaling) v, with `before` keys and values before those of the first query. `levels` [batch, heads, 64 * blocks]: the
+   logarithm to base 2 of each softmax's sum. 1 without memory, else 0. */
 int attention_forward(const Heads *q, const Heads *k, const Heads *v, const Heads *out, float *levels, const Shape *s, float scaling,
                       long before, int threads)
 {

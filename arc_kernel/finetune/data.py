@@ -201,6 +201,7 @@ def _grid(value, where: str) -> Grid:
     try:
         grid = np.array(value)
         fits = grid.ndim == 2 and grid.dtype == np.int64 and 0 < min(grid.shape) and max(grid.shape) <= MAX_SIDE
+        fits = fits and {int} == {type(cell) for row in value for cell in row}  # numpy takes true for 1
         if fits and 0 <= grid.min() and grid.max() < COLOURS:
             return grid.astype(np.int8)
     except (ValueError, TypeError):

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -48,8 +48,8 @@ def _swiglu(self, x):
     """silu(gate) * up of [..., 2 n], gate before up."""
     from . import cpu_kernels
 
-    made = cpu_kernels.swiglu(x.flatten(0, -2))
-    return self.forward_native(x) if made is NotImplemented else made.view(*x.shape[:-1], -1)
+    made = cpu_kernels.swiglu(x.flatten(0, -2)) if x.dim() > 1 else NotImplemented
+    return self.forward_native(x) if made is NotImplemented else made.view(*x.shape[:-1], x.shape[-1] // 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +61,19 @@ class _Prompt:
     blocks: torch.Tensor
 
 
+class _Order(NamedTuple):
+    """Where a block's keys and values [size, heads, width] lie, in numbers from its beginning: the first, and how far the next ones are."""
+
+    keys: tuple[int, list[int]]
+    values: tuple[int, list[int]]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Split:
     """Of a step its prompts, with the `order` of a block of the cache; and the other rows, with what vLLM knows of them alone."""
 
     prompts: list[_Prompt]
-    order: tuple[torch.Tensor, torch.Tensor]
+    order: _Order
     others: torch.Tensor
     known: object | None
 
@@ -89,8 +96,7 @@ def _build(own):
 
 @functools.cache
 def _order(isa: str, heads: int, size: int, width: int, dtype: torch.dtype):
-    """Where in a block of the cache, [heads, size, 2 width] in one row, keys and values [size, heads, width] lie: int64 each. None where
-    that is no order."""
+    """The order of a block of the cache, [heads, size, 2 width] in memory; None where numbers of a side are not equally far apart."""
     import torch
     from vllm import _custom_ops
 
@@ -103,13 +109,16 @@ def _order(isa: str, heads: int, size: int, width: int, dtype: torch.dtype):
     except Exception:  # a release whose operator takes something else
         return None
     places, made = torch.arange(2 * numbers.numel()).view(heads, 2 * size, width).chunk(2, 1), []
+    numbers_of = torch.meshgrid(*map(torch.arange, numbers.shape), indexing="ij")
     for at, half in zip(found, places):
         at, place = at.flatten(), torch.full((numbers.numel(),), -1)
         place[at.clamp_max(len(place) - 1)] = half.flatten()
-        if (place < 0).any():
+        place = place.view(numbers.shape)
+        far = [int(place.diff(dim=side).flatten()[:1].sum()) for side in range(3)]  # 0 of a side of one
+        if min(place.min(), *far) < 0 or not torch.equal(place, sum(n * i for n, i in zip(far, numbers_of)) + place[0, 0, 0]):
             return None
-        made.append(place)
-    return tuple(made)
+        made.append((int(place[0, 0, 0]), far))
+    return _Order(*made)
 
 
 def _split(common, size: int, order, build) -> _Split | None:
@@ -146,9 +155,8 @@ def _forward(own):
             heads = lambda x: x[prompt.rows].view(prompt.rows.stop - prompt.rows.start, -1, self.head_size)
             q, k, v, out = map(heads, (query, key, value, output))
             if prompt.before:
-                there = kv_cache[prompt.blocks].flatten(1)
-                old = (there[:, place].view(-1, *k.shape[1:])[:prompt.before] for place in split.order)
-                k, v = (torch.cat(pair) for pair in zip(old, (k, v)))
+                there = kv_cache[prompt.blocks].contiguous()
+                k, v = (_behind(there, where, prompt.before, new) for where, new in zip(split.order, (k, v)))
             q, k, v, out = (x.transpose(0, 1)[None] for x in (q, k, v, out))
             cpu_kernels.attention(q, k, v, self.scale, out)
         if split.known is not None:
@@ -158,6 +166,16 @@ def _forward(own):
         return output
 
     return forward
+
+
+def _behind(there, where: tuple[int, list[int]], before: int, new):
+    """Keys or values of a sequence, [before + T, heads, width]: those in its blocks `there`, and `new` [T, heads, width]."""
+    (first, steps), (blocks, _, size, _) = where, there.shape
+    made = new.new_empty(blocks * size + len(new), *new.shape[1:])
+    old = there.as_strided((blocks, size, *new.shape[1:]), (there.stride(0), *steps), first)
+    made[:blocks * size].view(old.shape).copy_(old)
+    made[before:before + len(new)] = new
+    return made[:before + len(new)]
 
 
 def _plain(attention, query, cache, metadata) -> bool:

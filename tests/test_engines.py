@@ -270,6 +270,33 @@ def test_transformers_answers_after_vllm_had_opened_the_architecture_through_it(
 
 
 @needs_vllm
+@pytest.mark.parametrize("heads, width, size, before", [(3, 64, 32, 100), (1, 32, 32, 64), (2, 128, 64, 1), (8, 80, 32, 33)])
+def test_keys_and_values_of_before_are_those_vllm_keeps(heads, width, size, before):
+    """Whatever order its cache has on this CPU; in blocks that are anywhere."""
+    attention = pytest.importorskip("vllm.v1.attention.backends.cpu_attn")
+    custom, isa = pytest.importorskip("vllm._custom_ops"), attention._get_attn_isa(torch.bfloat16, size, width)
+    order = cpu_prefill._order(isa, heads, size, width, torch.bfloat16)
+    if order is None:
+        pytest.skip("vLLM's own attention is used: its cache is in another order")
+    written, blocks = torch.randn(2, before, heads, width).bfloat16(), torch.tensor([5, 0, 3, 6])[:-(-before // size)]
+    cache, token = torch.full((7, heads, 2 * size, width), torch.nan).bfloat16(), torch.arange(before)
+    custom.cpu_attn_reshape_and_cache(*written, *cache.chunk(2, 2), blocks[token // size] * size + token % size, isa)
+    there, new = cache.view(7, heads, size, 2 * width)[blocks].contiguous(), torch.zeros(3, heads, width).bfloat16()
+    for where, wanted in zip(order, written):
+        assert torch.equal(cpu_prefill._behind(there, where, before, new), torch.cat([wanted, new]))
+
+
+@needs_vllm
+@pytest.mark.skipif(bool(cpu_kernels.refused()), reason=cpu_kernels.refused() or "used here")
+def test_swiglu_is_vllms_for_rows_of_any_number():
+    module = pytest.importorskip("vllm.model_executor.layers.activation").SiluAndMul
+    for sides in ((5, 64), (2, 3, 64), (0, 64), (1, 0, 64), (64,), (5, 48)):
+        x = torch.randn(sides).bfloat16()
+        made, own = cpu_prefill._swiglu(types.SimpleNamespace(forward_native=module.forward_native), x), module.forward_native(x)
+        torch.testing.assert_close(made, own, rtol=0.02, atol=0.02)
+
+
+@needs_vllm
 @pytest.mark.skipif(bool(cpu_kernels.refused()), reason=cpu_kernels.refused() or "used here")
 def test_prompts_are_attended_to_in_c_no_less_exactly(engines, model_folder, builder, prompts, adapters, monkeypatch):
     """Also what goes on behind a cached prefix, and a prompt of several steps; beside them in the same steps prompts too short for it, and

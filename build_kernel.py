@@ -58,9 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _all(options: argparse.Namespace, say: Callable[[str], None]) -> None:
-    lora = [_adapter] if options.adapter else []
+    model, lora = open_model(options.model), [_adapter] if options.adapter else []
     if lora:
-        check_served(Path(options.adapter), open_model(options.model))
+        check_served(Path(options.adapter), model)
     for build in (_notebook, _code, _weights, *lora, _wheels):  # the notebook first: it knows wrong options before anything is made
         build(options, say)
     if options.username == USERNAME:

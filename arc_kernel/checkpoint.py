@@ -14,6 +14,7 @@ import importlib.util
 import math
 import os
 import shutil
+import tempfile
 import traceback
 from pathlib import Path
 from types import ModuleType
@@ -96,7 +97,9 @@ def check_plain(folder: Path, config: dict) -> None:
 def check_adapter(folder: Path) -> None:
     """Raise ArcKernelError unless `folder` holds a peft LoRA as safetensors."""
     if not (folder / "adapter_config.json").is_file():
-        raise ArcKernelError(f"{folder}: no adapter_config.json: give the folder of a peft LoRA")
+        inside = folder / "adapter"
+        mend = inside if (inside / "adapter_config.json").is_file() else "the folder of a peft LoRA"
+        raise ArcKernelError(f"{folder}: no adapter_config.json: give {mend}")
     check_safetensors(folder, "adapter_model.safetensors")
 
 
@@ -317,15 +320,16 @@ def cache_folder() -> Path:
 
 
 def check_cache() -> Path:
-    """`cache_folder`, made; raises ArcKernelError where it cannot be."""
+    """`cache_folder`, made; raises ArcKernelError where it cannot be, or cannot be written."""
     try:
         folder = cache_folder()
     except RuntimeError:  # pathlib's, of a user who has none
         raise ArcKernelError("there is no home folder: set ARC_KERNEL_CACHE to a folder that can be written") from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise ArcKernelError(f"{folder}: cannot be made ({error.strerror}): set ARC_KERNEL_CACHE to a folder that can be written") from None
+        raise ArcKernelError(f"{folder}: cannot be written ({error.strerror}): set ARC_KERNEL_CACHE to another folder") from None
     return folder
 
 

@@ -16,7 +16,7 @@ from .chooser import Chooser
 from .device import device_model, device_name, native_bfloat16
 from .dtypes import Model
 from .errors import ArcKernelError
-from .files import check_writable, replacing
+from .files import replacing
 from .generate import chosen_backend
 from .grids import GridEncoder
 from .precision import probe, rescale
@@ -47,10 +47,7 @@ def check(model: Model, dtype: str, backend: str, out: Path, rescaled: str) -> N
 
     `rescaled` names a folder for the rescaled model (empty: none is wanted).
     """
-    if rescaled and Path(rescaled).exists():
-        raise ArcKernelError(f"{rescaled}: exists: give another --rescaled, or delete it")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    check_writable(out / "report.html")
     begun = time.perf_counter()
     print(f"probing {model.folder.name} in float32", file=sys.stderr, flush=True)
     ranges = model.ranges
@@ -85,9 +82,9 @@ def check(model: Model, dtype: str, backend: str, out: Path, rescaled: str) -> N
         elsewhere = without_bfloat16(made, reason, model.headroom)
         print(elsewhere)
     dataclasses.replace(settled, peaks=ranges.peaks).save(out / "precision.json")
-    shown = dataclasses.asdict(settled) | {"peaks": ranges.peaks, "rescale": made and made.to_json()}
+    shown = dataclasses.asdict(settled) | {"peaks": ranges.peaks}
     body = (f"<pre>{html.escape(probe.table(ranges))}</pre><p>{html.escape(reason or str(made or 'float16 holds it as it is'))}</p>"
-            f"{report.precision_html(shown)}{f'<p>{html.escape(elsewhere)}</p>' if elsewhere else ''}")
+            f"{report.precision_html(shown, made)}{f'<p>{html.escape(elsewhere)}</p>' if elsewhere else ''}")
     with replacing(out / "report.html") as file:
         file.write(report.page(f"Precision of {model.folder.name}", body))
     print(f"{time.perf_counter() - begun:.0f} s in all\nreport: {out / 'report.html'}")

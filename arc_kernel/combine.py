@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import ArcKernelError
+from .errors import ArcKernelError, counted
 from .run_folder import RunFolder, read_run
 from .select import Voted, attempts, ranked
 from .tasks import ATTEMPTS, Attempts, Grid, read_submission, task_to_json, write_submission
@@ -23,11 +23,12 @@ PLACEHOLDERS = (np.zeros((2, 2), np.int8), np.zeros((1, 1), np.int8))  # both at
 
 @dataclass(frozen=True)
 class Source:
-    """Attempts by (task id, test index): `answers`, distinct and in order, and `spare` grids that answer nothing."""
+    """Attempts by (task id, test index): `answers`, distinct and in order, and `spare` grids that answer nothing; how many are none."""
 
     path: Path
     answers: dict[tuple[str, int], list[Grid]]
     spare: dict[tuple[str, int], list[Grid]]
+    no_grids: int = 0
 
 
 def combine(paths: list[Path], out: Path, rule: str, tasks: str = "") -> str:
@@ -68,7 +69,8 @@ def combine(paths: list[Path], out: Path, rule: str, tasks: str = "") -> str:
     taken = Counter(origin for _, origins in chosen.values() for origin in origins)
     filled = sum(any(origins) for _, origins in chosen.values())
     from_each = ", ".join(f"{taken[n]} from {source.path}" for n, source in enumerate(sources))
-    return f"{head}; attempts: {from_each}; {filled} outputs with one from another than the first, {empty} still empty"
+    left_out = "".join(f"; {counted(s.no_grids, 'attempt')} of {s.path} without a grid" for s in sources if s.no_grids)
+    return f"{head}; attempts: {from_each}; {counted(filled, 'output')} with one from another than the first, {empty} still empty{left_out}"
 
 
 def _choose(sources: list[Source], where: tuple[str, int], rule: str) -> tuple[Attempts, list[int]]:
@@ -110,12 +112,13 @@ def _same_tasks(runs: list[RunFolder]) -> None:
 
 def _file(path: Path) -> Source:
     """The attempts of a submission file."""
-    answers, spare = {}, {}
+    answers, spare, none = {}, {}, 0
     for where, given in read_submission(path, empty_allowed=True).items():
         grids = [g for g in given if g is not None]
+        none += len(given) - len(grids)
         empty = any(len(grids) == len(ATTEMPTS) and all(np.array_equal(g, placeholder) for g in grids) for placeholder in PLACEHOLDERS)
         answers[where], spare[where] = ([], grids) if empty else (grids, [])
-    return Source(path, answers, spare)
+    return Source(path, answers, spare, none)
 
 
 def _folder(run: RunFolder) -> Source:

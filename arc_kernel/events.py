@@ -19,10 +19,10 @@ COLUMNS = {"cached": "share of the prompts' tokens known from an earlier prompt"
            "decided": "not made, as they could change no vote"}
 NUMBER, NOTHING = (int, float), type(None)
 FIELDS = {"stage": dict.fromkeys(STAGE_COUNTS, NUMBER) | {"stage": str}, "loss": {"task": str, "step": int, "losses": list},
-          "answered": {"task": str, "statuses": dict},
+          "adapted": {"task": str, "steps": int}, "answered": {"task": str, "statuses": dict, "cut": int},
           "step": dict.fromkeys(("loss", "lr", "tokens", "seconds", "peak_share"), NUMBER)
           | {"step": int, "kinds": dict, "skipped": bool, "gradient": (*NUMBER, NOTHING)}}  # read back of events of these kinds
-MISSING = dict.fromkeys(STAGE_COUNTS, 0) | {"statuses": {}}  # of them what need not be there
+MISSING = dict.fromkeys(STAGE_COUNTS, 0) | {"statuses": {}, "cut": 0}  # of them what need not be there
 TEXTS = "task", "text", "error", "dtype"  # of all, where they are there
 
 

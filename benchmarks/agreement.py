@@ -21,6 +21,7 @@ from arc_kernel.generate import start_engine
 from arc_kernel.grids import GridEncoder
 from arc_kernel.precision import rescale, verdict
 from arc_kernel.prompts import PromptBuilder
+from arc_kernel.settings import LongHelp
 from arc_kernel.tasks import load_challenges
 
 GROWN = {"as shipped": {}, "residual x 2^6": {"residual": -6}, "residual x 2^10": {"residual": -10},
@@ -43,7 +44,7 @@ def grown(folder: Path, work: Path, name: str) -> Path:
 
 def main() -> None:
     """Print a table: model, dtype, agreement, largest logprob difference."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=LongHelp)
     parser.add_argument("--tasks", type=int, default=8, help="tasks of arcagi1/training, smallest first, two prompts each")
     parser.add_argument("--work", type=Path, default=None, help="folder for the grown copies; default: a temporary one")
     options = parser.parse_args()

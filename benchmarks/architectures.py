@@ -23,6 +23,7 @@ from arc_kernel import checkpoint, generate, vllm_engine
 from arc_kernel.adapt import TARGET_MODULES
 from arc_kernel.engine import EngineSettings, Prompt
 from arc_kernel.errors import first_line
+from arc_kernel.settings import LongHelp
 
 SIZES = {"vocab_size": 4096, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
@@ -88,7 +89,7 @@ def compared(name: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=LongHelp)
     parser.add_argument("--only", default="", help="names of the table, comma-separated; for variants the name before the comma")
     parser.add_argument("--one", default="", help="one row, in this process")
     options = parser.parse_args()

@@ -15,10 +15,11 @@ import torch
 from arc_kernel import ceilings, cpu_attention
 from arc_kernel.device import device_model, prepare_for
 from arc_kernel.precision import verdict
+from arc_kernel.settings import LongHelp
 
 def main() -> None:
     """Compare them at each length."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=LongHelp)
     parser.add_argument("--dtype", default="auto", choices=("auto", *ceilings.DTYPES), help="auto: what TaskTrainer takes on this device")
     parser.add_argument("--lengths", default="512,1024,2048", help="tokens, comma-separated")
     parser.add_argument("--rounds", type=int, default=5, help="rounds at each length")

@@ -19,12 +19,13 @@ from arc_kernel.dtypes import HEADROOM_TTT, Model
 from arc_kernel.grids import GridEncoder
 from arc_kernel.precision import probe, verdict
 from arc_kernel.prompts import PromptBuilder
+from arc_kernel.settings import LongHelp
 from arc_kernel.tasks import cells, load_challenges
 
 
 def main() -> None:
     """Print per task and dtype the first loss, the mean of the last quarter, skipped steps and seconds a step."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=LongHelp)
     parser.add_argument("--tasks", type=int, default=4, help="how many tasks, smallest first")
     parser.add_argument("--steps", type=int, default=12, help="training steps of each")
     options = parser.parse_args()

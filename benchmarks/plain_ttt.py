@@ -29,7 +29,7 @@ from arc_kernel.dtypes import Model
 from arc_kernel.precision import verdict
 from arc_kernel.prepare.trimmed import trimmed
 from arc_kernel.prompts import IGNORED, Example
-from arc_kernel.settings import TTT_DTYPES, VOCABULARIES
+from arc_kernel.settings import TTT_DTYPES, VOCABULARIES, LongHelp
 from arc_kernel.tasks import Task, load_challenges
 from arc_kernel.views import task_rng
 
@@ -161,7 +161,7 @@ def by_task(model: Model, whole: Model, dtype: str, tasks: list[Task], steps: in
 
 def main() -> None:
     """Compare both loops on examples of given lengths, or on tasks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=LongHelp)
     parser.add_argument("--model", default="smollm2-135m", help="model folder, or smollm2-135m (embedded)")
     parser.add_argument("--dtype", default="auto", choices=TTT_DTYPES, help="auto: what TaskTrainer takes on this device")
     parser.add_argument("--vocabulary", default="full", choices=VOCABULARIES, help="the model's tokens, in ours; arc: as in a run")

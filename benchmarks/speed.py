@@ -19,17 +19,17 @@ from arc_kernel import ceilings, checkpoint, run
 from arc_kernel.device import device_name
 from arc_kernel.events import stage_table
 from arc_kernel.precision import verdict
-from arc_kernel.settings import TTT_DTYPES, VOCABULARIES, Settings
+from arc_kernel.settings import TTT_DTYPES, VOCABULARIES, LongHelp, Settings
 
 TASKS = "68b16354,8f2ea7aa,7468f01a,09629e4f"  # ARC-AGI-1 training, 7x7 to 16x18 grids
 
 
 def main() -> None:
     """Print both stage tables, the ceiling and the ratio."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=LongHelp)
     parser.add_argument("--peer", type=Path, help="another pipeline to run on the same tasks")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--views", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=20, help="training steps a task")
+    parser.add_argument("--views", type=int, default=8, help="predictions a test input")
     parser.add_argument("--dtype", default="bfloat16", help="of both pipelines, in training and inference")
     parser.add_argument("--ttt-dtype", default="", choices=TTT_DTYPES, help="of our training, where it is another")
     parser.add_argument("--vocabulary", default="arc", choices=VOCABULARIES, help="the model's tokens, in ours")

@@ -26,7 +26,7 @@ from arc_kernel.precision import probe
 from arc_kernel.prompts import PromptBuilder
 from arc_kernel.run import Run
 from arc_kernel.select import read_completions
-from arc_kernel.settings import Settings
+from arc_kernel.settings import LongHelp, Settings
 from arc_kernel.tasks import load_challenges
 from arc_kernel.views import View
 
@@ -58,7 +58,7 @@ def say_peak(what: str, peaks: dict) -> None:
 
 def main() -> None:
     """Print the largest activation of model and adapters, score and statuses for each dtype, then what plain float16 says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=LongHelp)
     parser.add_argument("--grow", type=float, default=2.6, help="what the residual stream is multiplied by")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of test-time training")
     parser.add_argument("--steps", type=int, default=60, help="training steps per task")

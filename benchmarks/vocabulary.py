@@ -26,6 +26,7 @@ from arc_kernel.engine import EngineSettings, Prompt
 from arc_kernel.grids import GridEncoder
 from arc_kernel.prepare.make import prepare
 from arc_kernel.prompts import PromptBuilder
+from arc_kernel.settings import LongHelp
 from arc_kernel.tasks import Task, load_challenges
 from arc_kernel.views import random_view, task_rng
 
@@ -67,7 +68,7 @@ def peak_mb(folder: Path) -> float:
 
 def main() -> None:
     """Print a table: what is measured, full, arc, arc / full."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=LongHelp)
     parser.add_argument("--model", default=checkpoint.EMBEDDED, help="model folder, or smollm2-135m (embedded)")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each vocabulary")
     parser.add_argument("--steps", type=int, default=3, help="timed training steps a turn")

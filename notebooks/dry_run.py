@@ -22,7 +22,7 @@ sys.path.insert(0, str(REPOSITORY))
 from arc_kernel import disk, loopback  # noqa: E402
 from arc_kernel.device import gpu_count  # noqa: E402
 from arc_kernel.errors import ArcKernelError  # noqa: E402
-from arc_kernel.settings import Settings  # noqa: E402
+from arc_kernel.settings import LongHelp, Settings  # noqa: E402
 
 NOTEBOOK = "submission.ipynb"
 # Four tasks with simple rules and 3x3 to 3x5 grids, so that a step costs 200 to 300 tokens. 60 steps at 1e-3, because at
@@ -38,7 +38,7 @@ PARAMETERS = {
     "views": 8,
 }
 
-
+NOTEBOOKS_OWN = "input_root", "run_kind", "precision_bench"  # parameters that are no settings
 TYPES = {f.name: type(f.default) for f in dataclasses.fields(Settings)}
 
 
@@ -61,25 +61,36 @@ def parameter(pair: str) -> tuple[str, object]:
     return name, value
 
 
+def check(parameters: dict) -> None:
+    """Raise ArcKernelError for settings that the notebook would refuse, while what an earlier run left is still there."""
+    Settings.from_parameters({name: value for name, value in parameters.items() if name not in NOTEBOOKS_OWN})
+
+
 def main() -> int:
     """Exit status 0 where every cell ran; the executed notebook stands beside the run's files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=LongHelp)
     parser.add_argument("--out", type=Path, default=REPOSITORY / "runs" / "dry-run", help="output folder, made anew")
     parser.add_argument("parameters", nargs="*", metavar="name=value", help="notebook parameters")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
-        given = dict(map(parameter, options.parameters))
+        given = {**PARAMETERS, "out": str(options.out.resolve()), **dict(map(parameter, options.parameters))}
+        check(given)
+        if given["input_root"] == PARAMETERS["input_root"] and not Path(given["input_root"]).is_dir():
+            raise ArcKernelError(f"{given['input_root']}: no bundles: `make dry-run` makes them")
         disk.make_anew(options.out, NOTEBOOK)
         loopback.ensure()
-        papermill.execute_notebook(
-            REPOSITORY / "notebooks" / NOTEBOOK, options.out / NOTEBOOK, cwd=str(options.out),
-            parameters={**PARAMETERS, "out": str(options.out.resolve()), **given}, log_output=True, progress_bar=False)
+        papermill.execute_notebook(REPOSITORY / "notebooks" / NOTEBOOK, options.out / NOTEBOOK, cwd=str(options.out), parameters=given,
+                                   log_output=True, progress_bar=False)
+    except KeyboardInterrupt:
+        print("stopped: the next dry run begins anew", file=sys.stderr)
+        return 130
     except ArcKernelError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except PapermillExecutionError as error:
-        print(f"error: {error.ename}: {error.evalue}", file=sys.stderr)
+        name = "" if error.ename in ("ArcKernelError", "SystemExit") else f"{error.ename}: "  # lines that are meant to be read
+        print(f"error: {name}{error.evalue}", file=sys.stderr)
         return 1
     return 0
 

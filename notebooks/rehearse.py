@@ -22,9 +22,11 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 from arc_kernel import disk  # noqa: E402
-from arc_kernel.errors import ArcKernelError  # noqa: E402
+from arc_kernel.errors import ArcKernelError, counted  # noqa: E402
 from arc_kernel.kaggle import datasets, profiles, wheels  # noqa: E402
+from arc_kernel.settings import LongHelp  # noqa: E402
 from arc_kernel.tasks import load_challenges, read_submission, task_to_json  # noqa: E402
+from dry_run import check as check_settings, parameter  # noqa: E402
 
 PROFILE, OWNER, CHALLENGES = "local-cpu", "someone", "arc-agi_test_challenges.json"
 TASKS, OUTPUTS = 240, 259  # of arc-agi_test_challenges.json in 2026
@@ -99,13 +101,13 @@ def check(out: Path, scratch: Path, root: Path, seconds: float) -> None:
     size, aside = (sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e9 for folder in (out, scratch))
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     print(f"submission: {len(wanted)} tasks, {len(found)} outputs, complete and valid, {path.stat().st_size / 1e6:.2f} MB")
-    print(f"{answered} tasks answered, the others have the fallback; {seconds:.0f} s, largest process {memory:.1f} GB, "
+    print(f"{counted(answered, 'task')} answered, the others have the fallback; {seconds:.0f} s, largest process {memory:.1f} GB, "
           f"{size:.2f} GB in the working folder, {aside:.2f} GB aside")
 
 
 def main() -> int:
     """Exit status 0 where the session ended and the submission passes a scorer's checks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=LongHelp)
     parser.add_argument("--as", dest="kind", choices=("scoring", "commit"), default="scoring", help="which of Kaggle's two runs")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "runs" / "rehearse",
                         help="folder for mounts, environment and output, made anew")
@@ -115,8 +117,7 @@ def main() -> int:
     place = lambda folder: options.out.resolve() / folder.lstrip("/")  # Kaggle's folders, below ours
     root, out, scratch = place(profiles.load(PROFILE).inputs), place("/kaggle/working"), place("/kaggle/temp")
     try:
-        if wrong := next((p for p in options.parameters if not p.partition("=")[0] or "=" not in p), None):
-            raise ArcKernelError(f"parameter {wrong!r}: not name=value: give, for example, views=8")
+        check_settings({**SMALLER, "time_budget": options.seconds, **dict(map(parameter, options.parameters))})
         disk.make_anew(options.out, "kaggle")
         lay_out(root, options.kind == "commit")
         begun = time.perf_counter()
@@ -135,6 +136,9 @@ def main() -> int:
         return 1
     except subprocess.CalledProcessError as error:
         return error.returncode
+    except KeyboardInterrupt:
+        print("stopped: the next rehearsal begins anew", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
@@ -77,9 +78,10 @@ def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("arc_kernel.tasks._read_json", locked)
     assert main(["score", "--submission", "a.json", "--tasks", str(good_file(tmp_path))]) == 1
     assert capsys.readouterr().err == f"error: {tmp_path / 'locked'}: Permission denied: give another, or let it be read and written\n"
-    monkeypatch.setenv("ARC_KERNEL_CACHE", str(good_file(tmp_path) / "below"))
-    assert main(["inspect", "smollm2-135m"]) == 1
-    assert "cannot be made (Not a directory): set ARC_KERNEL_CACHE to a folder that can be written" in capsys.readouterr().err
+    for cache, reason in ((good_file(tmp_path) / "below", "Not a directory"), (Path("/proc/self"), "No such file or directory")):
+        monkeypatch.setenv("ARC_KERNEL_CACHE", str(cache))
+        assert main(["inspect", "smollm2-135m"]) == 1
+        assert f"{cache}: cannot be written ({reason}): set ARC_KERNEL_CACHE to another folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command, terminal, told", [("inspect", True, True), ("inspect", False, False), ("evaluate", True, False)])

@@ -66,6 +66,10 @@ def test_model_that_float16_cannot_hold_is_shown_rescued_and_written(precision, 
     assert facts["rescale"] == settled["rescale"]
     assert facts["logit_change"] <= facts["tolerance"] and facts["weights"] == checkpoint.weights_sha256(grown)
 
+    assert precision(model=grown, dtype="float32", out=tmp_path / "wide").returncode == 0
+    page = (tmp_path / "wide" / "report.html").read_text()
+    assert "<p>Inference in <b>float32</b>.</p>" in page and "rescaled, as served in float16" in page
+
     again = precision(model=grown, out=tmp_path / "out", rescaled=tmp_path / "model")
     assert again.returncode == 1 and "exists: give another --rescaled" in again.stderr and not again.stdout
 

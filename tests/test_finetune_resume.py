@@ -16,7 +16,7 @@ from arc_kernel.finetune import learner, run
 from finetuning import killed_at, losses_of, nothing_that_takes_seconds, pool, prepared, rows_of, settings, tiny  # noqa: F401  fixtures
 
 
-def test_20_steps_at_once_are_10_and_10_more_after_a_kill(settings, prepared, tmp_path, killed_at):
+def test_20_steps_at_once_are_10_and_10_more_after_a_kill(settings, prepared, tmp_path, killed_at, capsys):
     again = dataclasses.replace(settings, out=str(tmp_path / "again"))
     whole = run.finetune(settings, prepared)
     killed_at(13)
@@ -29,7 +29,9 @@ def test_20_steps_at_once_are_10_and_10_more_after_a_kill(settings, prepared, tm
     one, other = (load_file(m["result"] / "adapter_model.safetensors") for m in (whole, made))
     assert one.keys() == other.keys() and all(np.array_equal(one[k], other[k]) for k in one)
     assert sorted(p.name for p in (again.out_path / "checkpoints").iterdir()) == ["checkpoint-15", "checkpoint-20"]
+    capsys.readouterr()
     assert run.finetune(again, prepared)["step"] == 20 and len(losses_of(again)) == 20  # a finished run is left as it is
+    assert " 20/20 [" in capsys.readouterr().err
 
 
 def test_other_data_or_weights_under_the_same_name_are_refused(settings, tiny, pool, tmp_path, killed_at):

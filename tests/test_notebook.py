@@ -105,11 +105,24 @@ def test_a_parameter_of_another_type_is_named_before_anything_is_written(mounted
 
 
 def test_a_dry_run_takes_numbers_as_they_are_written_and_leaves_task_ids_alone(tmp_path):
-    done = dry_run(tmp_path / "empty", tmp_path / "out", "ttt_lr=1e-3", "ttt_steps=1e2", "task_ids=00576224", "views=many")
+    done = dry_run(tmp_path / "empty", tmp_path / "out", "ttt_lr=1e-3", "ttt_steps=1e2", "task_ids=00576224")
     assert done.returncode == 1 and "no arc-kernel code bundle" in done.stderr
     executed = json.loads((tmp_path / "out" / "submission.ipynb").read_text())
     given = next("".join(c["source"]) for c in executed["cells"] if "injected-parameters" in c["metadata"].get("tags", []))
-    assert {'ttt_lr = 0.001', 'ttt_steps = 100', 'task_ids = "00576224"', 'views = "many"'} <= set(given.splitlines())
+    assert {'ttt_lr = 0.001', 'ttt_steps = 100', 'task_ids = "00576224"'} <= set(given.splitlines())
+
+
+@pytest.mark.parametrize("script, pair, said", [("dry_run.py", "views=many", "settings: views is 'many': "),
+                                                ("dry_run.py", "ttt_stepz=3", "settings: unknown parameter ttt_stepz"),
+                                                ("rehearse.py", "ttt_stepz=3", "settings: unknown parameter ttt_stepz"),
+                                                ("rehearse.py", "--seconds=-4", "settings: time_budget is -4.0")])
+def test_a_wrong_parameter_costs_no_earlier_run_its_files(tmp_path, script, pair, said):
+    (tmp_path / "kaggle").mkdir()
+    (tmp_path / "submission.ipynb").touch()
+    command = [sys.executable, REPOSITORY / "notebooks" / script, "--out", tmp_path, pair]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {said}") and done.stderr.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["kaggle", "submission.ipynb"]
 
 
 @pytest.mark.parametrize("script, pair", [("dry_run.py", "views"), ("dry_run.py", "views=["),

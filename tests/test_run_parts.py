@@ -369,6 +369,18 @@ def test_report_says_how_many_predictions_of_a_task_gave_no_grid_and_why(tmp_pat
     assert page.count("gave no grid:") == 1
 
 
+def test_report_says_what_the_time_left_out_and_what_befell_the_run(tmp_path):
+    source = write_tasks(tmp_path / "t.json", {"A": [[[5]]], "B": [[[5]]]})
+    folder = write_run(tmp_path / "r", source, {("A", 0): [[[5]]], ("B", 0): [[[5]]]}, prompt="compact", ttt_steps=60)
+    told = [{"event": "adapted", "task": "A", "steps": 20}, {"event": "adapted", "task": "A", "steps": 35},
+            {"event": "adapted", "task": "B", "steps": 60}, {"event": "answered", "task": "A", "cut": 3}, {"event": "answered", "task": "B", "cut": 0},
+            *[{"event": "note", "text": "time budget: fewer steps for 1 of 2 tasks"}] * 2, {"event": "note", "task": "B", "text": "of B alone"}]
+    (folder / "events.jsonl").write_text("".join(json.dumps(event | {"at": 1.0}) + "\n" for event in told))
+    page = running.write_report_again(folder).read_text()
+    assert page.count(">trained for 35 of 60 steps, 3 predictions fewer than asked<") == 1 and page.count("trained for") == 1
+    assert page.count("<li>time budget: fewer steps for 1 of 2 tasks</li>") == 1 and page.count("of B alone") == 1
+
+
 def test_report_shows_settings_as_they_were_given(tmp_path):
     source = write_tasks(tmp_path / "t.json", {"A": [[[5]]]})
     folder = write_run(tmp_path / "r", source, {("A", 0): [[[5]]]}, prompt="compact", adapter="läufe/adapter")

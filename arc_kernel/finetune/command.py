@@ -37,7 +37,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, default=f.default, help=f.metadata["help"])
         else:
             parser.add_argument(name, type=wanted, default=f.default, choices=f.metadata["choices"], help=f.metadata["help"])
-    parser.set_defaults(command=_finetune, slow_start=True)
+    parser.set_defaults(command=_finetune, slow_start=True, goes_on=True)
 
 
 def _finetune(lr: str, **options) -> None:

@@ -67,8 +67,8 @@ def _read(name: str) -> str:
     try:
         return Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        kinds = " nor ".join(TEMPLATES)
-        raise ArcKernelError(f"{name}: neither {kinds} nor a template that can be read: {error}: give one of these") from None
+        kinds, reason = " nor ".join(TEMPLATES), getattr(error, "strerror", None) or error
+        raise ArcKernelError(f"{name}: neither {kinds} nor a template that can be read ({reason}): give one of these") from None
 
 
 def _name_roles(draft: Draft, old_end: str | None, end: str) -> None:

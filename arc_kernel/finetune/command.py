@@ -58,5 +58,5 @@ def _finetune(lr: str, **options) -> None:
 
     made = finetune(settings[0])
     if made:
-        print(f"step {made['step']}: loss {made['loss']:.4f}, {made['tokens_per_second']:.0f} tokens/s, "
+        print(f"step {made['step']}: loss {made['loss']:.4f} over the last tenth, {made['tokens_per_second']:.0f} tokens/s, "
               f"{made['peak_share']:.1%} of the product peak\nresult: {made['result']}\nreport: {made['report']}")

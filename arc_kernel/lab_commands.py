@@ -62,8 +62,10 @@ def _recall(tasks: str, model: str, adapter: Path | None, count: int, runs: list
     from .finetune.recall import lengths_of, recall_by_distance, table
     from .finetune.run import training_dtype
 
-    if runs or not model or count < 1:
-        raise ArcKernelError("evaluate: recall is a model's: give --model and a --count of 1 or more, and no run")
+    if runs or not model:
+        raise ArcKernelError("evaluate: recall is a model's: give --model, and no run")
+    if count < 1:
+        raise ArcKernelError(f"evaluate: --count {count}: give 1 or more")
     if out or solutions:
         raise ArcKernelError("evaluate: --out and --solutions go with runs, not with recall: leave them out (--json keeps the figures)")
     if seed < 0:

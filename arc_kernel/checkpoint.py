@@ -12,9 +12,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import math
-import os
 import shutil
-import tempfile
 import traceback
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +20,7 @@ from typing import Iterable, Iterator
 
 from .device import prepare_for
 from .errors import ArcKernelError, first_line, named_line
-from .files import read_json, whole_folder, write_json
+from .files import cache_folder, check_cache, read_json, whole_folder, write_json
 from .memory import exhausted
 from .rope import lost_on_transformers_4, portable_rope
 
@@ -312,25 +310,6 @@ def missing_tensors(folder: Path, names: Iterable[str], architecture: str, other
 def wrong_shape(folder: Path, name: str, found: list[int], wanted: list[int]) -> ArcKernelError:
     """The error about a weight of another shape than the config says."""
     return ArcKernelError(f"{folder}: tensor {name} has shape {found}, config.json says {wanted}: copy the model again")
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: $ARC_KERNEL_CACHE, else ~/.cache/arc_kernel."""
-    return Path(os.environ.get("ARC_KERNEL_CACHE") or Path.home() / ".cache" / "arc_kernel")
-
-
-def check_cache() -> Path:
-    """`cache_folder`, made; raises ArcKernelError where it cannot be, or cannot be written."""
-    try:
-        folder = cache_folder()
-    except RuntimeError:  # pathlib's, of a user who has none
-        raise ArcKernelError("there is no home folder: set ARC_KERNEL_CACHE to a folder that can be written") from None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ArcKernelError(f"{folder}: cannot be written ({error.strerror}): set ARC_KERNEL_CACHE to another folder") from None
-    return folder
 
 
 def embedded_model() -> Path:

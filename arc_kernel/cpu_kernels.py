@@ -22,9 +22,8 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import check_cache
 from .errors import ArcKernelError, named_line
-from .files import replacing
+from .files import check_cache, replacing
 
 SOURCES = Path(__file__).parent / "c"
 COMPILERS = "gcc", "cc"  # clang's OpenMP is not the one that torch comes with

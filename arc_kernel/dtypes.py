@@ -15,9 +15,9 @@ from typing import Callable, Sequence
 
 from filelock import FileLock
 
-from .checkpoint import check_cache, weights_sha256
+from .checkpoint import weights_sha256
 from .engine import EngineSettings, Prompt
-from .files import read_json, write_json
+from .files import check_cache, read_json, write_json
 from .generate import start_engine
 from .memory import exhausted, free_memory
 from .precision import probe, rescale, verdict

@@ -21,6 +21,25 @@ def short_path(path: str) -> str:
     return "/".join(part for part in Path(path).parts[-2:] if part != "/")
 
 
+def cache_folder() -> Path:
+    """Where converted models are kept: $ARC_KERNEL_CACHE, else ~/.cache/arc_kernel."""
+    return Path(os.environ.get("ARC_KERNEL_CACHE") or Path.home() / ".cache" / "arc_kernel")
+
+
+def check_cache() -> Path:
+    """`cache_folder`, made; raises ArcKernelError where it cannot be, or cannot be written."""
+    try:
+        folder = cache_folder()
+    except RuntimeError:  # pathlib's, of a user who has none
+        raise ArcKernelError("there is no home folder: set ARC_KERNEL_CACHE to a folder that can be written") from None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ArcKernelError(f"{folder}: cannot be written ({error.strerror}): set ARC_KERNEL_CACHE to another folder") from None
+    return folder
+
+
 @contextlib.contextmanager
 def replacing(path: Path, mode: str = "w"):
     """Open a temporary file beside `path` for writing and rename it to `path` when the block ends without error. What UTF-8 has no bytes

@@ -75,7 +75,8 @@ class Checked:
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(parameters) - known)
         if len(unknown) > TYPOS:
-            raise ArcKernelError(f"settings: unknown parameters {', '.join(unknown[:TYPOS])} and {len(unknown) - TYPOS} more: another command's")
+            few = f"{', '.join(unknown[:TYPOS])} and {len(unknown) - TYPOS} more"
+            raise ArcKernelError(f"settings: unknown parameters {few}: another command's")
         if unknown:
             raise ArcKernelError(f"settings: unknown parameter {', '.join(unknown)}: known are {', '.join(sorted(known))}")
         return cls(**parameters)

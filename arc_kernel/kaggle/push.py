@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import bundle
-from ..checkpoint import cache_folder
 from ..errors import ArcKernelError
-from ..files import parse_json, read_json, replacing
+from ..files import cache_folder, parse_json, read_json, replacing
 from . import client, metadata
 
 READY_WITHIN = 1800.0  # seconds Kaggle is given to unpack a dataset

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import ArcKernelError
+from ..files import cache_folder
 from . import datasets, target
 from .check import faults, wanted
 from .lock import parse, render
@@ -30,7 +31,6 @@ def build(out: Path, profile: Profile, username: str = USERNAME, say: Callable[[
     and rewrites the lock. Raises ArcKernelError where something cannot be resolved, downloaded or written, and where the
     wheels would not work on the profile's machine.
     """
-    from ..checkpoint import cache_folder
     from . import download, resolve
 
     lock, cache = lock_file(profile), cache_folder() / "wheels"
@@ -62,8 +62,6 @@ def renewed(profile: Profile) -> str:
 
 def lock_file(profile: Profile) -> Path:
     """Where the profile's lock is: in locks/, or in the cache where it is one of this machine and Python."""
-    from ..checkpoint import cache_folder
-
     if profile.python:
         return HERE / "locks" / f"{profile.name}.txt"
     asked = "\n".join([*sorted(map(str, wanted(profile))), *sorted(map(str, target.tags(profile)))])

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 
 from .. import checkpoint, trained_prompt
-from ..files import read_json
+from ..files import cache_folder, read_json
 from ..precision import probe, verdict
 from ..prompts import default_builder
 from ..rope import theta_of
@@ -84,7 +84,7 @@ def _template(template) -> str:
 def _headroom(folder: Path) -> float | None:
     """Bits left below float16's limit in the tightest range a probe of these weights has seen; None where none was kept."""
     key = {"weights": checkpoint.weights_sha256(folder), "adapter": None}
-    files = (checkpoint.cache_folder() / "precision" / verdict.digest(key)).glob("ranges-*.json")
+    files = (cache_folder() / "precision" / verdict.digest(key)).glob("ranges-*.json")
     seen = [probe.headroom(peak) for f in files for peaks in read_json(f)["peaks"].values() for peak in peaks]
     return min(seen, default=None)
 

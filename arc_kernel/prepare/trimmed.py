@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from .. import checkpoint
 from ..errors import ArcKernelError, counted, named_line
-from ..files import read_json
+from ..files import cache_folder, read_json
 from ..precision.verdict import digest
 from .draft import ROWS
 from .make import prepare
@@ -41,7 +41,7 @@ def trimmed(folder: Path, vocabulary: str, prompt: str, grid_encoder: str, adapt
         return folder
     try:
         _check_adapter(adapter)
-        target = checkpoint.cache_folder() / "arc" / _key(folder, prompt, grid_encoder) / folder.resolve().name
+        target = cache_folder() / "arc" / _key(folder, prompt, grid_encoder) / folder.resolve().name
         if not target.is_dir():
             _check_tokenizer(folder)
             target.parent.mkdir(parents=True, exist_ok=True)

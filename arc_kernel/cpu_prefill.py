@@ -109,16 +109,21 @@ def _order(isa: str, heads: int, size: int, width: int, dtype: torch.dtype):
     except Exception:  # a release whose operator takes something else
         return None
     places, made = torch.arange(2 * numbers.numel()).view(heads, 2 * size, width).chunk(2, 1), []
-    numbers_of = torch.meshgrid(*map(torch.arange, numbers.shape), indexing="ij")
     for at, half in zip(found, places):
-        at, place = at.flatten(), torch.full((numbers.numel(),), -1)
-        place[at.clamp_max(len(place) - 1)] = half.flatten()
-        place = place.view(numbers.shape)
-        far = [int(place.diff(dim=side).flatten()[:1].sum()) for side in range(3)]  # 0 of a side of one
-        if min(place.min(), *far) < 0 or not torch.equal(place, sum(n * i for n, i in zip(far, numbers_of)) + place[0, 0, 0]):
-            return None
-        made.append((int(place[0, 0, 0]), far))
-    return _Order(*made)
+        place = torch.full((numbers.numel(),), -1)
+        place[at.flatten().clamp_max(len(place) - 1)] = half.flatten()
+        made.append(_evenly(place.view(numbers.shape)))
+    return None if None in made else _Order(*made)
+
+
+def _evenly(places) -> tuple[int, list[int]] | None:
+    """The first of places [a, b, c], and how far the next one of each side is; None where they are not equally far apart."""
+    import torch
+
+    first, far = places[0, 0, 0], [int(places.diff(dim=side).flatten()[:1].sum()) for side in range(3)]  # 0 of a side of one
+    sides = torch.meshgrid(*map(torch.arange, places.shape), indexing="ij")
+    even = min(places.min(), *far) >= 0 and torch.equal(places, first + sum(n * i for n, i in zip(far, sides)))
+    return (int(first), far) if even else None
 
 
 def _split(common, size: int, order, build) -> _Split | None:

@@ -26,6 +26,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("ARC_KERNEL_CACHE") or Path.home() / ".cache" / "arc_kernel")
 
 
+def make_writable(folder: Path) -> None:
+    """Make a folder that is not there yet; raises OSError where it cannot be made, or nothing can be written into it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+
+
 def check_cache() -> Path:
     """`cache_folder`, made; raises ArcKernelError where it cannot be, or cannot be written."""
     try:
@@ -33,8 +39,7 @@ def check_cache() -> Path:
     except RuntimeError:  # pathlib's, of a user who has none
         raise ArcKernelError("there is no home folder: set ARC_KERNEL_CACHE to a folder that can be written") from None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        make_writable(folder)
     except OSError as error:
         raise ArcKernelError(f"{folder}: cannot be written ({error.strerror}): set ARC_KERNEL_CACHE to another folder") from None
     return folder
@@ -94,8 +99,7 @@ def take_folder(lock, folder: Path) -> None:
 def check_writable(path: Path) -> None:
     """Make the folder of a file that is written later; raises ArcKernelError where it cannot be, or `path` is a folder."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
+        make_writable(path.parent)
     except OSError as error:
         raise ArcKernelError(f"{path}: cannot be written ({error.strerror}): give another place") from None
     if path.is_dir():

@@ -30,7 +30,7 @@ from .tasks import Attempts, Challenges, Grid, Task
 PALETTE = ("000000", "0074D9", "FF4136", "2ECC40", "FFDC00", "AAAAAA", "F012BE", "FF851B", "7FDBFF", "870C25", "555555")
 CANDIDATES_SHOWN = 8
 NO_GRID = {"unparsable": "text that is no grid", "truncated": "out of tokens before an end", "nan": "not finite"}  # statuses in words
-TOLD = "note", "out-of-time", "worker-died", "stop"  # events about a whole run
+TOLD = "note", "out-of-time", "worker-died"  # events about a whole run
 LEGEND_TRUTH = "Green frame: equal to the solution; red frame: not. "
 LEGEND = "First the attempts; below them all candidates, most votes first."
 PAGE_STYLE = """body{font:14px/1.4 system-ui,sans-serif;margin:2em auto;max-width:1200px;padding:0 1em;color:#222}

@@ -8,7 +8,6 @@ only what is missing.
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 import traceback
 from collections import defaultdict
@@ -21,7 +20,7 @@ from .budget import Budget, share
 from .device import cores, cpu_workers, gpu_count
 from .errors import ArcKernelError, named_line
 from .events import EventLog, read_events, stage_rows
-from .files import read_json, take_folder, write_json
+from .files import make_writable, read_json, take_folder, write_json
 from .grids import GridEncoder
 from .job import Job
 from .kaggle import profiles
@@ -289,10 +288,7 @@ class Run:
         """Make the output folder this run's: refuse one that cannot be written, or holds a run with other settings; whether it
         held none."""
         try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            probe = self.out / f".probe-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
+            make_writable(self.out)
         except OSError as error:
             raise ArcKernelError(f"{self.out}: cannot be written ({error.strerror}): give another --out") from None
         path, mine = self.out / "settings.json", self._identity()

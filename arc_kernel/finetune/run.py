@@ -133,7 +133,7 @@ class Run:
 
         from ..cpu_kernels import missing
         from .learner import Learner
-        from .train import CHECKPOINTS, Diverged, found_checkpoints, train
+        from .train import CHECKPOINTS, Diverged, found_checkpoints, step_of, train
 
         s, folder, device = self.s, self.prepared.folder, device_name()
         if device == "cuda":  # before anything is measured or put there
@@ -148,8 +148,8 @@ class Run:
         self.peak = ceilings.gemm(dtype, device, repeats=3)
         self.log.say("start", text=f"{trained / 1e6:.1f}M weights trained in {dtype} on {device_model(device)}, "
                                 f"products at {self.peak / 1e9:.0f} GFLOP/s", dtype=dtype, trained=trained, peak=self.peak)
-        before = [int(folder.name.rpartition("-")[2]) for folder in found_checkpoints(self.out / CHECKPOINTS)]
-        with progress.bar(s.steps if MAIN else 0, "finetune", "step", min(s.steps, max(before, default=0))) as self._bar:
+        before = max(map(step_of, found_checkpoints(self.out / CHECKPOINTS)), default=0)
+        with progress.bar(s.steps if MAIN else 0, "finetune", "step", min(s.steps, before)) as self._bar:
             try:
                 reached = train(learner, self.prepared.stream, s, self.prepared.lengths, ceilings.shape_of(folder), dtype, device,
                                 self._step, self._callbacks())

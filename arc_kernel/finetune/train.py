@@ -232,7 +232,7 @@ def train(learner: Learner, stream: Stream, settings: FinetuneSettings, lengths:
                           [watch, *callbacks])
     watch.trainer = trainer
     last = next(reversed(found_checkpoints(out)), None)
-    if last and int(last.name.rpartition("-")[2]) >= settings.steps:
+    if last and step_of(last) >= settings.steps:
         learner.load(last)
         return settings.steps
     if last:
@@ -247,7 +247,12 @@ def train(learner: Learner, stream: Stream, settings: FinetuneSettings, lengths:
 def found_checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints in a folder, oldest first."""
     numbered = [f for f in folder.glob("checkpoint-*") if f.name.removeprefix("checkpoint-").isdecimal() and f.is_dir()]
-    return sorted(numbered, key=lambda f: int(f.name.rpartition("-")[2]))
+    return sorted(numbered, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was saved."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def check_whole(checkpoint: Path) -> None:
@@ -264,7 +269,7 @@ def check_whole(checkpoint: Path) -> None:
     file = checkpoint / "trainer_state.json"
     try:
         state = read_json(file)
-        if not isinstance(state, dict) or state.get("global_step") != int(checkpoint.name.rpartition("-")[2]):
+        if not isinstance(state, dict) or state.get("global_step") != step_of(checkpoint):
             raise ValueError("not of this step")
     except (OSError, ValueError) as error:
         seen = first_line(error)
